@@ -1,0 +1,51 @@
+"""A gevent-oriented WSGI database session manager.
+
+    dbsession.configure({"default": "mysql+pymysql://app@db/shop"})
+    session = dbsession.get_dbsession("default")          # anywhere, also at module level
+    application = dbsession.DBSessionMiddleware(application)
+
+Each greenlet or thread, and in it each unit of work, has its own session; the middleware closes them when the
+response's body has been sent. README.md tells the rest.
+"""
+
+from dbsession.api import (
+    clear_dbsession,
+    configure,
+    dispose,
+    get_dbsession,
+    get_engine,
+    release_dbsession,
+    session_scope,
+)
+from dbsession.errors import (
+    ConfigError,
+    DBSessionError,
+    ScopeEnded,
+    ScopeRequired,
+    UnknownDatabase,
+    UnsavedWork,
+    UsedInHub,
+)
+from dbsession.manager import SessionManager
+from dbsession.wsgi import DBSessionMiddleware
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "DBSessionError",
+    "DBSessionMiddleware",
+    "ScopeEnded",
+    "ScopeRequired",
+    "SessionManager",
+    "UnknownDatabase",
+    "UnsavedWork",
+    "UsedInHub",
+    "clear_dbsession",
+    "configure",
+    "dispose",
+    "get_dbsession",
+    "get_engine",
+    "release_dbsession",
+    "session_scope",
+]

@@ -1,0 +1,3 @@
+from dbsession.cli import main
+
+raise SystemExit(main())

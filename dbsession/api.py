@@ -1,0 +1,81 @@
+"""The process-wide manager and its functions."""
+
+from __future__ import annotations
+
+from sqlalchemy.engine import Engine
+
+from dbsession import scope
+from dbsession.config import Databases
+from dbsession.manager import SessionManager
+from dbsession.sessions import ScopedSession
+
+manager = SessionManager()
+
+session_scope = scope.session_scope
+
+
+def configure(databases: Databases | None = None) -> None:
+    """Set the process's databases; see `SessionManager.configure` for what may be given and what happens to engines
+    that exist already.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] naming the database, the key and the fix; nothing was applied.
+    """
+    manager.configure(databases)
+
+
+def get_dbsession(name: str = "default") -> ScopedSession:
+    """The session of the database `name`, for the calling greenlet or thread.
+
+    What you get is a `sqlalchemy.orm.scoped_session`, the same object for ever: keep it at module level, use it from
+    anywhere. Every use goes to the session of the caller's current scope, opened at the first use there and closed
+    when the scope ends: at the end of the request, of the `session_scope()`, or of the greenlet or thread.
+
+    Never does network I/O. Before `configure` the name is not checked until the first use. A callable given to
+    `configure` is asked here, if it has not been; whether that switches greenlets is the callable's affair.
+
+    Raises:
+        UnknownDatabase: [DBS-UNKNOWN] no such name; the text lists those there are.
+        ConfigError: [DBS-CONFIG] what the callable or the environment says of it cannot be used.
+
+    Using the session may raise UsedInHub, ScopeRequired (see `session_scope`) and ScopeEnded.
+    """
+    return manager.get(name)
+
+
+def clear_dbsession() -> None:
+    """Close every session of the current scope, which stays usable and empty. Idempotent. May switch greenlets.
+
+    A session that fails to close is discarded with its connection and logged, and raises nothing; a kill or timeout
+    that lands on the way is raised after the last session. Objects loaded through a closed session are detached.
+    """
+    manager.clear()
+
+
+def release_dbsession(*names: str) -> None:
+    """Before slow work that needs no database: end the transactions of the current scope's sessions (of all, or of
+    the named databases) and give their connections back. May switch greenlets.
+
+    The sessions stay usable and their objects attached but expired: reading one checks a connection out again.
+
+    Raises:
+        UnsavedWork: [DBS-UNSAVED] new, dirty or deleted objects, or a write sent since the last commit. Nothing was
+            changed: commit or roll back first.
+        UnknownDatabase: [DBS-UNKNOWN].
+    """
+    manager.release(*names)
+
+
+def get_engine(name: str = "default") -> Engine:
+    """The engine of the database `name`: the same object until the next `configure`. It connects on its first use.
+
+    Raises:
+        UnknownDatabase, ConfigError: as `get_dbsession`.
+    """
+    return manager.engine(name)
+
+
+def dispose() -> None:
+    """Close the connections of every engine: the idle ones now, those in use when they are given back. The engines
+    stay usable, and connect anew."""
+    manager.dispose()

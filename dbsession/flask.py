@@ -1,0 +1,60 @@
+"""For Flask (extra `flask`): `init_app(app)`.
+
+Sessions end in a wrapper round `app.wsgi_app` and not in Flask's own hooks: `after_request` is skipped when the view
+raises a BaseException (a kill, a gevent.Timeout) or when another after_request function fails, and all of Flask's
+hooks have run before the body is streamed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Flask, g, request, request_finished
+from flask.signals import appcontext_pushed
+from flask.wrappers import Response
+
+from dbsession import api, scope
+from dbsession.wsgi import DBSessionMiddleware
+
+
+def init_app(app: Flask) -> None:
+    """Give `app` its sessions. For an application factory, too; a second call for the same app does nothing.
+
+    Configures the databases from `app.config["DBSESSION_DATABASES"]`, if that is set (the configuration is the
+    process's: the last app that sets it wins); wraps `app.wsgi_app`, so that each request has a scope until its body
+    is closed; and gives each app context outside a request (`flask shell`, CLI commands, tests) a scope of its own,
+    which ends with the context. A complete response (`response.is_sequence`) sets `dbsession.body_complete`: its
+    sessions are closed before a slow client reads it.
+
+    Raises:
+        ConfigError: [DBS-CONFIG].
+    """
+    if "dbsession" in app.extensions:
+        return
+    databases = app.config.get("DBSESSION_DATABASES")
+    if databases is not None:
+        api.configure(databases)
+    app.extensions["dbsession"] = api.manager
+    app.wsgi_app = DBSessionMiddleware(app.wsgi_app)  # type: ignore[method-assign]  # Flask's documented place
+    request_finished.connect(_response_made, app)
+    appcontext_pushed.connect(_context_pushed, app)
+    app.teardown_appcontext(_context_popped)
+
+
+def _response_made(_: Flask, response: Response, **__: Any) -> None:
+    # The signal comes after the last after_request function, any of which may put another response in its place.
+    request.environ["dbsession.body_complete"] = response.is_sequence
+
+
+def _context_pushed(_: Flask, **__: Any) -> None:
+    current = scope.current()
+    if current is None or not current.is_request:
+        opened = scope.session_scope("a Flask app context")
+        opened.__enter__()
+        g._dbsession_scope = opened
+
+
+def _context_popped(_: BaseException | None) -> None:
+    opened = g.pop("_dbsession_scope", None)
+    if opened is not None:
+        opened.__exit__(None, None, None)

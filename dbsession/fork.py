@@ -1,0 +1,69 @@
+"""After a fork the child shares the parent's sockets and files. It abandons everything inherited, untouched.
+
+`os.register_at_fork` calls us in every child, whoever forked it: gunicorn's arbiter, its dirty arbiter,
+multiprocessing, `os.fork()` in the middle of a request. The hooks run before anything else of the child does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from collections.abc import Iterable
+from typing import Any
+
+epoch = 0
+"""How many forks this process is away from the first. Written by the child's fork hook, when it is still alone."""
+
+_abandoned: list[Any] = []
+
+
+def abandon(connections: Iterable[tuple[Any, Any]]) -> None:
+    """Make sure that nothing this process does ever reaches the parent's connections. For the child; never waits.
+
+    Args:
+        connections: inherited DBAPI connections, each with its pool record or None.
+
+    A dead socket is put over each descriptor, so that not a byte can be sent by whoever still holds the connection: a
+    garbage collection, `finally` blocks of inherited greenlets, SQLAlchemy's own finalizers at exit. (And the parent's
+    socket is not kept open from here, so that the server sees the parent's end.) The record forgets its connection,
+    which disarms SQLAlchemy's clean-up. The connection object itself is never freed: the destructor of an SQLite
+    connection would touch the file (https://www.sqlite.org/howtocorrupt.html, section 2.6).
+    """
+    inherited = list(connections)
+    if not inherited:
+        return
+    dead, peer = socket.socketpair()
+    peer.close()  # what is written to `dead` fails, what is read from it has ended
+    dead.setblocking(False)
+    for connection, record in inherited:
+        if record is not None:
+            record.dbapi_connection = None
+        descriptor = descriptor_of(connection)
+        if descriptor is not None:
+            os.dup2(dead.fileno(), descriptor)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # not freed even when the interpreter ends
+        _abandoned.append(connection)
+    dead.close()
+
+
+def descriptor_of(connection: Any) -> int | None:
+    """The socket descriptor of a DBAPI connection; None when it has none, or is closed."""
+    # Drivers that publish it (psycopg, mysqlclient) have fileno(). PyMySQL keeps the socket in `_sock`, a private name
+    # with no other way to it; tests/unit/test_fork.py fails loudly when the name goes.
+    holder = connection if hasattr(connection, "fileno") else getattr(connection, "_sock", None)
+    if holder is None:
+        return None
+    try:
+        descriptor: int = holder.fileno()
+    except Exception:  # closed meanwhile; each driver says so in its own way
+        return None
+    return descriptor if descriptor >= 0 else None
+
+
+def _count() -> None:
+    global epoch
+    epoch += 1
+
+
+os.register_at_fork(after_in_child=_count)

@@ -1,0 +1,38 @@
+"""Hook functions for a gunicorn configuration file:
+
+    from dbsession.gunicorn_hooks import post_request, worker_exit
+
+There is none for forks: `os.register_at_fork` tells us of every one, the workers' and the dirty workers' (whose
+`dirty_post_fork` and `dirty_worker_exit` gunicorn calls in their arbiter, not in the worker).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from dbsession import api, scope
+
+logger = logging.getLogger(__name__)
+
+
+def post_request(worker: Any, req: Any, environ: dict[str, Any], resp: Any) -> None:
+    """The backstop, called last in the greenlet that served the request (which serves the next one of a keep-alive
+    connection, too): ends the request's scope if nobody has, and closes what was used outside any request, such as in
+    an application that is not wrapped. May switch greenlets."""
+    request = environ.get("dbsession.scope")
+    if request is not None and not request.ended:
+        logger.warning("%s was over, but its scope was still open; its sessions are closed now.", request.label)
+        request.end()
+    outer = scope.current()
+    if outer is not None:
+        outer.clear()
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """Closes every engine's idle connections as a worker ends. (gunicorn also calls it in its arbiter, for a worker
+    that has vanished: nothing is done there.) A worker that is killed does not come here; the kernel closes its
+    sockets."""
+    if worker.pid == os.getpid():
+        api.dispose()

@@ -1,0 +1,99 @@
+"""Which greenlet asks, and who tells us that it has ended.
+
+The ident is the greenlet object itself (a plain thread has a root greenlet too). Integers are no idents:
+`get_ident()` and `id()` are given to the next greenlet at once. What belongs to an ident hangs on the greenlet as an
+attribute, so it dies with it and nothing of ours keeps a dead greenlet alive.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+import greenlet
+from gevent import monkey
+from gevent.hub import Hub
+
+from dbsession import hub
+from dbsession.errors import ScopeRequired, UsedInHub
+
+# Raises RuntimeError once the interpreter tears greenlets down (greenlet 3.5.1): destructors guard against it.
+current: Callable[[], Any] = greenlet.getcurrent
+
+# The interpreter's own thread-local, patched or not: what it holds is dropped by the thread that ends, while it ends.
+_this_thread: Any = monkey.get_original("_thread", "_local")()
+
+# Weak references to the idents that nobody tells us the end of. Written by any thread, one set operation at a time,
+# each of which is one step of the interpreter; read only through a copy.
+_unlinked: set[weakref.ref[greenlet.greenlet]] = set()
+
+
+def in_hub() -> bool:
+    """Whether the caller is a gevent Hub, which must never wait."""
+    return isinstance(current(), Hub)
+
+
+def refuse_hub() -> None:
+    """Raise UsedInHub when the caller is the Hub."""
+    if in_hub():
+        raise UsedInHub(
+            "A session was asked for in the gevent Hub itself, in a callback of its loop, where waiting for a "
+            "database would stop every greenlet. Do the work in a greenlet: gevent.spawn(function)."
+        )
+
+
+def refuse_pool_job() -> None:
+    """Raise ScopeRequired in a job of `gevent.threadpool`: its thread lives on, and nothing says that a job ended.
+
+    The worker class is private to gevent; its module's name is all we ask (tests/unit/test_ident.py holds it).
+    """
+    if type(current()).__module__ == "gevent.threadpool":
+        raise ScopeRequired(
+            "A job of gevent.threadpool used a session outside any scope. The thread outlives the job, so nothing "
+            "would close it: do the work inside `with dbsession.session_scope():`."
+        )
+
+
+class _ThreadEnd:
+    """Held by one thread's own local storage; deleted by that thread as it ends. Lives as long as the thread."""
+
+    def __init__(self, ended: Callable[[], None]) -> None:
+        self._ended = ended
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self._ended()
+
+
+def on_end(ident: Any, ended: Callable[[bool], None]) -> None:
+    """Call `ended(dying_thread)` once, soon after `ident` has ended, in a place that must not wait.
+
+    A gevent greenlet says so by its link, in the Hub; the root greenlet of a thread by the thread's own storage, in
+    that thread as it dies (`dying_thread` is true: nothing more can run there). A raw greenlet says nothing: the
+    destructor of what hangs on it acts when its last reference goes, and `dead_idents()` finds the others.
+    """
+    if isinstance(ident, gevent.Greenlet):
+        ident.rawlink(lambda _: ended(False))
+    elif ident.parent is None:
+        _this_thread.end = _ThreadEnd(lambda: ended(True))
+    else:
+        _unlinked.add(weakref.ref(ident, _unlinked.discard))
+
+
+def dead_idents() -> list[Any]:
+    """The raw greenlets that have ended and are still referenced by somebody. Each is returned once."""
+    dead = []
+    for reference in tuple(_unlinked):
+        ident = reference()
+        if ident is not None and ident.dead:
+            _unlinked.discard(reference)
+            dead.append(ident)
+    return dead
+
+
+def home() -> Hub | None:
+    """The hub of this thread, by which the caller's sockets wait."""
+    return hub.here()

@@ -1,0 +1,174 @@
+"""SessionManager: named databases and the verbs of the public contract."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from contextlib import AbstractContextManager
+from typing import Any
+
+from sqlalchemy.engine import Engine
+
+from dbsession import config, scope, teardown
+from dbsession.engines import WROTE, Database, EngineCache
+from dbsession.errors import UnsavedWork, describe
+from dbsession.scope import Scope
+from dbsession.sessions import ScopedSession
+
+logger = logging.getLogger(__name__)
+
+# Every manager of this process, for the fork hooks. Written when one is made.
+_managers: weakref.WeakSet[SessionManager] = weakref.WeakSet()
+
+
+class SessionManager:
+    """Named databases and their sessions. Lives as long as the process, or until the last reference goes.
+
+    Scopes belong to the ident and not to a manager: one unit of work may use the sessions of several.
+
+    Who writes: `_engines` is replaced by configure() in one step; `_proxies` grows by `setdefault`, one step; the
+    fork hooks run in a child that has no other thread yet.
+
+    Args:
+        databases: see `configure`.
+    """
+
+    def __init__(self, databases: config.Databases | None = None) -> None:
+        self._proxies: dict[str, ScopedSession] = {}
+        self._configured = False
+        self._engines = EngineCache(config.source(None), self)
+        _managers.add(self)
+        if databases is not None:
+            self.configure(databases)
+
+    def configure(self, databases: config.Databases | None = None) -> None:
+        """Set the databases, in place of what was configured before.
+
+        Everything is checked first, and nothing is applied when something is wrong. A mapping's engines are built
+        here (no connection is made); those of a callable or the environment on first use. The engines of an earlier
+        configuration are disposed: their idle connections are closed now, those in use when they are given back. A
+        session in the middle of a transaction finishes it where it began; the next one opens on the new engine.
+
+        Args:
+            databases: a mapping `name -> URL string | sqlalchemy.URL | {"url", "options", "session",
+                "busy_timeout_s"}`; or a callable `name -> entry`, asked once per name on first use, for which None,
+                `{}` or LookupError means unknown; or None: the environment, `DBSESSION_URL` (the database `default`)
+                and `DBSESSION_<NAME>_URL`, read on first use.
+
+        Raises:
+            ConfigError: [DBS-CONFIG] naming the database, the key and the fix.
+        """
+        source = config.source(databases)
+        engines = EngineCache(source, self)
+        if isinstance(source, config.MappingSource):
+            engines.build_all()
+        replaced, self._engines, self._configured = self._engines, engines, True
+        replaced.retire()
+        for proxy in list(self._proxies.values()):
+            proxy.registry.forget()
+        for database in replaced.databases():
+            database.retire()
+
+    def get(self, name: str = "default") -> ScopedSession:
+        """The scoped session of `name`; see `dbsession.get_dbsession`."""
+        proxy = self._proxies.get(name) if self._known(name) else None
+        return proxy or self._proxies.setdefault(name, ScopedSession(self, name))
+
+    def _known(self, name: str) -> bool:
+        """True, or UnknownDatabase; before configure() every name may still become known."""
+        if self._configured:
+            self._engines.get(name)
+        return True
+
+    def database(self, name: str) -> Database:
+        """The named database, built on first use. Raises UnknownDatabase, ConfigError."""
+        return self._engines.get(name)
+
+    def engine(self, name: str = "default") -> Engine:
+        """The engine of `name`, built on first use; the same object until the next configure()."""
+        return self.database(name).engine
+
+    def scope(self, label: str | None = None) -> AbstractContextManager[Scope]:
+        """See `dbsession.session_scope`."""
+        return scope.session_scope(label)
+
+    def clear(self) -> None:
+        """Close this manager's sessions in the current scope; see `dbsession.clear_dbsession`."""
+        current = scope.current()
+        if current is not None and current.sessions:
+            teardown.close_all(self._take(current), current.label)
+
+    def _take(self, current: Scope) -> teardown.Sessions:
+        mine = [database for database in current.sessions if database.owner is self]
+        return {database: current.sessions.pop(database) for database in mine}
+
+    def release(self, *names: str) -> None:
+        """Give this scope's connections back; see `dbsession.release_dbsession`."""
+        for name in names:
+            self._engines.get(name)
+        current = scope.current()
+        held = [
+            (database, session)
+            for database, session in (current.sessions.items() if current else ())
+            if database.owner is self and (not names or database.name in names) and session.in_transaction()
+        ]
+        for database, session in held:
+            unsaved = _unsaved(session)
+            if unsaved:
+                raise UnsavedWork(
+                    f"Database {database.name!r}: the session has unsaved work ({unsaved}), which releasing its "
+                    "connection would throw away. Call commit() or rollback() first; nothing was changed."
+                )
+        for database, session in held:
+            try:
+                session.rollback()  # expires every object, and keeps it attached
+            except Exception as error:
+                logger.warning(
+                    "Database %r: the transaction ended with %s when its connection was released; the connection was "
+                    "discarded.",
+                    database.name,
+                    describe(error),
+                )
+
+    def dispose(self) -> None:
+        """Close every engine's connections: the idle ones now, those in use when they are given back. The engines
+        stay usable, and connect anew on their next use."""
+        for database in self._engines.databases():
+            database.dispose()
+
+    def before_fork(self) -> None:
+        """Close idle SQLite connections: SQLite keeps its locks per process and file, and a child that inherits an
+        open file would believe that it holds what its parent holds (https://www.sqlite.org/howtocorrupt.html)."""
+        for database in self._engines.databases():
+            if database.config.backend == "sqlite":
+                database.dispose()
+
+    def after_fork(self) -> None:
+        """In the child: abandon everything inherited, untouched."""
+        self._engines.succeed()
+        for proxy in self._proxies.values():
+            proxy.registry.forget()
+
+
+def _unsaved(session: Any) -> str:
+    """What of the session's work a rollback would throw away, in words; "" if nothing."""
+    for what in ("new", "dirty", "deleted"):
+        count = len(getattr(session, what))
+        if count:
+            return f"{count} {what} object{'s' if count > 1 else ''}"
+    wrote = any(not held.closed and held.info.get(WROTE) for held in session.open_connections)
+    return "a write sent since the last commit" if wrote else ""
+
+
+def _before_fork() -> None:
+    for manager in list(_managers):
+        manager.before_fork()
+
+
+def _after_fork_in_child() -> None:
+    for manager in list(_managers):
+        manager.after_fork()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)

@@ -1,0 +1,212 @@
+"""The sessions: a Session that tells its scope when it is closed, and the scoped_session whose registry is the
+current scope."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
+from sqlalchemy.util import ScopedRegistry
+
+from dbsession import ident, scope, teardown
+from dbsession.config import DatabaseConfig
+from dbsession.errors import ConfigError, ScopeEnded
+
+
+class ManagedSession(Session):
+    """A Session that lives in one scope, at most as long as it. Used after its end it raises
+    `sqlalchemy.exc.InvalidRequestError` (close_resets_only=False) instead of checking a connection out again."""
+
+    _scope: weakref.ref[scope.Scope] | None = None
+    _database: Database
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.open_connections: list[Connection] = []  # those of the transaction under way, for teardown
+
+    def close(self) -> None:
+        """Close it and drop it from its scope, so that the proxy's next use gets a fresh one."""
+        self._leave_scope()
+        super().close()
+
+    def invalidate(self) -> None:
+        """As `close()`, and discard its connections."""
+        self._leave_scope()
+        super().invalidate()
+
+    def _leave_scope(self) -> None:
+        home = self._scope() if self._scope is not None else None
+        if home is not None and home.sessions.get(self._database) is self:
+            del home.sessions[self._database]
+        self._scope = None
+
+
+class Database(Protocol):
+    """What a session needs of its database: `engines.Database`."""
+
+    name: str
+    owner: DatabaseOwner
+    inherited: bool
+    retired: bool
+    factory: sessionmaker[Any]
+
+
+class DatabaseOwner(Protocol):
+    """Who finds a database by its name: `manager.SessionManager`."""
+
+    def database(self, name: str) -> Any: ...
+
+
+def make_factory(config: DatabaseConfig, engine: Engine) -> sessionmaker[Any]:
+    """The sessionmaker of one database, bound to its engine.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] an argument in `session` that the session class refuses.
+    """
+    arguments = {"autoflush": False, "close_resets_only": False, **config.session}
+    base = arguments.pop("class_", Session)
+    if not (isinstance(base, type) and issubclass(base, Session)):
+        raise ConfigError(
+            f"Database {config.name!r}: `class_` in `session` must be a subclass of sqlalchemy.orm.Session."
+        )
+    managed = base if issubclass(base, ManagedSession) else ManagedSession
+    if not issubclass(managed, base):
+        managed = type(f"Managed{base.__name__}", (ManagedSession, base), {})
+    factory = sessionmaker(bind=engine, class_=managed, **arguments)
+    if config.session:
+        try:
+            factory().close()
+        except (TypeError, ValueError, LookupError) as error:
+            raise ConfigError(
+                f"Database {config.name!r}: the session class refuses what `session` says: {error}."
+            ) from error
+    event.listen(factory, "after_begin", _connection_in_use)
+    event.listen(factory, "after_transaction_end", _connections_returned)
+    return factory
+
+
+def _connection_in_use(session: ManagedSession, _: SessionTransaction, connection: Connection) -> None:
+    if connection not in session.open_connections:
+        session.open_connections.append(connection)
+
+
+def _connections_returned(session: ManagedSession, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:
+        session.open_connections.clear()
+
+
+class ScopeRegistry(ScopedRegistry[Any]):
+    """Finds and opens the session of one database in the caller's current scope. Lives as long as its proxy."""
+
+    __slots__ = ("_database", "_name", "_owner")
+
+    def __init__(self, owner: DatabaseOwner, name: str) -> None:
+        self._owner = owner
+        self._name = name
+        # The key of this name's sessions. Set by any ident that resolves it, reset by forget(); see _current_database.
+        self._database: Database | None = None
+
+    def __call__(self) -> Any:
+        """The current scope's session. No I/O; the first use of a name may switch greenlets."""
+        try:
+            return ident.current()._dbsession_scopes[-1].sessions[self._database]
+        except (AttributeError, IndexError, KeyError):
+            return self._open()
+
+    def has(self) -> bool:
+        return self._find() is not None
+
+    def set(self, obj: Any) -> None:
+        """Make `obj`, a session of `session_factory`, the current scope's."""
+        self._store(scope.current_or_implicit(), self._current_database(), obj)
+
+    def clear(self) -> None:
+        self.take()
+
+    def take(self) -> tuple[Database, Any] | None:
+        """Take the session out of the current scope, if it is there; it is then the caller's to close."""
+        found = self._find()
+        if found is None:
+            return None
+        current, database = found
+        session = current.sessions.pop(database, None)
+        return None if session is None else (database, session)
+
+    def forget(self) -> None:
+        """Resolve the name anew at the next use: after configure(), after a fork."""
+        self._database = None
+
+    def _find(self) -> tuple[scope.Scope, Database] | None:
+        current = scope.current()
+        if current is not None:
+            for database in list(current.sessions):
+                if database.name == self._name and database.owner is self._owner:
+                    return current, database
+        return None
+
+    def _open(self) -> Any:
+        current = scope.current_or_implicit()
+        database = self._current_database()
+        found = self._find()
+        if found is not None:
+            _, earlier = found
+            session = current.sessions[earlier]
+            if earlier is database:
+                return session
+            # Opened under an earlier configuration, or before a fork. A transaction under way is finished where it
+            # began; half of it on each of two databases would be no transaction.
+            if not earlier.inherited and session.in_transaction():
+                return session
+            teardown.close_all({earlier: current.sessions.pop(earlier)}, current.label)
+        return self._store(current, database, database.factory())
+
+    def _store(self, current: scope.Scope, database: Database, session: Any) -> Any:
+        session._scope = weakref.ref(current)
+        session._database = database
+        current.home = ident.home()
+        current.sessions[database] = session
+        if current.ended:  # by another thread, since we looked
+            current.clear()
+            raise ScopeEnded(f"{current.label} was ended by another thread while a session was opened in it.")
+        return session
+
+    def _current_database(self) -> Database:
+        while True:
+            database: Database = self._database or self._owner.database(self._name)
+            self._database = database
+            # configure() in another thread marks the old databases first and resets the registries then: whichever
+            # way the two interleave, an old one is seen either here or there.
+            if not (database.retired or database.inherited):
+                return database
+            self._database = None
+
+
+class ScopedSession(scoped_session[Any]):
+    """The `scoped_session` of one name. Lives as long as its manager; may be kept at module level and used from any
+    greenlet or thread: every use goes to the session of the caller's current scope."""
+
+    registry: ScopeRegistry
+
+    def __init__(self, owner: DatabaseOwner, name: str) -> None:
+        self.name = name
+        self.registry = ScopeRegistry(owner, name)
+
+    @property
+    def session_factory(self) -> sessionmaker[Any]:  # type: ignore[override]  # an attribute there, followed here
+        """The sessionmaker of the database as it is configured now."""
+        return self.registry._current_database().factory
+
+    def remove(self) -> None:
+        """Close the current scope's session of this name, if there is one; the next use gets a fresh one.
+
+        As `clear_dbsession()`: a session that fails to close is discarded and logged; only a kill is raised.
+        """
+        taken = self.registry.take()
+        if taken is not None:
+            teardown.close_all(dict([taken]), f"a remove() of {self.name!r}")
+
+    def __repr__(self) -> str:
+        return f"<ScopedSession {self.name!r}>"

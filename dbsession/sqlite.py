@@ -1,0 +1,123 @@
+"""What only SQLite needs: a file and not memory, WAL, and waiting for its write lock without stopping the hub."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sqlalchemy.engine import URL
+
+from dbsession import fork, hub
+from dbsession.errors import ConfigError
+
+T = TypeVar("T")
+
+# Between two tries of a busy statement. Short against the 5 s that one may wait, and the same for all, so that who
+# waits longest is not the one who asks least often; random, so that two processes do not ask in step.
+_RETRY_S = (0.001, 0.005)
+
+
+def _until_free(connection: Connection, attempt: Callable[[], T]) -> T:
+    """`attempt()`, again while another connection holds the lock, for up to `busy_timeout_s`. Switches greenlets.
+
+    SQLite undoes a busy statement and leaves its transaction open, so the statement alone may be tried again; not
+    after SQLITE_BUSY_SNAPSHOT, where the transaction has read what is no longer true (sqlite.org/rescode.html#busy).
+    """
+    if connection.epoch != fork.epoch:
+        raise sqlite3.ProgrammingError(
+            "This SQLite connection was opened before this process was forked and belongs to the parent. "
+            "Open a session anew: get_dbsession()."
+        )
+    try:
+        return attempt()
+    except sqlite3.OperationalError as error:
+        if not _is_busy(error):
+            raise
+    deadline = time.monotonic() + connection.busy_timeout_s
+    changes = connection.total_changes
+    while True:
+        hub.sleep(random.uniform(*_RETRY_S))
+        try:
+            return attempt()
+        except sqlite3.OperationalError as error:
+            # Changed rows: an executemany() got stuck half-way (never under WAL); a second try would repeat them.
+            if not _is_busy(error) or time.monotonic() > deadline or connection.total_changes != changes:
+                raise
+
+
+def _is_busy(error: sqlite3.OperationalError) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF == sqlite3.SQLITE_BUSY and code != sqlite3.SQLITE_BUSY_SNAPSHOT
+
+
+class Cursor(sqlite3.Cursor):
+    """Lives as long as its result is read."""
+
+    connection: Connection
+
+    def execute(self, sql: str, parameters: Any = (), /) -> Cursor:
+        execute = super().execute
+        return _until_free(self.connection, lambda: execute(sql, parameters))
+
+    def executemany(self, sql: str, parameters: Any, /) -> Cursor:
+        rows = list(parameters)  # an iterator could not be tried again
+        executemany = super().executemany
+        return _until_free(self.connection, lambda: executemany(sql, rows))
+
+
+class Connection(sqlite3.Connection):
+    """A pooled SQLite connection of this process; in a forked child it refuses everything and touches nothing."""
+
+    busy_timeout_s = 5.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.epoch = fork.epoch
+
+    def cursor(self, factory: Any = None) -> Any:
+        return super().cursor(factory or Cursor)
+
+    def commit(self) -> None:
+        _until_free(self, super().commit)
+
+    def rollback(self) -> None:
+        if self.epoch == fork.epoch:
+            super().rollback()
+
+    def close(self) -> None:
+        if self.epoch == fork.epoch:
+            super().close()
+
+
+def set_up(connection: Any, busy_timeout_s: float) -> None:
+    """Prepare a connection just opened. May switch greenlets."""
+    if isinstance(connection, Connection):
+        connection.busy_timeout_s = busy_timeout_s
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")  # readers and the writer do not wait for each other
+    cursor.close()
+
+
+def engine_options(name: str, url: URL, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of create_engine that a file needs, below the user's own.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] an in-memory database without a pool class.
+    """
+    in_memory = (
+        url.database in (None, "", ":memory:")
+        or "mode=memory" in str(url.database)
+        or ":memory:" in str(url.database)
+        or url.query.get("mode") == "memory"
+    )
+    if in_memory and not {"poolclass", "pool", "creator"} & options.keys():
+        raise ConfigError(
+            f"Database {name!r} is an in-memory SQLite database: each greenlet would get an empty one of its own. Use "
+            "a file ('sqlite:///data.db'), or set `poolclass` in `options` if one connection for all is what you mean."
+        )
+    if url.get_driver_name() != "pysqlite":
+        return {}
+    return {"connect_args": {"timeout": 0, "factory": Connection}}

@@ -1,0 +1,82 @@
+"""Close every session of a unit of work, whatever fails on the way; kills and timeouts pass through at the end."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+from sqlalchemy.engine import Connection
+
+from dbsession.errors import describe
+
+logger = logging.getLogger(__name__)
+
+
+class ClosableSession(Protocol):
+    """What teardown needs of a session: `sessions.ManagedSession`."""
+
+    open_connections: list[Connection]
+
+    def close(self) -> None: ...
+
+
+class SessionKey(Protocol):
+    """What teardown needs of a session's database: `engines.Database`."""
+
+    name: str
+    inherited: bool
+
+
+Sessions = dict[Any, Any]  # SessionKey -> ClosableSession, the used set of one scope
+
+
+def close_all(sessions: Sessions, label: str) -> None:
+    """Take every entry out of `sessions` and close it. May switch greenlets.
+
+    The entry goes first: whatever happens to the close, nobody finds that session again. `popitem` is one step of the
+    interpreter, so that two threads that end the same scope never close one session twice.
+
+    Raises:
+        BaseException: the first kill or timeout (anything that is no `Exception`) that landed on the way, after the
+            last session was seen to. Errors are logged, one WARNING a session, and not raised: the response is made
+            already and nobody could do anything with them.
+    """
+    kill: BaseException | None = None
+    while sessions:
+        try:
+            database, session = sessions.popitem()
+        except KeyError:  # the other thread took the last one
+            break
+        failure = close_one(database, session, label)
+        if failure is not None and not isinstance(failure, Exception):
+            kill = kill or failure
+    if kill is not None:
+        raise kill
+
+
+def close_one(database: SessionKey, session: ClosableSession, label: str) -> BaseException | None:
+    """Close one session; return what went wrong, a kill before an error, and never raise it. May switch greenlets."""
+    if database.inherited:
+        return None  # it belongs to the parent process: not a byte on its connections
+    connections = list(session.open_connections)
+    try:
+        session.close()
+        return None
+    except BaseException as error:
+        failure = error
+    # SQLAlchemy forgets its connections before it closes them (SessionTransaction.close has no try/finally), so a
+    # second close() would do nothing and the pool's slots would be gone: discard what the session had in use.
+    for connection in connections:
+        for step in (connection.invalidate, connection.close):
+            try:
+                step()
+            except BaseException as error:
+                if isinstance(failure, Exception) and not isinstance(error, Exception):
+                    failure = error
+    logger.warning(
+        "Database %r: a session of %s failed to close with %s; its connection was discarded.",
+        database.name,
+        label,
+        describe(failure),
+    )
+    return failure
