@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy.pool import PoolProxiedConnection, QueuePool
 
-from dbsession import scope
+from dbsession import hub, scope
 
 
 class ScopePool(QueuePool):
@@ -19,8 +19,8 @@ class ScopePool(QueuePool):
         Before anybody waits, the scopes of raw greenlets that have died but are still referenced are ended: nobody
         else would ever give their connections back.
         """
-        if not self.checkedin():
-            scope.end_dead()
+        if not self.checkedin() and scope.end_dead():
+            hub.sleep(0)  # lets the closing begin, also where the wait below would stop the hub (nothing is patched)
         return super().connect()
 
 

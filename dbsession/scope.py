@@ -147,10 +147,13 @@ def _end_stack(stack: list[Scope], dying_thread: bool = False) -> None:
         stack.pop().end_aside(dying_thread)
 
 
-def end_dead() -> None:
-    """End the scopes of raw greenlets that are dead but still referenced. Called before anybody waits in a pool."""
-    for dead in ident.dead_idents():
-        _end_stack(getattr(dead, "_dbsession_scopes", []))
+def end_dead() -> bool:
+    """End the scopes of raw greenlets that are dead but still referenced; whether there were any. Called before
+    anybody waits in a pool."""
+    dead = ident.dead_idents()
+    for one in dead:
+        _end_stack(getattr(one, "_dbsession_scopes", []))
+    return bool(dead)
 
 
 @contextmanager

@@ -1,0 +1,104 @@
+"""The package's shape: each module imports only what stands above it, and fits on a few pages."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.processes import run_python
+
+PACKAGE = Path(__file__).resolve().parents[2] / "dbsession"
+
+# Import order = call order: a module imports only from those before it. A folder is one entry, and inside it
+# everything may import everything. `__init__` is the package itself: what may say `import dbsession`.
+ORDER = (
+    "errors",
+    "hub",
+    "ident",
+    "teardown",
+    "scope",
+    "config",
+    "fork",
+    "pool",
+    "sqlite",
+    "mysql",
+    "sessions",
+    "engines",
+    "manager",
+    "api",
+    "wsgi",
+    "__init__",
+    "flask",
+    "gunicorn_hooks",
+    "cli",
+    "__main__",
+)
+MAX_LINES = 300
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_layers(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, layer) of every import of ours in the file, wherever in it; late ones count as well."""
+    package = ["dbsession", *path.relative_to(PACKAGE).parts[:-1]]
+
+    def of(dotted: list[str]) -> str:
+        # A name that is no module of ours, as in `from dbsession import configure`, comes from the package.
+        known = len(dotted) > 1 and dotted[1] in ORDER
+        return dotted[1] if known else "__init__"
+
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "dbsession":
+                    yield node.lineno, of(alias.name.split("."))
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            if base[:1] == ["dbsession"]:
+                for alias in node.names:
+                    yield node.lineno, of([*base, alias.name])
+
+
+def test_order_lists_every_module() -> None:
+    assert {layer(path) for path in MODULES} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_module_imports_only_from_above(path: Path) -> None:
+    own = layer(path)
+    above = ORDER[: ORDER.index(own)]
+    inside = (own,) if path.parent != PACKAGE else ()
+    wrong = [
+        f"{path.relative_to(PACKAGE.parent)}:{line}: {own} imports {name}"
+        for line, name in imported_layers(path)
+        if name not in above + inside
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_module_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_import_brings_in_no_extra() -> None:
+    """`import dbsession` loads only what its own requirements installed."""
+    run_python(
+        """
+        import sys
+        import dbsession
+
+        extras = {"gunicorn", "flask", "werkzeug", "prometheus_client"}
+        drivers = {"aiomysql", "asyncmy", "aiosqlite", "asyncpg"}
+        loaded = {name.partition(".")[0] for name in sys.modules} & (extras | drivers)
+        assert not loaded, loaded
+        """
+    )

@@ -1,0 +1,60 @@
+"""Private names of other libraries that dbsession relies on. When one of these fails after an upgrade, the library
+has changed: find the new place before anything else is believed."""
+
+from __future__ import annotations
+
+import gevent
+import gevent.threadpool
+import pymysql
+from sqlalchemy import create_engine, text
+from support.processes import run_python
+
+from dbsession import fork, hub
+
+
+def test_gevent_tells_whether_a_thread_has_a_hub_without_making_one():
+    run_python(
+        """
+        from gevent._hub_local import get_hub_if_exists
+        from dbsession import hub
+        assert get_hub_if_exists() is None and hub.here() is None
+        import gevent
+        assert gevent.get_hub() is hub.here() is get_hub_if_exists()
+        """
+    )
+
+
+def test_gevent_runs_threadpool_jobs_in_a_greenlet_class_of_its_threadpool_module():
+    assert hub.here() is gevent.get_hub()
+    job = gevent.get_hub().threadpool.apply(lambda: type(gevent.getcurrent()).__module__)
+    assert job == "gevent.threadpool"
+
+
+def test_pymysql_keeps_its_socket_in_sock(mariadb_url):
+    engine = create_engine(mariadb_url)
+    with engine.connect() as connection:
+        driver = connection.connection.dbapi_connection
+        assert isinstance(driver, pymysql.connections.Connection)
+        assert fork.descriptor_of(driver) == driver._sock.fileno() >= 0
+    engine.dispose()
+    assert fork.descriptor_of(driver) is None
+
+
+def test_sqlalchemy_record_without_its_connection_is_not_reset_when_collected(tmp_path):
+    """What fork.abandon() does to a record must be enough to keep SQLAlchemy's finalizer off the connection."""
+    engine = create_engine(f"sqlite:///{tmp_path}/a.db")
+    connection = engine.connect()
+    connection.execute(text("SELECT 1"))
+    fairy = connection.connection
+    driver, record = fairy.dbapi_connection, fairy._connection_record
+    rolled_back = []
+    engine.dialect.do_rollback = rolled_back.append
+    record.dbapi_connection = None
+    connection.detach  # noqa: B018 - the Connection object itself has to be collected below
+    del connection, fairy
+    import gc
+
+    gc.collect()
+    assert rolled_back == []
+    driver.close()
+    engine.dispose()

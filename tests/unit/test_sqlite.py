@@ -1,0 +1,106 @@
+"""SQLite: WAL, and waiting for the write lock without stopping the hub."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import gevent
+import gevent.event
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+from dbsession import SessionManager
+
+
+@pytest.fixture
+def manager(tmp_path):
+    manager = SessionManager({"default": {"url": f"sqlite:///{tmp_path}/a.db", "busy_timeout_s": 5}})
+    with manager.scope():
+        manager.get().execute(text("CREATE TABLE t (n INTEGER)"))
+        manager.get().commit()
+    yield manager
+    manager.dispose()
+
+
+def test_file_is_in_wal_mode(manager):
+    with manager.scope():
+        assert manager.get().scalar(text("PRAGMA journal_mode")) == "wal"
+        assert manager.get().scalar(text("PRAGMA busy_timeout")) == 0
+
+
+def test_writer_waits_for_the_lock_while_other_greenlets_run(manager):
+    locked, ticks = gevent.event.Event(), []
+
+    def hold():
+        with manager.scope():
+            manager.get().execute(text("INSERT INTO t VALUES (1)"))
+            locked.set()
+            while len(ticks) < 20:
+                gevent.sleep(0.001)
+            manager.get().commit()
+
+    def write():
+        locked.wait()
+        with manager.scope():
+            manager.get().execute(text("INSERT INTO t VALUES (2)"))
+            manager.get().commit()
+            return len(ticks)
+
+    def tick():
+        while len(ticks) < 100:
+            ticks.append(1)
+            gevent.sleep(0.001)
+
+    jobs = [gevent.spawn(job) for job in (hold, write, tick)]
+    gevent.joinall(jobs, timeout=10, raise_error=True)
+    assert jobs[1].value >= 20
+
+
+def test_many_writers_all_get_their_turn(manager):
+    def write(n):
+        with manager.scope():
+            manager.get().execute(text("INSERT INTO t VALUES (:n)"), [{"n": n}, {"n": n}])
+            gevent.sleep(0)
+            manager.get().commit()
+
+    jobs = [gevent.spawn(write, n) for n in range(100)]
+    gevent.joinall(jobs, timeout=30, raise_error=True)
+    with manager.scope():
+        assert manager.get().scalar(text("SELECT COUNT(*) FROM t")) == 200
+
+
+def test_statement_gives_up_after_busy_timeout(tmp_path):
+    manager = SessionManager({"default": {"url": f"sqlite:///{tmp_path}/a.db", "busy_timeout_s": 0.05}})
+    with manager.scope():
+        manager.get().execute(text("CREATE TABLE t (n INTEGER)"))
+        manager.get().execute(text("INSERT INTO t VALUES (1)"))
+        with manager.scope(), pytest.raises(OperationalError, match="locked"):
+            manager.get().execute(text("INSERT INTO t VALUES (2)"))
+        manager.get().commit()
+    with manager.scope():
+        assert manager.get().scalars(text("SELECT n FROM t")).all() == [1]
+    manager.dispose()
+
+
+def test_stale_snapshot_is_not_retried(manager):
+    """SQLITE_BUSY_SNAPSHOT: what the transaction read is no longer true, and waiting cannot make it so."""
+    with manager.scope():
+        first = manager.get().connection().connection.dbapi_connection
+        first.execute("BEGIN")
+        assert first.execute("SELECT COUNT(*) FROM t").fetchone() == (0,)
+        with manager.scope():
+            manager.get().execute(text("INSERT INTO t VALUES (1)"))
+            manager.get().commit()
+        with pytest.raises(sqlite3.OperationalError) as caught:
+            first.cursor().execute("INSERT INTO t VALUES (2)")
+        assert caught.value.sqlite_errorcode == sqlite3.SQLITE_BUSY_SNAPSHOT
+
+
+def test_users_own_connect_args_come_first(tmp_path):
+    manager = SessionManager(
+        {"default": {"url": f"sqlite:///{tmp_path}/a.db", "options": {"connect_args": {"timeout": 1.5}}}}
+    )
+    with manager.scope():
+        assert manager.get().scalar(text("PRAGMA busy_timeout")) == 1500
+    manager.dispose()

@@ -1,0 +1,242 @@
+"""The support code itself: what other tests rely on without looking."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pymysql
+import pytest
+from sqlalchemy.engine import make_url
+
+from support.gunicorn import Gunicorn
+from support.mariadb import MariaDBServer
+from support.processes import Supervised, pid_alive, run_python, run_script, script_env, wait_gone
+from support.proxy import Proxy
+from support.waiting import wait_until
+
+
+def connect(url: str, port: int | None = None) -> pymysql.Connection:
+    parts = make_url(url)
+    return pymysql.connect(
+        host=parts.host,
+        port=port or parts.port,
+        user=parts.username,
+        password=parts.password,
+        database=parts.database,
+        read_timeout=10,
+    )
+
+
+def test_mariadb_answers_and_shows_the_connection(mariadb: MariaDBServer, mariadb_url: str) -> None:
+    with connect(mariadb_url) as connection, connection.cursor() as cursor:
+        cursor.execute("CREATE TABLE t (x INT)")
+        assert cursor.execute("SELECT 1 FROM t") == 0
+        assert connection.thread_id() in [row["id"] for row in mariadb.processlist()]
+        assert int(mariadb.status("Threads_connected")) >= 1
+
+
+def test_mariadb_comes_back_with_its_data_when_killed(mariadb: MariaDBServer, mariadb_url: str) -> None:
+    port = mariadb.port
+    with connect(mariadb_url) as connection:
+        connection.cursor().execute("CREATE TABLE t (x INT)")
+    mariadb.kill()
+    with pytest.raises(pymysql.err.OperationalError):
+        connect(mariadb_url)
+    mariadb.start()
+    assert mariadb.port == port
+    with connect(mariadb_url) as connection:
+        connection.cursor().execute("SELECT x FROM t")
+
+
+def test_mariadb_is_silent_when_paused(mariadb: MariaDBServer, mariadb_url: str) -> None:
+    with connect(mariadb_url) as connection, contextlib.closing(socket.socket()) as quiet:
+        mariadb.pause()
+        quiet.settimeout(0.3)
+        quiet.connect(("127.0.0.1", mariadb.port))
+        with pytest.raises(TimeoutError):
+            quiet.recv(1)
+        mariadb.resume()
+        connection.ping(reconnect=False)
+
+
+def test_supervised_command_dies_when_its_starter_is_killed(tmp_path: Path) -> None:
+    """The folder goes with it, and a grandchild that ignores SIGTERM, too."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    source = """
+        import sys, time
+        from pathlib import Path
+        from support.processes import Supervised
+        grandchild = "trap '' TERM; sleep 600 & echo $! >pid.new; mv pid.new pid; wait"
+        process = Supervised(["sh", "-c", grandchild], log=Path("log"), remove=Path(sys.argv[1]))
+        print(process.pid, flush=True)
+        time.sleep(600)
+    """
+    script = tmp_path / "script.py"
+    script.write_text("\n".join(line.strip() for line in source.splitlines()))
+    starter = subprocess.Popen(
+        [sys.executable, str(script), str(folder)], stdout=subprocess.PIPE, env=script_env(), cwd=tmp_path
+    )
+    assert starter.stdout is not None
+    try:
+        pids = [int(starter.stdout.readline())]
+        wait_until((tmp_path / "pid").exists, what="the grandchild's pid")
+        pids.append(int((tmp_path / "pid").read_text()))
+        assert all(map(pid_alive, pids))
+    finally:
+        starter.kill()
+        starter.wait(10)
+        starter.stdout.close()
+    wait_gone(pids)
+    wait_until(lambda: not folder.exists(), what="the folder's end")
+
+
+def test_supervised_tells_the_exit_status(tmp_path: Path) -> None:
+    process = Supervised(["sh", "-c", "exit 7"], log=tmp_path / "log")
+    assert process.wait(10) == 7
+    process.close()
+    process = Supervised(["sleep", "600"], log=tmp_path / "log")
+    assert process.poll() is None
+    process.signal(signal.SIGTERM)
+    assert process.wait(10) == -signal.SIGTERM
+    process.close()
+
+
+@pytest.fixture
+def echo_port() -> Iterator[int]:
+    """A server that sends back what it gets."""
+    source = """if True:
+        import socketserver
+        class Echo(socketserver.BaseRequestHandler):
+            def handle(self):
+                while data := self.request.recv(65536):
+                    self.request.sendall(data)
+        class Server(socketserver.ThreadingTCPServer):
+            def handle_error(self, request, client_address):
+                pass  # cut connections are what the tests are about
+        server = Server(("127.0.0.1", 0), Echo)
+        print(server.server_address[1], flush=True)
+        server.serve_forever()
+    """
+    process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    yield int(process.stdout.readline())
+    process.kill()
+    process.wait(10)
+    process.stdout.close()
+
+
+def test_proxy_stalls_counts_and_cuts(echo_port: int) -> None:
+    with Proxy(echo_port) as proxy, socket.create_connection(("127.0.0.1", proxy.port), 10) as client:
+        client.sendall(b"one")
+        assert client.recv(10) == b"one"
+
+        proxy.stall()
+        client.sendall(b"two")
+        client.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            client.recv(10)
+        assert proxy.bytes_sent() == [3]
+        proxy.resume()
+        client.settimeout(10)
+        assert client.recv(10) == b"two"
+        assert proxy.sent(0) == b"onetwo"
+
+        # Only the answer is held back: the server has got the request.
+        proxy.stall("to_client")
+        client.sendall(b"three")
+        wait_until(lambda: proxy.bytes_sent() == [11])
+
+        proxy.cut()
+        with pytest.raises(ConnectionResetError):
+            client.recv(10)
+        assert [c["open"] for c in proxy.connections()] == [False]
+
+
+def test_proxy_dribbles_every_byte(echo_port: int) -> None:
+    with Proxy(echo_port) as proxy, socket.create_connection(("127.0.0.1", proxy.port), 10) as client:
+        proxy.dribble(2)
+        client.sendall(b"0123456789")
+        parts = []
+        while sum(map(len, parts)) < 10:
+            parts.append(client.recv(100))
+        assert b"".join(parts) == b"0123456789"
+        assert len(parts) > 1
+
+
+def test_proxy_passes_mariadb(mariadb: MariaDBServer, mariadb_url: str) -> None:
+    with Proxy(mariadb.port) as proxy, connect(mariadb_url, proxy.port) as connection:
+        connection.cursor().execute("SELECT 'marker'")
+        assert b"SELECT 'marker'" in proxy.sent(0)
+
+
+def test_run_python_shows_the_output_when_the_script_fails() -> None:
+    with pytest.raises(AssertionError, match=r"exit status 1(?s:.*)some output(?s:.*)ZeroDivisionError"):
+        run_python("print('some output'); 1 / 0")
+
+
+def test_run_python_ends_the_script_and_its_children_when_late(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    source = """
+        import subprocess, sys
+        from pathlib import Path
+        child = subprocess.Popen(["sleep", "600"])
+        Path(sys.argv[1]).write_text(str(child.pid))
+        child.wait()
+    """
+    with pytest.raises(AssertionError, match="did not end within 2 s"):
+        run_python(source, pid_file, timeout=2)
+    wait_gone([int(pid_file.read_text())])
+
+
+def test_run_script_gives_the_prelude_in_each_mode(mode: str) -> None:
+    done = run_script(
+        mode,
+        """
+        import sys, threading
+        from gevent import monkey
+
+        assert monkey.is_module_patched("socket") == (MODE != "threads")
+        seen = []
+        def work(n):
+            wait_until(lambda: len(seen) >= 3)
+            return n
+        tasks = [spawn(work, n) for n in range(3)]
+        for n in range(3):
+            sleep(0)
+            seen.append(n)
+        assert join(tasks) == [0, 1, 2]
+        try:
+            join(spawn(lambda: 1 / 0))
+        except ZeroDivisionError:
+            print(MODE, sys.argv[1:], dbsession.__name__)
+        """,
+        "argument",
+    )
+    assert done.stdout == f"{mode} ['argument'] dbsession\n"
+
+
+def test_gunicorn_answers_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "hello.py").write_text(
+        "def app(environ, start_response):\n"
+        "    start_response('200 OK', [('Content-Length', str(len(environ['PATH_INFO'])))])\n"
+        "    return [environ['PATH_INFO'].encode()]\n"
+    )
+    with Gunicorn("hello:app", "--worker-class=gevent", cwd=tmp_path, workers=2, ready="/") as server:
+        assert server.get("/four").text == "/four"
+        pids = [server.pid, *server.worker_pids()]
+        assert len(pids) == 3
+    assert not any(map(pid_alive, pids))
+    assert not server.log.exists()
+
+
+def test_gunicorn_says_why_when_it_does_not_start(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught, Gunicorn("no_such_module:app", cwd=tmp_path, ready="/"):
+        pass
+    assert "no_such_module" in "".join(caught.value.__notes__)
