@@ -1,6 +1,6 @@
 """Hook functions for a gunicorn configuration file:
 
-    from dbsession.gunicorn_hooks import post_request, worker_exit
+    from dbsession.gunicorn_hooks import post_request, post_worker_init, when_ready, worker_exit
 
 There is none for forks: `os.register_at_fork` tells us of every one, the workers' and the dirty workers' (whose
 `dirty_post_fork` and `dirty_worker_exit` gunicorn calls in their arbiter, not in the worker).
@@ -15,6 +15,24 @@ from typing import Any
 from dbsession import api, scope
 
 logger = logging.getLogger(__name__)
+
+
+def when_ready(server: Any) -> None:
+    """In the master, which under preload_app has imported the application: closes the sessions that were used by the
+    import itself, outside any scope. They would hold their connections as long as the process lives."""
+    _close_what_the_import_used()
+
+
+def post_worker_init(worker: Any) -> None:
+    """The same in a worker, which has just imported the application."""
+    _close_what_the_import_used()
+
+
+def _close_what_the_import_used() -> None:
+    current = scope.current()
+    if current is not None and current.sessions:
+        logger.warning("The import of the application left sessions open; they are closed now. Use session_scope().")
+        current.clear()
 
 
 def post_request(worker: Any, req: Any, environ: dict[str, Any], resp: Any) -> None:

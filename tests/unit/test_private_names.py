@@ -25,7 +25,7 @@ def test_gevent_tells_whether_a_thread_has_a_hub_without_making_one():
 
 
 def test_gevent_runs_threadpool_jobs_in_a_greenlet_class_of_its_threadpool_module():
-    assert hub.here() is gevent.get_hub()
+    assert gevent.get_hub() is hub.here()
     job = gevent.get_hub().threadpool.apply(lambda: type(gevent.getcurrent()).__module__)
     assert job == "gevent.threadpool"
 

@@ -1,0 +1,176 @@
+"""Real gunicorn 27, gevent workers, real HTTP: SQLite and MariaDB, preload on and off, patched early and late."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, text
+from support.gunicorn import Gunicorn
+from support.waiting import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = {
+    "patched at the top": ROOT / "deploy" / "gunicorn.conf.py",
+    "patched by the worker": Path(__file__).with_name("gunicorn_late.conf.py"),
+}
+
+
+@pytest.fixture(params=["sqlite", "mariadb"])
+def url(request, tmp_path):
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/a.db"
+    return request.getfixturevalue("mariadb_url")
+
+
+@pytest.fixture(params=list(CONFIGS))
+def config(request):
+    return CONFIGS[request.param]
+
+
+@pytest.fixture(params=["preload", "no preload"])
+def preload(request):
+    return ["--preload"] if request.param == "preload" else []
+
+
+def serve(url, *arguments, config=CONFIGS["patched at the top"], app="wrapped", **env):
+    return Gunicorn(
+        f"support.probe_app:{app}",
+        "--worker-class=gevent",
+        "--graceful-timeout=5",
+        *arguments,
+        config=config,
+        env={"DBSESSION_URL": url, **env},
+        ready="/state",
+    )
+
+
+def state(server):
+    return json.loads(server.get("/state").body)
+
+
+def nothing_in_use(server):
+    wait_until(lambda: state(server)["checked_out"] == 0, 5)
+
+
+def all_at_once(server, paths):
+    with ThreadPoolExecutor(len(paths)) as pool:
+        return [answer.text for answer in pool.map(lambda path: server.get(path, timeout_s=30), paths)]
+
+
+def test_f02_concurrent_requests_have_a_session_each(url, config, preload):
+    """Under --preload and without patching at the top, a registry of SQLAlchemy's would be one session for all."""
+    with serve(url, *preload, config=config) as server:
+        assert len(set(all_at_once(server, ["/session?pause=1"] * 50))) == 50
+        nothing_in_use(server)
+
+
+def test_concurrent_requests_read_their_own_rows(url, config, preload):
+    with serve(url, *preload, config=config, PROBE_QUERY_AT_IMPORT="1") as server:
+        tokens = [f"t{n}" for n in range(60)]
+        answers = all_at_once(server, [f"/token?token={token}&pause=0.05" for token in tokens])
+        assert answers == [f"{token}/{token}" for token in tokens]
+        nothing_in_use(server)
+
+
+def test_f11_workers_of_a_preloading_master_that_used_the_database(url):
+    """Two workers inherit the master's connection; each must open its own."""
+    with serve(url, "--preload", "--workers=2", PROBE_QUERY_AT_IMPORT="1") as server:
+        for _ in range(5):
+            tokens = [f"t{n}" for n in range(30)]
+            assert all_at_once(server, [f"/token?token={t}" for t in tokens]) == [f"{t}/{t}" for t in tokens]
+
+
+def test_f03_streamed_bodies_leave_nothing_in_use(url):
+    with serve(url) as server:
+        for _ in range(25):  # more than the pool's size
+            assert len(server.get("/stream?rows=3").body.splitlines()) == 3
+        nothing_in_use(server)
+
+
+def test_f03_client_that_resets_in_the_middle_of_a_stream_costs_nothing(url):
+    with serve(url) as server:
+        for _ in range(25):
+            client = socket.create_connection(("127.0.0.1", server.port), 10)
+            client.sendall(b"GET /stream?rows=200 HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+            client.close()
+        nothing_in_use(server)
+        assert server.get("/token?token=t").text == "t/t"
+
+
+def test_f03_requests_that_end_in_other_ways_leave_nothing_in_use(url):
+    with serve(url) as server:
+        for path, status in (("/raise", 500), ("/file", 200), ("/token?token=t", 200)):
+            for _ in range(25):
+                assert server.get(path).status == status
+        for _ in range(25):
+            client = socket.create_connection(("127.0.0.1", server.port), 10)
+            client.sendall(b"GET /exit HTTP/1.1\r\nHost: x\r\n\r\n")
+            client.close()  # gunicorn's worker swallows SystemExit and answers nothing
+            client = socket.create_connection(("127.0.0.1", server.port), 10)
+            client.sendall(b"HEAD /stream?rows=2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+            client.close()
+        nothing_in_use(server)
+
+
+def test_f04_file_goes_through_gunicorns_own_file_wrapper(tmp_path):
+    with serve(f"sqlite:///{tmp_path}/a.db") as server:
+        answer = server.get("/file")
+        assert answer.body == (ROOT / "tests/support/probe_app.py").read_bytes()
+
+
+def test_f06_uncommitted_write_of_one_request_is_never_committed_by_the_next(url):
+    """On one keep-alive connection, so in one greenlet; also when the application is not wrapped (the backstop)."""
+    import http.client
+
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE t (n INTEGER)"))
+    engine.dispose()
+    for app in ("wrapped", "unwrapped"):
+        with serve(url, app=app) as server:
+            client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+            for path, expected in (("/write?n=1", "written"), ("/count", "0"), ("/write?n=2", "written")):
+                client.request("GET", path)
+                assert client.getresponse().read().decode() == expected, app
+            client.request("GET", "/token?token=t")
+            assert client.getresponse().read() == b"t/t"
+            client.close()
+            nothing_in_use(server)
+
+
+def test_unwrapped_application_is_cleaned_up_by_the_backstop(url):
+    with serve(url, app="unwrapped") as server:
+        for _ in range(25):
+            assert server.get("/token?token=t").text == "t/t"
+        nothing_in_use(server)
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["no preload", "preload"])
+def test_connections_are_bounded_and_gone_after_sigterm(mariadb, mariadb_url, preload):
+    """At most workers x pool_size while it runs; none 5 s after SIGTERM."""
+    user = "app"
+    with serve(mariadb_url, *preload, "--workers=2", PROBE_QUERY_AT_IMPORT="1") as server:
+        most, stop = [0], threading.Event()
+
+        def watch():
+            while not stop.wait(0.02):
+                most[0] = max(most[0], len(mariadb.processlist(user)))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        all_at_once(server, [f"/token?token={n}&pause=0.02" for n in range(150)])
+        stop.set()
+        watcher.join()
+        masters = 1 if preload else 0
+        assert 0 < most[0] <= 2 * 20 + masters
+        server.term()
+        wait_until(lambda: not mariadb.processlist(user), 10)

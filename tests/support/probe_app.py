@@ -1,0 +1,83 @@
+"""A WSGI application for the tests that run a real gunicorn: each path does one thing to a session.
+
+The databases come from DBSESSION_URL and, where a test needs it, DBSESSION_OTHER_URL. `state` at /state tells, without
+a session, what the worker that answers has in use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+from urllib.parse import parse_qs
+
+import dbsession
+from dbsession import get_dbsession
+from sqlalchemy import text
+
+session = get_dbsession()  # before anything is configured or patched, as applications do
+
+if os.environ.get("PROBE_QUERY_AT_IMPORT"):
+    # Under --preload this leaves the master with a live connection that every worker inherits.
+    session.execute(text("SELECT 1"))
+
+
+def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    path = environ["PATH_INFO"]
+    query = {key: values[0] for key, values in parse_qs(environ["QUERY_STRING"]).items()}
+    if path == "/state":
+        pool = dbsession.get_engine().pool
+        answer = {"pid": os.getpid(), "checked_out": pool.checkedout(), "idle": pool.checkedin()}
+        return reply(start_response, json.dumps(answer))
+    if path == "/stream":
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return stream(int(query["rows"]), float(query.get("pause", 0)))
+    if path == "/token":
+        return reply(start_response, token(query["token"], float(query.get("pause", 0))))
+    if path == "/session":
+        mine = session()
+        time.sleep(float(query.get("pause", 0)))  # patched: the others run
+        assert session() is mine
+        return reply(start_response, f"{os.getpid()}:{id(mine)}")
+    if path == "/raise":
+        session.execute(text("SELECT 1"))
+        raise RuntimeError("raised by the probe")
+    if path == "/exit":
+        session.execute(text("SELECT 1"))
+        raise SystemExit(1)
+    if path == "/file":
+        session.execute(text("SELECT 1"))
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return environ["wsgi.file_wrapper"](open(__file__, "rb"))
+    if path == "/write":
+        session.execute(text("INSERT INTO t VALUES (:n)"), {"n": int(query["n"])})
+        if query.get("commit"):
+            session.commit()
+        return reply(start_response, "written")
+    if path == "/count":
+        return reply(start_response, str(session.scalar(text("SELECT COUNT(*) FROM t"))))
+    raise AssertionError(path)
+
+
+def reply(start_response: Any, answer: str) -> list[bytes]:
+    body = answer.encode()
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+    return [body]
+
+
+def token(value: str, pause: float) -> str:
+    first = session.scalar(text("SELECT :t"), {"t": value})
+    time.sleep(pause)
+    return f"{first}/{session.scalar(text('SELECT :t'), {'t': value})}"
+
+
+def stream(rows: int, pause: float) -> Iterator[bytes]:
+    for n in range(rows):
+        time.sleep(pause)
+        yield b"%d %s\n" % (session.scalar(text("SELECT :n"), {"n": n}), b"x" * 20_000)
+
+
+wrapped = dbsession.DBSessionMiddleware(app)
+unwrapped = app
