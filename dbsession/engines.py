@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import weakref
+from collections import deque
 from functools import lru_cache
 from typing import Any
 
@@ -74,6 +75,7 @@ class ConnectionLinks:
         self.generation = 0
         self.closing = False
         self._config = config
+        self._line: deque[sqlite.Connection] = deque()
         self._records: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
     def listen(self, engine: Engine) -> None:
@@ -88,7 +90,7 @@ class ConnectionLinks:
             pass  # a driver without weak references: after a fork its pool is replaced, and that is all
         record.info[GENERATION] = self.generation
         if self._config.backend == "sqlite":
-            sqlite.set_up(connection, self._config.busy_timeout_s)
+            sqlite.set_up(connection, self._config.busy_timeout_s, self._line)
 
     def _returned(self, connection: Any, record: Any) -> None:
         if connection is None:
@@ -100,6 +102,7 @@ class ConnectionLinks:
     def abandon(self) -> None:
         inherited = [(connection, record()) for connection, record in self._records.items()]
         self._records = weakref.WeakKeyDictionary()
+        self._line = deque()
         fork.abandon(inherited)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,13 +16,20 @@ from dbsession.errors import ConfigError
 
 T = TypeVar("T")
 
-# Between two tries of a busy statement. Short against the 5 s that one may wait, and the same for all, so that who
-# waits longest is not the one who asks least often; random, so that two processes do not ask in step.
-_RETRY_S = (0.001, 0.005)
+# Between two tries of the first in line, and between two looks of the others at the line. Random, so that two
+# processes, which know nothing of each other's lines, do not ask in step.
+_RETRY_S = (0.001, 0.003)
+_LOOK_S = 0.005
+
+_WRITES = ("INSERT", "UPDATE", "DELETE", "REPLACE")
 
 
-def _until_free(connection: Connection, attempt: Callable[[], T]) -> T:
+def _until_free(connection: Connection, attempt: Callable[[], T], sql: str = "") -> T:
     """`attempt()`, again while another connection holds the lock, for up to `busy_timeout_s`. Switches greenlets.
+
+    Writers of one engine stand in line: only the first one asks, and a newcomer that would begin to write joins the
+    end, so that nobody is overtaken. (A connection in the middle of its transaction may hold the lock that the others
+    wait for; it never joins before it was refused.)
 
     SQLite undoes a busy statement and leaves its transaction open, so the statement alone may be tried again; not
     after SQLITE_BUSY_SNAPSHOT, where the transaction has read what is no longer true (sqlite.org/rescode.html#busy).
@@ -31,21 +39,33 @@ def _until_free(connection: Connection, attempt: Callable[[], T]) -> T:
             "This SQLite connection was opened before this process was forked and belongs to the parent. "
             "Open a session anew: get_dbsession()."
         )
-    try:
-        return attempt()
-    except sqlite3.OperationalError as error:
-        if not _is_busy(error):
-            raise
-    deadline = time.monotonic() + connection.busy_timeout_s
-    changes = connection.total_changes
-    while True:
-        hub.sleep(random.uniform(*_RETRY_S))
+    line = connection.line
+    if not line or connection.in_transaction or sql[:20].lstrip()[:7].rstrip().upper() not in _WRITES:
         try:
             return attempt()
         except sqlite3.OperationalError as error:
-            # Changed rows: an executemany() got stuck half-way (never under WAL); a second try would repeat them.
-            if not _is_busy(error) or time.monotonic() > deadline or connection.total_changes != changes:
+            if not _is_busy(error):
                 raise
+    deadline = time.monotonic() + connection.busy_timeout_s
+    changes = connection.total_changes
+    # Every writer of this engine appends itself and removes itself, one step each; nobody else's place is touched.
+    line.append(connection)
+    try:
+        while True:
+            late = time.monotonic() > deadline
+            if line[0] is connection or late:
+                try:
+                    return attempt()
+                except sqlite3.OperationalError as error:
+                    # Changed rows: an executemany() got stuck half-way (never under WAL); a second try would repeat
+                    # them.
+                    if not _is_busy(error) or late or connection.total_changes != changes:
+                        raise
+                hub.sleep(random.uniform(*_RETRY_S))
+            else:
+                hub.sleep(_LOOK_S)
+    finally:
+        line.remove(connection)
 
 
 def _is_busy(error: sqlite3.OperationalError) -> bool:
@@ -60,22 +80,24 @@ class Cursor(sqlite3.Cursor):
 
     def execute(self, sql: str, parameters: Any = (), /) -> Cursor:
         execute = super().execute
-        return _until_free(self.connection, lambda: execute(sql, parameters))
+        return _until_free(self.connection, lambda: execute(sql, parameters), sql)
 
     def executemany(self, sql: str, parameters: Any, /) -> Cursor:
         rows = list(parameters)  # an iterator could not be tried again
         executemany = super().executemany
-        return _until_free(self.connection, lambda: executemany(sql, rows))
+        return _until_free(self.connection, lambda: executemany(sql, rows), sql)
 
 
 class Connection(sqlite3.Connection):
     """A pooled SQLite connection of this process; in a forked child it refuses everything and touches nothing."""
 
     busy_timeout_s = 5.0
+    line: deque[Connection]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.epoch = fork.epoch
+        self.line = deque()
 
     def cursor(self, factory: Any = None) -> Any:
         return super().cursor(factory or Cursor)
@@ -92,10 +114,11 @@ class Connection(sqlite3.Connection):
             super().close()
 
 
-def set_up(connection: Any, busy_timeout_s: float) -> None:
-    """Prepare a connection just opened. May switch greenlets."""
+def set_up(connection: Any, busy_timeout_s: float, line: deque[Connection]) -> None:
+    """Prepare a connection just opened, whose writers stand in `line`. May switch greenlets."""
     if isinstance(connection, Connection):
         connection.busy_timeout_s = busy_timeout_s
+        connection.line = line
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")  # readers and the writer do not wait for each other
     cursor.close()

@@ -10,10 +10,10 @@ from wsgiref.validate import validator
 import gevent
 import pytest
 from sqlalchemy import text
-from support.waiting import wait_until
 
 from dbsession import DBSessionMiddleware, ScopeEnded, SessionManager
 from dbsession import scope as scopes
+from support.waiting import wait_until
 
 
 @pytest.fixture

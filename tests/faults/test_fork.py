@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from support.processes import run_python
 from support.proxy import Proxy
 

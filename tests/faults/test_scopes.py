@@ -4,6 +4,7 @@ contract and runs in a process of its own: gevent patched before the import, aft
 from __future__ import annotations
 
 import pytest
+
 from support.processes import run_python, run_script
 
 

@@ -9,9 +9,8 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import InvalidRequestError
 
-from support.processes import run_python
-
 from dbsession import SessionManager
+from support.processes import run_python
 
 NAMES = ("a", "b", "c")
 

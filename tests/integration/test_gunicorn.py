@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, text
+
 from support.gunicorn import Gunicorn
 from support.waiting import wait_until
 

@@ -84,9 +84,7 @@ class Gunicorn:
         self.port = 0
 
     def __enter__(self) -> Gunicorn:
-        self._process = Supervised(
-            self._command, log=self.log, remove=self._folder, env=self._env, cwd=self._cwd
-        )
+        self._process = Supervised(self._command, log=self.log, remove=self._folder, env=self._env, cwd=self._cwd)
         self.pid = self._process.pid
         try:
             wait_until(self._started, self._start_s, "gunicorn answers")

@@ -94,9 +94,7 @@ class MariaDBServer:
             self.start()
             with self.root() as cursor:
                 # Their passwords are empty, and TCP is open to every user of the machine.
-                cursor.execute(
-                    "SELECT host FROM mysql.global_priv WHERE user = 'root' AND host <> 'localhost'"
-                )
+                cursor.execute("SELECT host FROM mysql.global_priv WHERE user = 'root' AND host <> 'localhost'")
                 for row in cursor.fetchall():
                     cursor.execute("DROP USER root@%s", (row["host"],))
                 cursor.execute("CREATE USER app@'127.0.0.1' IDENTIFIED BY %s", (self.password,))

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import parse_qs
 
+from sqlalchemy import text
+
 import dbsession
 from dbsession import get_dbsession
-from sqlalchemy import text
 
 session = get_dbsession()  # before anything is configured or patched, as applications do
 

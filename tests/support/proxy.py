@@ -213,10 +213,7 @@ def serve(target_port: int) -> None:
                 for connection in list(connections):
                     connection.cut()
             case "connections":
-                return [
-                    {"open": c.is_open(), **{d: len(c.data[d]) for d in DIRECTIONS}}
-                    for c in list(connections)
-                ]
+                return [{"open": c.is_open(), **{d: len(c.data[d]) for d in DIRECTIONS}} for c in list(connections)]
             case "sent":
                 return bytes(connections[request["number"]].data["to_server"]).hex()
         return None

@@ -22,7 +22,5 @@ def wait_until(predicate: Callable[[], T], deadline_s: float = 10.0, what: str =
         if value:
             return value
         if late:
-            raise AssertionError(
-                f"not within {deadline_s:g} s: {what or predicate!r} (last value: {value!r})"
-            )
+            raise AssertionError(f"not within {deadline_s:g} s: {what or predicate!r} (last value: {value!r})")
         time.sleep(0.005)

@@ -7,9 +7,9 @@ import gevent
 import gevent.threadpool
 import pymysql
 from sqlalchemy import create_engine, text
-from support.processes import run_python
 
 from dbsession import fork, hub
+from support.processes import run_python
 
 
 def test_gevent_tells_whether_a_thread_has_a_hub_without_making_one():

@@ -105,3 +105,56 @@ def test_users_own_connect_args_come_first(tmp_path):
     with manager.scope():
         assert manager.get().scalar(text("PRAGMA busy_timeout")) == 1500
     manager.dispose()
+
+
+def test_writers_stand_in_line_and_nobody_overtakes(manager):
+    """The lock is held while they queue up; a newcomer that comes as it is released goes to the end."""
+    got, locked = [], gevent.event.Event()
+
+    def hold():
+        with manager.scope():
+            manager.get().execute(text("INSERT INTO t VALUES (0)"))
+            locked.set()
+            while len(manager.database("default")._links._line) < 10:
+                gevent.sleep(0.001)
+            manager.get().commit()
+
+    def write(n):
+        locked.wait()
+        with manager.scope():
+            manager.get().execute(text("INSERT INTO t VALUES (:n)"), {"n": n})
+            got.append(n)
+            gevent.spawn(late, n)
+            gevent.sleep(0)
+            manager.get().commit()
+
+    def late(n):
+        with manager.scope():
+            manager.get().execute(text("INSERT INTO t VALUES (:n)"), {"n": 100 + n})
+            got.append(100 + n)
+            manager.get().commit()
+            finished.append(n)
+
+    finished = []
+    jobs = [gevent.spawn(hold)] + [gevent.spawn(write, n) for n in range(10)]
+    gevent.joinall(jobs, timeout=10, raise_error=True)
+    while len(finished) < 10:
+        gevent.sleep(0.001)
+    assert got[:10] == list(range(10))
+    assert not manager.database("default")._links._line
+
+
+def test_killed_writer_leaves_the_line(manager):
+    with manager.scope():
+        manager.get().execute(text("INSERT INTO t VALUES (1)"))
+
+        def write():
+            with manager.scope():
+                manager.get().execute(text("INSERT INTO t VALUES (2)"))
+
+        jobs = [gevent.spawn(write) for _ in range(5)]
+        gevent.sleep(0.01)
+        assert len(manager.database("default")._links._line) == 5
+        gevent.killall(jobs, timeout=5)
+        assert not manager.database("default")._links._line
+        manager.get().commit()

@@ -1,0 +1,345 @@
+"""What README.md shows is run as it stands there; what it tabulates is compared with the code.
+
+Each Python block has a name, in a comment before its fence: `<!-- test: name -->`. The blocks of a test are written to
+files of these names in a folder of its own and run in a fresh interpreter, where warnings are errors.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import dbsession
+from dbsession import errors, mysql
+from dbsession.config import KEYS
+from support.gunicorn import Gunicorn
+from support.processes import run_python
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = dict(re.findall(r"<!-- test: (\S+) -->\n```python\n(.*?)^```$", README, re.M | re.S))
+MYSQL = "mysql+pymysql://app:secret@host/shop"
+
+# What every script below begins with: the block's folder as working directory, and a server's call of an application.
+START = """
+import os, sys
+os.chdir(sys.argv[1])
+sys.path.insert(0, sys.argv[1])
+from wsgiref.util import setup_testing_defaults
+from wsgiref.validate import validator
+
+def get(application, path):
+    environ, answer = {"SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": ""}, []
+    setup_testing_defaults(environ)
+
+    def start_response(status, headers, exc_info=None):
+        answer.append(status)
+        return answer.append
+
+    body = validator(application)(environ, start_response)
+    try:
+        text = b"".join(body).decode()
+    finally:
+        body.close()
+    assert answer == ["200 OK"], answer
+    return text
+
+def nothing_open(*names):
+    return all(dbsession.get_engine(name).pool.checkedout() == 0 for name in names or ["default"])
+"""
+
+HAND_WRITTEN_APP = """
+from types import SimpleNamespace
+from sqlalchemy import text
+
+config = SimpleNamespace(sqldb={"default": "sqlite:///own.db"})
+
+def app(environ, start_response):
+    value = get_dbsession().scalar(text("SELECT 41 + 1"))
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [str(value).encode()]
+"""
+
+SCOPED_SESSION_APP = """
+from sqlalchemy import text
+
+url = "sqlite:///own.db"
+
+def app(environ, start_response):
+    session = Session()
+    assert session is Session() and session.autoflush
+    value = Session.scalar(text("SELECT 41 + 1"))
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [str(value).encode()]
+"""
+
+CHECK_ANSWER = """
+assert [get(application, "/") for _ in range(3)] == ["42"] * 3
+assert engine_of().pool.checkedout() == 0
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the blocks whose names are file names."""
+    for name, text in BLOCKS.items():
+        if name.endswith(".py"):
+            (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def run(folder: Path, source: str) -> str:
+    return run_python(START + source, folder).stdout
+
+
+def test_every_python_block_has_a_name_of_its_own_and_compiles():
+    assert len(BLOCKS) == README.count("```python\n") == README.count("<!-- test: ") > 0
+    for name, text in BLOCKS.items():
+        compile(text, name, "exec")
+
+
+def test_files_that_readme_names_are_there():
+    for name in set(re.findall(r"\b(?:deploy|tests)/[\w./-]*\w", README)):
+        assert (ROOT / name).exists(), name
+
+
+def test_hello_counts_its_visits_then_the_script_and_the_stream_see_them(folder):
+    assert len(BLOCKS["hello.py"].splitlines()) <= 20
+    run(
+        folder,
+        """
+import dbsession
+from hello import application
+assert [get(application, "/") for _ in range(3)] == ["1 visits\\n", "2 visits\\n", "3 visits\\n"]
+import stream
+assert get(stream.application, "/") == "/\\n" * 3
+import nightly
+assert get(application, "/") == "1 visits\\n"
+assert nothing_open()
+""",
+    )
+
+
+def test_app_that_commits_nothing_stores_nothing(folder):
+    (folder / "hello.py").write_text(BLOCKS["hello.py"].replace("session.commit()  #", "pass  #"))
+    run(
+        folder,
+        """
+from hello import application
+assert [get(application, "/") for _ in range(3)] == ["1 visits\\n"] * 3
+""",
+    )
+
+
+@pytest.mark.parametrize("preload", [False, True])
+def test_hello_runs_under_gunicorn_with_the_configuration_shown(folder, preload):
+    config = folder / "gunicorn.conf.py"
+    config.write_text(BLOCKS["gunicorn.conf.py"])
+    arguments = ["--preload"] if preload else []
+    with Gunicorn("hello:application", *arguments, config=config, cwd=folder, workers=2) as server:
+        answers = [server.get("/").text for _ in range(3)]
+    assert answers == ["1 visits\n", "2 visits\n", "3 visits\n"]
+
+
+def test_flask_example_stores_and_streams(folder):
+    run(
+        folder,
+        """
+import dbsession
+from flask_app import create_app
+client = create_app({"default": "sqlite:///flask.db"}).test_client()
+assert [client.post(f"/orders/{item}").json["id"] for item in ("pen", "ink")] == [1, 2]
+answer = client.get("/orders.csv")
+assert answer.is_streamed and answer.text == "1,pen\\n2,ink\\n"
+answer.close()
+assert nothing_open()
+""",
+    )
+
+
+def test_release_gives_the_connection_back_before_the_slow_call(folder):
+    run(
+        folder,
+        """
+import dbsession, hello
+from hello import session, text
+get(hello.application, "/")
+
+def call_slow_service(paths):
+    assert paths == ["/"] and nothing_open()
+
+"""
+        + BLOCKS["release"]
+        + """
+assert session.scalar(text("SELECT count(*) FROM visit")) == 0
+""",
+    )
+
+
+@pytest.mark.parametrize("pool_size", [1, 2])
+def test_nested_scopes_need_two_connections(folder, pool_size):
+    body = "".join(f"    {line}\n" for line in BLOCKS["nested"].splitlines())
+    run(
+        folder,
+        f"""
+import dbsession
+from sqlalchemy import text
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+options = {{"pool_size": {pool_size}, "pool_timeout": 0.1}}
+dbsession.configure({{"default": {{"url": "sqlite:///own.db", "options": options}}}})
+session = dbsession.get_dbsession()
+waited = False
+try:
+{body}
+except PoolTimeout as error:
+    assert "QueuePool limit of size" in str(error) and "reached, connection timed out" in str(error)
+    waited = True
+assert waited is ({pool_size} == 1)
+assert nothing_open()
+""",
+    )
+
+
+def test_configuration_shown_is_taken(folder):
+    run(
+        folder,
+        "import dbsession\n"
+        + BLOCKS["configure"]
+        + """
+assert dbsession.get_engine("default").pool.size() == 20
+assert dbsession.get_engine("reports").pool.size() == 5
+assert dbsession.get_dbsession("reports")().expire_on_commit is False
+"""
+        + BLOCKS["threads"]
+        + """
+dbsession.configure(databases)
+assert type(dbsession.get_engine("for threads").pool) is NullPool
+""",
+    )
+
+
+def test_knob_table_tells_the_defaults():
+    table = README.partition("| key |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| .* \| ([^|]+) \|$", table, re.M)
+    told = {key.rpartition(": ")[2]: value.partition(" (")[0] for key, value in rows}
+    assert {key for key, _ in rows if ":" not in key} == set(KEYS)
+    manager = dbsession.SessionManager({"default": MYSQL})
+    pool, session = manager.engine().pool, manager.get()()
+    manager.clear()
+    actual = {
+        "url": "required",
+        "options": "see below",
+        "session": "see below",
+        "busy_timeout_s": f"{manager.database('default').config.busy_timeout_s:g}",
+        "pool_size": pool.size(),
+        "max_overflow": pool._max_overflow,
+        "pool_timeout": f"{pool.timeout():g}",
+        "pool_recycle": pool._recycle,
+        "pool_pre_ping": pool._pre_ping,
+        **mysql.engine_options(manager.engine().url)["connect_args"],
+        "autoflush": session.autoflush,
+        "close_resets_only": False,
+        "class_": "`Session`",
+    }
+    assert told == {key: str(value) for key, value in actual.items()}
+
+
+def test_failure_table_has_every_code_and_every_warning():
+    table = README.partition("| you see |")[2].partition("\n\n")[0]
+    for error in vars(errors).values():
+        if isinstance(error, type) and issubclass(error, errors.DBSessionError):
+            assert f"| `[{error.code}]` `{error.__name__}` |" in table
+    warnings = 0
+    for module in (ROOT / "dbsession").rglob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "logger.warning":
+                assert isinstance(node.args[0], ast.Constant)
+                assert f"| WARNING `{re.sub('%[rs]', '...', str(node.args[0].value))}` |" in table
+                warnings += 1
+    assert warnings == table.count("| WARNING ")
+
+
+def test_hand_written_pattern_moves_over(folder):
+    engine_of = "engine_of = lambda: {}\n"
+    run(
+        folder,
+        HAND_WRITTEN_APP
+        + BLOCKS["before-hand-written"]
+        + engine_of.format("dbsession_cache['default'].get_bind()")
+        + CHECK_ANSWER,
+    )
+    run(
+        folder,
+        HAND_WRITTEN_APP + BLOCKS["after-hand-written"] + engine_of.format("dbsession.get_engine()") + CHECK_ANSWER,
+    )
+
+
+@pytest.mark.parametrize("name", ["before-scoped-session", "after-scoped-session"])
+def test_raw_scoped_session_moves_over(folder, name):
+    run(folder, SCOPED_SESSION_APP + BLOCKS[name] + "engine_of = lambda: engine\n" + CHECK_ANSWER)
+
+
+def test_flask_sqlalchemy_moves_over(folder):
+    source = 'url, audit_url = f"sqlite:///{os.getcwd()}/own.db", f"sqlite:///{os.getcwd()}/audit.db"\n'
+    check = """
+client = app.test_client()
+assert [client.post("/users/ada").text for _ in range(3)] == ["1", "2", "3"]
+"""
+    run(
+        folder,
+        source
+        + BLOCKS["after-flask-sqlalchemy"]
+        + check
+        + """
+assert nothing_open("default", "audit")
+assert audit.scalar(select(func.count()).select_from(Visit)) == 3
+""",
+    )
+
+
+def test_tables_are_created_each_in_its_own_database(folder):
+    run(
+        folder,
+        """
+import dbsession, models
+from sqlalchemy import inspect
+dbsession.configure({"default": "sqlite:///own.db", "audit": "sqlite:///audit.db"})
+models.create_tables()
+assert inspect(dbsession.get_engine()).get_table_names() == ["orders"]
+assert inspect(dbsession.get_engine("audit")).get_table_names() == ["event"]
+""",
+    )
+
+
+def test_alembic_migrates_each_database_with_its_own_tables(folder):
+    pytest.importorskip("alembic", reason="Alembic is not among the extras")
+    run(
+        folder,
+        """
+import re
+from pathlib import Path
+import dbsession
+from alembic import command
+from alembic.config import Config
+
+os.environ |= {"DBSESSION_URL": "sqlite:///own.db", "DBSESSION_AUDIT_URL": "sqlite:///audit.db"}
+config = Config("alembic.ini", stdout=open(os.devnull, "w"))
+command.init(config, "migrations", template="multidb")
+ini = Path("alembic.ini")
+ini.write_text(re.sub("(?m)^databases = .*", "databases = default, audit", ini.read_text()))
+Path("migrations", "env.py").write_text(Path("env.py").read_text())
+config = Config("alembic.ini", stdout=open(os.devnull, "w"))
+command.revision(config, "first", autogenerate=True)
+command.upgrade(config, "head")
+from sqlalchemy import inspect
+tables = lambda name: sorted(inspect(dbsession.get_engine(name)).get_table_names())
+assert tables("default") == ["alembic_version", "orders"], tables("default")
+assert tables("audit") == ["alembic_version", "event"], tables("audit")
+command.check(config)
+command.downgrade(config, "base")
+assert tables("audit") == ["alembic_version"]
+""",
+    )
