@@ -74,7 +74,10 @@ class Waiter:
 
     def wake(self) -> None:
         if self._hub_waiter is not None:
-            self._watcher.send()
+            try:
+                self._watcher.send()
+            except ValueError:  # its loop has been destroyed: the wait is over in any case
+                pass
         elif self._lock.locked():
             try:
                 self._lock.release()

@@ -1,0 +1,70 @@
+"""A Flask application made by a factory, for test_flask.py; also run by a real gunicorn there."""
+
+from __future__ import annotations
+
+import os
+
+from flask import Flask, Response, stream_with_context
+from sqlalchemy import text
+
+import dbsession
+import dbsession.flask
+from dbsession import get_dbsession
+
+session = get_dbsession()
+
+
+class Killed(BaseException):
+    """What a kill or a timeout is: no Exception."""
+
+
+def create_app(url: str | None = None, **options: object) -> Flask:
+    app = Flask(__name__)
+    app.config["DBSESSION_DATABASES"] = {"default": {"url": url or os.environ["APP_URL"], "options": options}}
+    dbsession.flask.init_app(app)
+
+    @app.get("/one")
+    def one() -> str:
+        return str(session.scalar(text("SELECT 1")))
+
+    @app.get("/big")
+    def big() -> str:
+        return str(session.scalar(text("SELECT 1"))) * 3_000_000  # more than the socket's buffers take
+
+    @app.get("/stream")
+    def stream() -> Response:
+        @stream_with_context
+        def lines():
+            for n in range(3):
+                yield f"{session.scalar(text('SELECT :n'), {'n': n})}\n"
+
+        session.execute(text("SELECT 1"))
+        return Response(lines())
+
+    @app.get("/killed")
+    def killed() -> str:
+        session.execute(text("SELECT 1"))
+        raise Killed
+
+    @app.get("/error")
+    def error() -> str:
+        session.execute(text("SELECT 1"))
+        raise ValueError
+
+    @app.get("/state")
+    def state() -> dict[str, int]:
+        return {"checked_out": dbsession.get_engine().pool.checkedout()}
+
+    @app.cli.command("work")
+    def work() -> None:
+        """Uses the database as a command does."""
+        with app.app_context():
+            inner = id(session())
+        print("worked", session.scalar(text("SELECT 1")), inner != id(session()))
+
+    return app
+
+
+def small() -> Flask:
+    """For gunicorn: `flask_app:small()`."""
+    return create_app(pool_size=2, pool_timeout=5)

@@ -1,0 +1,184 @@
+"""dbsession.flask: init_app with an application factory, contexts, streams, and slow readers under a real gunicorn."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import socket
+from pathlib import Path
+
+import pytest
+from flask import Response, after_this_request
+from sqlalchemy import text
+
+import dbsession
+import dbsession.flask
+from dbsession import scope as scopes
+from support.gunicorn import Gunicorn
+from support.waiting import wait_until
+
+HERE = Path(__file__).parent
+spec = importlib.util.spec_from_file_location("flask_app", HERE / "flask_app.py")
+flask_app = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(flask_app)
+
+
+@pytest.fixture
+def app(tmp_path):
+    yield flask_app.create_app(f"sqlite:///{tmp_path}/a.db")
+    dbsession.clear_dbsession()
+    dbsession.configure()
+
+
+def in_use():
+    return dbsession.get_engine().pool.checkedout()
+
+
+def test_requests_give_everything_back(app):
+    client = app.test_client()
+    assert client.get("/one").text == "1" and in_use() == 0
+    assert client.get("/error", buffered=True).status_code == 500 and in_use() == 0
+    with pytest.raises(flask_app.Killed):  # after_request would not run
+        client.get("/killed")
+    assert in_use() == 0
+
+
+def test_streamed_response_keeps_its_scope_until_it_is_closed(app):
+    answer = app.test_client().get("/stream", buffered=False)
+    lines = answer.iter_encoded()
+    assert next(lines) == b"0\n" and in_use() == 1
+    assert list(lines) == [b"1\n", b"2\n"]
+    answer.close()
+    assert in_use() == 0
+
+
+def test_complete_response_gives_its_connection_back_before_it_is_read(app):
+    answer = app.test_client().get("/one", buffered=False)
+    assert in_use() == 0
+    assert answer.text == "1"
+
+
+def test_response_that_another_after_request_replaces_by_a_stream_is_not_complete(app):
+    @app.get("/replaced")
+    def replaced():
+        @after_this_request
+        def replace(response):
+            return Response(str(flask_app.session.scalar(text(f"SELECT {n}"))) for n in range(2))
+
+        return "never seen"
+
+    answer = app.test_client().get("/replaced", buffered=False)
+    assert answer.text == "01"
+    answer.close()
+    assert in_use() == 0
+
+
+def test_test_client_whose_answers_nobody_closes_logs_nothing(app, caplog):
+    client = app.test_client()
+    for _ in range(3):
+        assert client.get("/one").text == "1"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_app_context_outside_a_request_is_a_scope(app):
+    outside = flask_app.session()
+    with app.app_context():
+        inside = flask_app.session()
+        flask_app.session.execute(text("SELECT 1"))
+        assert inside is not outside and in_use() == 1
+        assert app.test_client().get("/one").text == "1"
+        assert flask_app.session() is inside
+        with app.app_context():
+            assert flask_app.session() is not inside
+        assert flask_app.session() is inside
+    assert flask_app.session() is outside and in_use() == 0
+
+
+def test_test_request_context_is_a_scope(app):
+    with app.test_request_context("/one"):
+        assert app.dispatch_request() == "1" and in_use() == 1
+    assert in_use() == 0
+
+
+def test_app_context_inside_a_request_shares_its_scope(app):
+    @app.get("/nested")
+    def nested():
+        mine = flask_app.session()
+        with app.app_context():
+            return str(flask_app.session() is mine)
+
+    assert app.test_client().get("/nested").text == "True"
+
+
+def test_teardown_of_an_app_context_never_raises(app, caplog):
+    dialect = dbsession.get_engine().dialect
+
+    def do_rollback(connection):
+        del dialect.do_rollback
+        raise RuntimeError
+
+    with app.app_context():
+        flask_app.session.execute(text("SELECT 1"))
+        dialect.do_rollback = do_rollback
+    assert in_use() == 0 and [r for r in caplog.records if "a Flask app context" in r.getMessage()]
+
+
+def test_cli_command_has_a_scope(app):
+    result = app.test_cli_runner().invoke(args=["work"])
+    assert result.exit_code == 0 and result.output == "worked 1 True\n" and in_use() == 0
+
+
+def test_init_app_twice_wraps_once(app):
+    wrapped = app.wsgi_app
+    dbsession.flask.init_app(app)
+    assert app.wsgi_app is wrapped
+
+
+def test_factory_may_make_many_apps(app, tmp_path):
+    second = flask_app.create_app(f"sqlite:///{tmp_path}/b.db")
+    assert second.test_client().get("/one").text == "1"
+    assert app.test_client().get("/one").text == "1"  # the configuration is the process's: the last one's
+    assert dbsession.get_engine().url.database == f"{tmp_path}/b.db"
+
+
+def test_init_app_with_a_bad_configuration_says_so(app):
+    from flask import Flask
+
+    bad = Flask("bad")
+    bad.config["DBSESSION_DATABASES"] = {"default": {"urll": "sqlite:///a.db"}}
+    with pytest.raises(dbsession.ConfigError, match="urll"):
+        dbsession.flask.init_app(bad)
+    assert "dbsession" not in bad.extensions
+
+
+def test_nothing_is_left_on_the_ident(app):
+    depth = len(scopes._stack())
+    for _ in range(3):
+        app.test_client().get("/one")
+        with app.app_context():
+            pass
+    assert len(scopes._stack()) == depth
+
+
+def test_thirty_slow_readers_over_a_pool_of_two_stop_nobody(tmp_path):
+    """Real gunicorn, real sockets: thirty clients ask for three megabytes and do not read them."""
+    with Gunicorn(
+        "flask_app:small()",
+        "--worker-class=gevent",
+        config=HERE.parents[1] / "deploy" / "gunicorn.conf.py",
+        env={"APP_URL": f"sqlite:///{tmp_path}/a.db", "PYTHONPATH": str(HERE), "GRACEFUL_TIMEOUT": "2"},
+        ready="/state",
+    ) as server:
+        slow = []
+        for _ in range(30):
+            client = socket.create_connection(("127.0.0.1", server.port), 10)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(20).startswith(b"HTTP/1.1 200")
+            slow.append(client)
+        for _ in range(10):
+            assert server.get("/one", timeout_s=5).text == "1"
+        wait_until(lambda: json.loads(server.get("/state").body)["checked_out"] == 0, 5)
+        for client in slow:
+            client.close()

@@ -1,0 +1,148 @@
+"""Waiting, sleeping and putting aside, with a hub and without one, within a thread and across threads."""
+
+from __future__ import annotations
+
+import threading
+
+import gevent
+import pytest
+
+from dbsession import hub
+from support.processes import run_python
+from support.waiting import wait_until
+
+
+def in_thread(function):
+    """A started native thread; the tests' own process is not patched."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
+def with_hub(function):
+    def run():
+        gevent.spawn(function).join()
+        gevent.get_hub().destroy()
+
+    return run
+
+
+@pytest.mark.parametrize("waits_in", [with_hub, lambda f: f], ids=["greenlet waits", "thread waits"])
+@pytest.mark.parametrize("wakes_in", [with_hub, lambda f: f], ids=["greenlet wakes", "thread wakes"])
+@pytest.mark.parametrize("first", ["wake", "wait"])
+def test_waiter_is_woken_across_threads_whichever_comes_first(waits_in, wakes_in, first):
+    made, woken, woke = [], threading.Event(), threading.Event()
+
+    def wait():
+        waiter = hub.Waiter()
+        made.append(waiter)
+        if first == "wake":
+            woke.wait(10)  # stops this thread's hub as well: the wake comes before anybody waits
+        waiter.wait()
+        woken.set()
+
+    def wake():
+        made[0].wake()
+        made[0].wake()
+        woke.set()
+
+    waiting = in_thread(waits_in(wait))
+    wait_until(lambda: made, 5)
+    waking = in_thread(wakes_in(wake))
+    assert woken.wait(5)
+    waiting.join(5)
+    waking.join(5)
+    made[0].wake()  # late, after the wait is over
+
+
+def test_waiter_that_is_killed_may_still_be_woken():
+    made = []
+
+    def wait():
+        made.append(hub.Waiter())
+        made[0].wait()
+
+    job = gevent.spawn(wait)
+    gevent.sleep(0)
+    job.kill()
+    made[0].wake()
+    gevent.sleep(0)
+
+
+def test_run_aside_runs_in_a_greenlet_of_this_hub_or_of_home():
+    seen = []
+    gevent.sleep(0)
+    hub.run_aside(lambda: seen.append((threading.get_ident(), hub.here())))
+    assert not seen
+    gevent.sleep(0)
+    home = hub.here()
+    assert seen == [(threading.get_ident(), home)]
+    in_thread(lambda: hub.run_aside(lambda: seen.append((threading.get_ident(), hub.here())), home)).join()
+    with gevent.Timeout(5):
+        while len(seen) < 2:
+            gevent.sleep(0.001)
+    assert seen[1] == seen[0]
+
+
+def test_run_aside_runs_in_a_thread_when_no_hub_is_alive():
+    seen, done = [], threading.Event()
+
+    def work():
+        seen.append(threading.get_ident())
+        done.set()
+
+    homes = []
+    in_thread(lambda: (gevent.sleep(0), homes.append(gevent.get_hub()))).join()
+    starter = in_thread(lambda: hub.run_aside(work, homes[0]))
+    assert done.wait(5)
+    starter.join()
+    assert seen[0] not in (threading.get_ident(), starter.ident)
+
+
+def test_sleep_lets_other_greenlets_run_where_there_is_a_hub():
+    ran = []
+    gevent.spawn(ran.append, 1)
+    hub.sleep(0)
+    assert ran == [1]
+    slept = in_thread(lambda: hub.sleep(0.001))
+    slept.join(5)
+    assert not slept.is_alive()
+
+
+def test_interpreter_that_ends_with_open_sessions_says_nothing(tmp_path):
+    """In the main greenlet, a greenlet that never ran to its end, a raw one and a thread that is still there."""
+    for mode in ("patched", "plain"):
+        result = run_python(
+            """
+            import sys
+            if sys.argv[2] == "patched":
+                from gevent import monkey; monkey.patch_all()
+            import threading
+            import gevent, greenlet, dbsession
+            from sqlalchemy import text
+            dbsession.configure({"default": f"sqlite:///{sys.argv[1]}/a.db"})
+            session = dbsession.get_dbsession()
+            def use(then=lambda: None):
+                session.execute(text("SELECT 1"))
+                then()
+            use()
+            raw = greenlet.greenlet(use)
+            raw.switch()
+            suspended = greenlet.greenlet(lambda: use(greenlet.getcurrent().parent.switch))
+            suspended.switch()
+            job = gevent.spawn(use, lambda: gevent.sleep(60))
+            gevent.sleep(0.01)
+            started, never = threading.Event(), threading.Event()
+            threading.Thread(target=lambda: use(lambda: (started.set(), never.wait())), daemon=True).start()
+            started.wait()
+            def body():
+                with dbsession.session_scope():
+                    use()
+                    yield
+            kept = body()
+            next(kept)
+            """,
+            tmp_path,
+            mode,
+        )
+        assert result.stderr == "", result.stderr
