@@ -87,6 +87,22 @@ def test_f11_workers_of_a_preloading_master_that_used_the_database(url):
             assert all_at_once(server, [f"/token?token={t}" for t in tokens]) == [f"{t}/{t}" for t in tokens]
 
 
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["no preload", "preload"])
+def test_f11_dirty_workers_count_as_a_fork(url, preload):
+    """Forked by an arbiter of their own; with preload they inherit, twice removed, the master's connection."""
+    dirty = ["--dirty-app=support.probe_dirty:Probe", "--dirty-workers=2"]
+    # The preloading master imports the probe, queries, and only then forks the dirty arbiter.
+    with serve(url, *preload, *dirty, PROBE_QUERY_AT_IMPORT="1") as server:
+        wait_until(lambda: server.get("/dirty?token=first").status == 200, 20)
+        tokens = [f"t{n}" for n in range(30)]
+        answers = [json.loads(a) for a in all_at_once(server, [f"/dirty?token={token}" for token in tokens])]
+        assert [answer["token"] for answer in answers] == tokens
+        assert json.loads(server.get("/state").body)["pid"] not in {answer["pid"] for answer in answers}
+        # One is held by the import of the probe, outside any scope: nobody tells a dirty worker to close that.
+        assert {answer["checked_out"] for answer in answers} <= {0, 1}
+        nothing_in_use(server)
+
+
 def test_f03_streamed_bodies_leave_nothing_in_use(url):
     with serve(url) as server:
         for _ in range(25):  # more than the pool's size

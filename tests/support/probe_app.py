@@ -37,6 +37,11 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         return stream(int(query["rows"]), float(query.get("pause", 0)))
     if path == "/token":
         return reply(start_response, token(query["token"], float(query.get("pause", 0))))
+    if path == "/dirty":
+        from gunicorn.dirty.client import get_dirty_client
+
+        answer = get_dirty_client().execute("support.probe_dirty:Probe", "token", query["token"])
+        return reply(start_response, json.dumps(answer))
     if path == "/session":
         mine = session()
         time.sleep(float(query.get("pause", 0)))  # patched: the others run
