@@ -5,26 +5,25 @@ from __future__ import annotations
 import inspect
 import re
 import weakref
-from collections import deque
-from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import create_engine, event
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy import create_engine
+from sqlalchemy.engine import Engine
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import Pool, QueuePool
 
-from dbsession import fork, ident, mysql, sqlite
+from dbsession import ident, mysql, sqlite
 from dbsession.config import DatabaseConfig, Source
+from dbsession.connections import ConnectionLinks
 from dbsession.errors import ConfigError
 from dbsession.hub import Waiter
-from dbsession.pool import ScopePool, pool_defaults
+from dbsession.pool import FairPool, pool_defaults
 from dbsession.sessions import DatabaseOwner, make_factory
 
-# Keys in a connection's `info`, which SQLAlchemy empties when it reconnects.
-GENERATION = "dbsession.generation"
-WROTE = "dbsession.wrote"
+# Every Database of this process that is still referenced, those of earlier configurations included, for the fork
+# hooks. Written when one is made.
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
 
 
 class Database:
@@ -34,20 +33,27 @@ class Database:
     same Engine (whose listeners the user may have set); after configure() or dispose() of its manager it is `retired`.
     """
 
-    def __init__(self, config: DatabaseConfig, owner: DatabaseOwner, engine: Engine, links: ConnectionLinks) -> None:
+    def __init__(
+        self,
+        config: DatabaseConfig,
+        owner: DatabaseOwner,
+        engine: Engine,
+        factory: sessionmaker[Any],
+        links: ConnectionLinks,
+    ) -> None:
         self.config = config
         self.name = config.name
         self.owner = owner
         self.engine = engine
-        self.factory: sessionmaker[Any] = make_factory(config, engine)
+        self.factory = factory
         self.inherited = False
         self.retired = False
         self._links = links
+        _databases.add(self)
 
     def dispose(self) -> None:
-        """Close the idle connections; those in use finish, and are closed on their return. Does I/O, but waits for
-        nobody who holds a connection."""
-        self._links.generation += 1
+        """Close the idle connections; those in use finish, and are closed on their return (by our own pool; another
+        `poolclass` does as it does). Does I/O, but waits for nobody who holds a connection."""
         self.engine.dispose()
 
     def retire(self) -> None:
@@ -56,76 +62,27 @@ class Database:
         self._links.closing = True
         self.dispose()
 
-    def succeed(self) -> Database:
-        """In a forked child: abandon what was inherited, and return the Database that takes over. No I/O."""
-        self.inherited = True
-        self._links.abandon()
-        self.engine.dispose(close=False)
-        return Database(self.config, self.owner, self.engine, self._links)
-
-
-class ConnectionLinks:
-    """What we know of an engine's open connections. Lives as long as the engine, through forks.
-
-    `generation` is raised by a dispose(), and a connection of an older one is closed on its return. Written only by
-    the pool's events (one operation each) and by the disposing caller.
-    """
-
-    def __init__(self, config: DatabaseConfig) -> None:
-        self.generation = 0
-        self.closing = False
-        self._config = config
-        self._line: deque[sqlite.Connection] = deque()
-        self._records: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
-
-    def listen(self, engine: Engine) -> None:
-        event.listen(engine, "connect", self._connected)
-        event.listen(engine, "checkin", self._returned)
-        event.listen(engine, "before_cursor_execute", _note_write)
-
-    def _connected(self, connection: Any, record: Any) -> None:
-        try:
-            self._records[connection] = weakref.ref(record)
-        except TypeError:
-            pass  # a driver without weak references: after a fork its pool is replaced, and that is all
-        record.info[GENERATION] = self.generation
-        if self._config.backend == "sqlite":
-            sqlite.set_up(connection, self._config.busy_timeout_s, self._line)
-
-    def _returned(self, connection: Any, record: Any) -> None:
-        if connection is None:
-            return  # invalidated while it was out
-        record.info.pop(WROTE, None)
-        if self.closing or record.info.get(GENERATION) != self.generation:
-            record.close()
+    def successor(self) -> Database:
+        """In a forked child: the Database that takes over the engine and the session factory, with their listeners."""
+        return Database(self.config, self.owner, self.engine, self.factory, self._links)
 
     def abandon(self) -> None:
-        inherited = [(connection, record()) for connection, record in self._records.items()]
-        self._records = weakref.WeakKeyDictionary()
-        self._line = deque()
-        fork.abandon(inherited)
+        """In a forked child: give up the parent's connections, and give the engine a new pool. No I/O."""
+        self._links.abandon()
+        self.engine.dispose(close=False)
 
 
-def _note_write(connection: Connection, _cursor: Any, statement: str, *_: object) -> None:
-    """Remember that something was written, so that `release_dbsession()` does not throw it away."""
-    verb = _reading_verb(statement[:200])
-    if not verb or (verb == "with" and _WRITES.search(statement)):
-        connection.info[WROTE] = True
+def all_databases() -> list[Database]:
+    return list(_databases)
 
 
-_READS = re.compile(
-    r"(?:\s|\(|--[^\n]*\n|#[^\n]*\n|/\*.*?\*/)*"  # white space, parentheses and comments come first
-    r"(select|with|show|explain|describe|desc|pragma|values|table|set|use|savepoint|release|rollback)\b",
-    re.IGNORECASE | re.DOTALL,
-)
-_WRITES = re.compile(r"\b(?:insert|update|delete|replace|merge)\b", re.IGNORECASE)
-
-
-@lru_cache(maxsize=2048)
-def _reading_verb(beginning: str) -> str:
-    """The verb of a statement that begins so, if it changes no row; "" for what is not known to only read."""
-    match = _READS.match(beginning)
-    return match[1].lower() if match else ""
+def close_idle_sqlite_files() -> None:
+    """Before a fork: SQLite keeps its locks per process and file, and a child that inherits an open file would believe
+    that it holds what its parent holds (https://www.sqlite.org/howtocorrupt.html). An in-memory database is left."""
+    for database in all_databases():
+        url = database.config.url
+        if database.config.backend == "sqlite" and not sqlite.is_memory(url):
+            database.dispose()
 
 
 def build(config: DatabaseConfig, owner: DatabaseOwner) -> Database:
@@ -162,7 +119,7 @@ def build(config: DatabaseConfig, owner: DatabaseOwner) -> Database:
         ) from None
     links = ConnectionLinks(config)
     links.listen(engine)
-    return Database(config, owner, engine, links)
+    return Database(config, owner, engine, make_factory(config, engine), links)
 
 
 def _defaults(config: DatabaseConfig, options: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +138,7 @@ def _defaults(config: DatabaseConfig, options: dict[str, Any]) -> dict[str, Any]
         dialect: Any = config.url.get_dialect()
         poolclass = dialect.get_pool_class(config.url)
         if poolclass is QueuePool:
-            poolclass = defaults["poolclass"] = ScopePool
+            poolclass = defaults["poolclass"] = FairPool
     if not (inspect.isclass(poolclass) and issubclass(poolclass, Pool)):
         raise ConfigError(f"Database {config.name!r}: `poolclass` in `options` must be a sqlalchemy.pool.Pool class.")
     return defaults | pool_defaults(poolclass)
@@ -202,9 +159,11 @@ class _Flight:
     def wait(self) -> None:
         waiter = Waiter()
         self._waiters.append(waiter)
-        if self.ended:
-            waiter.wake()
-        waiter.wait()
+        try:
+            if not self.ended:
+                waiter.wait()
+        finally:
+            self._waiters.remove(waiter)
 
     def end(self) -> None:
         self.ended = True
@@ -257,8 +216,9 @@ class EngineCache:
 
     def _build(self, name: str) -> Database:
         database = build(self._source.lookup(name), self._owner)
-        database.retired = self._retired
         self._built[name] = database
+        if self._retired:  # while it was being built, so whoever retired the others did not see it
+            database.retire()
         return database
 
     def databases(self) -> list[Database]:
@@ -272,6 +232,7 @@ class EngineCache:
             database.retired = True
 
     def succeed(self) -> None:
-        """In a forked child: abandon every engine's connections; builds under way are forgotten with their builders."""
+        """In a forked child: put a successor in each Database's place; builds under way are forgotten with their
+        builders."""
         self._flights = {}
-        self._built = {name: database.succeed() for name, database in self._built.items()}
+        self._built = {name: database.successor() for name, database in self._built.items()}

@@ -17,6 +17,8 @@ epoch = 0
 
 _abandoned: list[Any] = []
 
+_dead: int | None = None  # the dead socket's descriptor; open as long as the process
+
 
 def abandon(connections: Iterable[tuple[Any, Any]]) -> None:
     """Make sure that nothing this process does ever reaches the parent's connections. For the child; never waits.
@@ -30,27 +32,30 @@ def abandon(connections: Iterable[tuple[Any, Any]]) -> None:
     which disarms SQLAlchemy's clean-up. The connection object itself is never freed: the destructor of an SQLite
     connection would touch the file (https://www.sqlite.org/howtocorrupt.html, section 2.6).
     """
-    inherited = list(connections)
-    if not inherited:
-        return
-    dead, peer = socket.socketpair()
-    peer.close()  # what is written to `dead` fails, what is read from it has ended
-    dead.setblocking(False)
-    for connection, record in inherited:
+    for connection, record in connections:
         if record is not None:
             record.dbapi_connection = None
-        descriptor = descriptor_of(connection)
-        if descriptor is not None:
-            os.dup2(dead.fileno(), descriptor)
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # not freed even when the interpreter ends
         _abandoned.append(connection)
-    dead.close()
+        descriptor = descriptor_of(connection)
+        if descriptor is not None and _dead is not None:
+            os.dup2(_dead, descriptor, inheritable=False)
+
+
+def prepare() -> None:
+    """Make the dead socket, once: in the child there may be no descriptor left to make it from."""
+    global _dead
+    if _dead is None:
+        dead, peer = socket.socketpair()
+        peer.close()  # what is written to `dead` fails, what is read from it has ended
+        dead.setblocking(False)
+        _dead = dead.detach()
 
 
 def descriptor_of(connection: Any) -> int | None:
     """The socket descriptor of a DBAPI connection; None when it has none, or is closed."""
     # Drivers that publish it (psycopg, mysqlclient) have fileno(). PyMySQL keeps the socket in `_sock`, a private name
-    # with no other way to it; tests/unit/test_fork.py fails loudly when the name goes.
+    # with no other way to it; tests/unit/test_private_names.py fails loudly when the name goes.
     holder = connection if hasattr(connection, "fileno") else getattr(connection, "_sock", None)
     if holder is None:
         return None

@@ -16,13 +16,18 @@ import gevent.hub
 from gevent import monkey
 
 # Private, and the only way to ask for the hub without making one: `gevent.get_hub()` would give every plain thread an
-# event loop that nobody closes. tests/unit/test_hub.py fails loudly when the name goes.
+# event loop that nobody closes. tests/unit/test_private_names.py fails loudly when the name goes.
 from gevent._hub_local import get_hub_if_exists
 
 _start_thread: Callable[[Callable[..., object], tuple[Any, ...]], int] = monkey.get_original(
     "_thread", "start_new_thread"
 )
-_allocate_lock = monkey.get_original("_thread", "allocate_lock")
+allocate_lock: Callable[[], Any] = monkey.get_original("_thread", "allocate_lock")
+"""The interpreter's own lock, whatever is patched. Never hold one over a switch."""
+
+TIMEOUT_MAX = 1e6
+"""Seconds that count as for ever; below what both kinds of timer take."""
+
 _sleep_thread = monkey.get_original("time", "sleep")
 
 
@@ -41,54 +46,60 @@ def sleep(seconds: float) -> None:
 
 
 class Waiter:
-    """Parks its maker until somebody calls `wake()`. Lives for one wait.
+    """Parks its maker until somebody calls `wake()`, or its time is over. Lives for one wait.
 
     `wake()` may come from any greenlet or thread, before or after `wait()` began, once or more often. There is one
-    maker, so nothing here is shared but the handle that wakes it, and both kinds of handle are safe across threads:
-    a loop's async watcher (libev, `ev_async_send`) and a native lock.
+    maker, so nothing here is shared but what wakes it: a callback of its hub's loop, or a native lock.
     """
 
-    __slots__ = ("_hub_waiter", "_lock", "_watcher")
+    __slots__ = ("_hub", "_lock", "_parked")
 
     def __init__(self) -> None:
-        hub = here()
-        self._hub_waiter: Any = None
-        if hub is None:
-            self._lock = _allocate_lock()
+        self._hub: Any = here()
+        if self._hub is None:
+            self._lock = allocate_lock()
             self._lock.acquire()
         else:
-            # Started now and not in wait(): a watcher that is not active forgets what was sent to it.
-            self._hub_waiter = gevent.hub.Waiter(hub)
-            self._watcher = hub.loop.async_()
-            self._watcher.start(self._hub_waiter.switch, None)
+            self._parked: Any = gevent.hub.Waiter(self._hub)
 
-    def wait(self) -> None:
-        """Return once woken. Switches greenlets where the thread has a hub, blocks the thread where it has none."""
-        if self._hub_waiter is None:
-            self._lock.acquire()
-            return
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """True once woken, False after `timeout_s` seconds (None: never). Switches greenlets where the thread has a
+        hub, blocks the thread where it has none."""
+        if self._hub is None:
+            return bool(self._lock.acquire(timeout=-1 if timeout_s is None else min(timeout_s, TIMEOUT_MAX)))
+        # A timer in any case: a loop with nothing to wait for ends, though another thread may still wake us.
+        timer = self._hub.loop.timer(TIMEOUT_MAX if timeout_s is None else timeout_s)
+        timer.start(self._parked.switch, False)
         try:
-            self._hub_waiter.get()
+            return bool(self._parked.get())
         finally:
-            self._watcher.stop()  # not close(): a late wake() from another thread may still hold it
+            timer.close()
 
     def wake(self) -> None:
-        if self._hub_waiter is not None:
-            try:
-                self._watcher.send()
-            except ValueError:  # its loop has been destroyed: the wait is over in any case
-                pass
-        elif self._lock.locked():
+        if self._hub is None:
             try:
                 self._lock.release()
-            except RuntimeError:  # somebody woke it between the two calls
+            except RuntimeError:  # woken already
                 pass
+            return
+        loop = self._hub.loop
+        if loop is None:
+            return  # destroyed with its thread, and so is who waited there
+        try:
+            if here() is self._hub:
+                loop.run_callback(self._parked.switch, True)
+            else:
+                loop.run_callback_threadsafe(self._parked.switch, True)
+        except ValueError:  # destroyed just now
+            pass
 
 
 def run_aside(work: Callable[[], object], home: gevent.hub.Hub | None = None) -> None:
     """Run `work` soon, not here: in a greenlet of `home` (the hub whose sockets it will use) or else of this thread's
     hub, or in a thread of ours where no hub is alive. Never waits, so it may be called by the Hub and by destructors.
     """
+    if sys.is_finalizing():
+        return  # there is no soon any more
     hub = here()
     if home is not None and home is not hub and not home.dead:
         home.loop.run_callback_threadsafe(gevent.spawn, work)

@@ -17,7 +17,6 @@ import greenlet
 from gevent import monkey
 from gevent.hub import Hub
 
-from dbsession import hub
 from dbsession.errors import ScopeRequired, UsedInHub
 
 # Raises RuntimeError once the interpreter tears greenlets down (greenlet 3.5.1): destructors guard against it.
@@ -48,7 +47,7 @@ def refuse_hub() -> None:
 def refuse_pool_job() -> None:
     """Raise ScopeRequired in a job of `gevent.threadpool`: its thread lives on, and nothing says that a job ended.
 
-    The worker class is private to gevent; its module's name is all we ask (tests/unit/test_ident.py holds it).
+    The worker class is private to gevent; its module's name is all we ask (tests/unit/test_private_names.py holds it).
     """
     if type(current()).__module__ == "gevent.threadpool":
         raise ScopeRequired(
@@ -86,14 +85,9 @@ def on_end(ident: Any, ended: Callable[[bool], None]) -> None:
 def dead_idents() -> list[Any]:
     """The raw greenlets that have ended and are still referenced by somebody. Each is returned once."""
     dead = []
-    for reference in tuple(_unlinked):
+    for reference in list(_unlinked):  # not tuple(): making one may start a collection, which changes the set
         ident = reference()
         if ident is not None and ident.dead:
             _unlinked.discard(reference)
             dead.append(ident)
     return dead
-
-
-def home() -> Hub | None:
-    """The hub of this thread, by which the caller's sockets wait."""
-    return hub.here()

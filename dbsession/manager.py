@@ -10,11 +10,12 @@ from typing import Any
 
 from sqlalchemy.engine import Engine
 
-from dbsession import config, scope, teardown
-from dbsession.engines import WROTE, Database, EngineCache
+from dbsession import config, engines, scope, teardown
+from dbsession.connections import WROTE
+from dbsession.engines import Database, EngineCache
 from dbsession.errors import UnsavedWork, describe
 from dbsession.scope import Scope
-from dbsession.sessions import ScopedSession
+from dbsession.sessions import ScopedSession, unreturned
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +61,10 @@ class SessionManager:
             ConfigError: [DBS-CONFIG] naming the database, the key and the fix.
         """
         source = config.source(databases)
-        engines = EngineCache(source, self)
+        cache = EngineCache(source, self)
         if isinstance(source, config.MappingSource):
-            engines.build_all()
-        replaced, self._engines, self._configured = self._engines, engines, True
+            cache.build_all()
+        replaced, self._engines, self._configured = self._engines, cache, True
         replaced.retire()
         for proxy in list(self._proxies.values()):
             proxy.registry.forget()
@@ -72,14 +73,9 @@ class SessionManager:
 
     def get(self, name: str = "default") -> ScopedSession:
         """The scoped session of `name`; see `dbsession.get_dbsession`."""
-        proxy = self._proxies.get(name) if self._known(name) else None
-        return proxy or self._proxies.setdefault(name, ScopedSession(self, name))
-
-    def _known(self, name: str) -> bool:
-        """True, or UnknownDatabase; before configure() every name may still become known."""
         if self._configured:
-            self._engines.get(name)
-        return True
+            self._engines.get(name)  # raises UnknownDatabase
+        return self._proxies.get(name) or self._proxies.setdefault(name, ScopedSession(self, name))
 
     def database(self, name: str) -> Database:
         """The named database, built on first use. Raises UnknownDatabase, ConfigError."""
@@ -87,7 +83,10 @@ class SessionManager:
 
     def engine(self, name: str = "default") -> Engine:
         """The engine of `name`, built on first use; the same object until the next configure()."""
-        return self.database(name).engine
+        database = self.database(name)
+        while database.retired:  # by a configure() during its build
+            database = self.database(name)
+        return database.engine
 
     def scope(self, label: str | None = None) -> AbstractContextManager[Scope]:
         """See `dbsession.session_scope`."""
@@ -137,15 +136,8 @@ class SessionManager:
         for database in self._engines.databases():
             database.dispose()
 
-    def before_fork(self) -> None:
-        """Close idle SQLite connections: SQLite keeps its locks per process and file, and a child that inherits an
-        open file would believe that it holds what its parent holds (https://www.sqlite.org/howtocorrupt.html)."""
-        for database in self._engines.databases():
-            if database.config.backend == "sqlite":
-                database.dispose()
-
     def after_fork(self) -> None:
-        """In the child: abandon everything inherited, untouched."""
+        """In the child: forget the engines' inherited halves, and every name's. Nothing here can fail."""
         self._engines.succeed()
         for proxy in self._proxies.values():
             proxy.registry.forget()
@@ -157,18 +149,21 @@ def _unsaved(session: Any) -> str:
         count = len(getattr(session, what))
         if count:
             return f"{count} {what} object{'s' if count > 1 else ''}"
-    wrote = any(not held.closed and held.info.get(WROTE) for held in session.open_connections)
+    wrote = any(held.info.get(WROTE) for held in unreturned(session))
     return "a write sent since the last commit" if wrote else ""
 
 
-def _before_fork() -> None:
-    for manager in list(_managers):
-        manager.before_fork()
-
-
 def _after_fork_in_child() -> None:
+    inherited = engines.all_databases()
+    for database in inherited:
+        database.inherited = True
     for manager in list(_managers):
         manager.after_fork()
+    for database in inherited:
+        try:
+            database.abandon()
+        except Exception as error:
+            logger.warning("Database %r could not be abandoned after a fork: %s.", database.name, describe(error))
 
 
-os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
+os.register_at_fork(before=engines.close_idle_sqlite_files, after_in_child=_after_fork_in_child)

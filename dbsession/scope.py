@@ -5,9 +5,10 @@
     Scope    ── sessions ──> {Database: Session}                                      the used set
 
 Who may write: the two lists only the ident they hang on, with two exceptions, each a single list operation and so one
-step of the interpreter: a `session_scope()` left in another greenlet takes itself out, and an ended scope unparks
-itself. `sessions` is written by the ident on which the scope is current, and emptied by whoever ends it, entry by
-entry (`dict.popitem`, one step). No function here switches greenlets between reading one of them and writing it.
+step of the interpreter: a `session_scope()` left in another greenlet takes itself out of the first, and a request
+that is read on or ends elsewhere out of the second. `sessions` is written by the ident on which the scope is current,
+and emptied by whoever ends it, entry by entry (`dict.popitem`, one step). No function here switches greenlets between
+reading one of them and writing it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Scope:
     `label` is what reports call it, `ended` whether it is over.
     """
 
-    __slots__ = ("__weakref__", "_parked_in", "ended", "home", "is_request", "label", "sessions")
+    __slots__ = ("__weakref__", "_parked_in", "above", "ended", "home", "is_request", "label", "sessions")
 
     def __init__(self, label: str, is_request: bool = False) -> None:
         self.label = label
@@ -42,6 +43,8 @@ class Scope:
         self.ended = False
         self.sessions: teardown.Sessions = {}
         self.home: Any = None  # the hub whose sockets its sessions use, known with the first session
+        # Scopes opened inside this one by generators of its body: they are suspended and resumed with it.
+        self.above: list[Scope] = []
         self._parked_in: list[weakref.ref[Scope]] | None = None
 
     def __repr__(self) -> str:
@@ -55,7 +58,7 @@ class Scope:
         """Close every session and refuse new ones. Idempotent. May switch greenlets (never in the Hub: there the
         closing is put aside); a kill that lands on the way is raised after the last session."""
         self.ended = True
-        self._unpark()
+        self.unpark()
         if self.sessions:
             if ident.in_hub():  # a generator collected there, say
                 self.end_aside()
@@ -85,7 +88,8 @@ class Scope:
             self._parked_in = caller._dbsession_parked = []
         self._parked_in.append(weakref.ref(self))
 
-    def _unpark(self) -> None:
+    def unpark(self) -> None:
+        """It is read on, or over."""
         if self._parked_in is not None:
             try:
                 self._parked_in.remove(weakref.ref(self))
@@ -130,9 +134,9 @@ def current_or_implicit() -> Scope:
         ident.refuse_hub()
         ident.refuse_pool_job()
         caller = ident.current()
-        stack.append(Scope(f"the rest of a {type(caller).__name__}"))
-        # `stack` and not `caller`: a link must not keep its greenlet alive.
-        ident.on_end(caller, partial(_end_stack, stack))
+        implicit = Scope(f"the rest of a {type(caller).__name__}")
+        stack.append(implicit)  # at the bottom, for good; what is opened above it ends by its own token
+        ident.on_end(caller, implicit.end_aside)
     scope = stack[-1]
     if scope.ended:
         raise ScopeEnded(
@@ -142,18 +146,13 @@ def current_or_implicit() -> Scope:
     return scope
 
 
-def _end_stack(stack: list[Scope], dying_thread: bool = False) -> None:
-    while stack:
-        stack.pop().end_aside(dying_thread)
-
-
-def end_dead() -> bool:
-    """End the scopes of raw greenlets that are dead but still referenced; whether there were any. Called before
-    anybody waits in a pool."""
-    dead = ident.dead_idents()
-    for one in dead:
-        _end_stack(getattr(one, "_dbsession_scopes", []))
-    return bool(dead)
+def end_dead() -> None:
+    """End the implicit scopes of raw greenlets that are dead but still referenced. Called before anybody waits in a
+    pool."""
+    for dead in ident.dead_idents():
+        stack = getattr(dead, "_dbsession_scopes", None)
+        if stack:
+            stack[0].end_aside()
 
 
 @contextmanager
@@ -161,7 +160,8 @@ def session_scope(label: str | None = None) -> Iterator[Scope]:
     """A new scope nested in the current one: for a job, a script, a spawned greenlet, a thread pool's job.
 
     Its sessions are its own; they are closed when the block ends, however it ends. Nothing is committed for you.
-    Also usable as a decorator.
+    Also usable as a decorator, but not round the `yield` of a generator that others iterate: whoever reads it on would
+    run in the generator's scope. (In a response body it is all right; the body's scopes are suspended with it.)
 
     Args:
         label: what reports call this unit of work, for instance "nightly import".
@@ -180,12 +180,21 @@ def session_scope(label: str | None = None) -> Iterator[Scope]:
     try:
         yield scope
     finally:
-        _unlink(stack, scope)
-        scope.end()
+        here = _stack()
+        if here is stack or scope in here:
+            _unlink(stack, scope)
+            _unlink(here, scope)
+            scope.end()
+        else:
+            # A generator that somebody else closes, or that the collector found in somebody else's greenlet or in the
+            # Hub. Who it is cannot be told, so nobody is made to wait.
+            _unlink(stack, scope)
+            scope.end_aside()
 
 
 class running:
-    """Makes `scope` current on the calling ident inside the block, and suspends it again at its end."""
+    """Makes `scope` current on the calling ident inside the block, and suspends it again at its end, together with the
+    scopes that were opened inside it and not closed yet."""
 
     __slots__ = ("_scope", "_stack")
 
@@ -193,11 +202,19 @@ class running:
         self._scope = scope
 
     def __enter__(self) -> None:
-        self._stack = _stack()
-        self._stack.append(self._scope)
+        self._stack = stack = _stack()
+        stack.append(self._scope)
+        if self._scope.above:
+            stack.extend(scope for scope in self._scope.above if not scope.ended)
+            self._scope.above = []
 
     def __exit__(self, *_: object) -> None:
-        _unlink(self._stack, self._scope)
+        stack = self._stack
+        for index in range(len(stack) - 1, -1, -1):
+            if stack[index] is self._scope:
+                self._scope.above = stack[index + 1 :]
+                del stack[index:]
+                return
 
 
 def begin_request(label: str) -> Scope:
@@ -206,7 +223,10 @@ def begin_request(label: str) -> Scope:
     When no request is running on this ident, the suspended ones that were left here were abandoned by the server
     (PEP 3333 obliges it to call close()): they are ended now. May switch greenlets then.
     """
-    if not any(scope.is_request for scope in _stack()):
+    stack = _stack()
+    if stack and stack[-1].ended:  # an exception between two lines of ours may have left it
+        stack[:] = [scope for scope in stack if not scope.ended]
+    if not any(scope.is_request for scope in stack):
         for reference in list(getattr(ident.current(), "_dbsession_parked", ())):
             abandoned = reference()
             if abandoned is not None and not abandoned.ended:

@@ -4,6 +4,7 @@ current scope."""
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from sqlalchemy import event
@@ -11,9 +12,14 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
-from dbsession import ident, scope, teardown
+from dbsession import hub, ident, scope, teardown
 from dbsession.config import DatabaseConfig
 from dbsession.errors import ConfigError, ScopeEnded
+
+# The connections of the transactions under way in scopes. SQLAlchemy's own finalizer would roll one back wherever the
+# collector happens to find it, in the Hub or in somebody else's request; pinned here it stays for the scope's end.
+# Written by each session for its own connections, one set operation at a time.
+_pinned: set[Connection] = set()
 
 
 class ManagedSession(Session):
@@ -25,23 +31,45 @@ class ManagedSession(Session):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.open_connections: list[Connection] = []  # those of the transaction under way, for teardown
+        self._close_is_final = kwargs.get("close_resets_only") is False
+        self._open_connections: list[Connection] = []  # those of the transaction under way
 
     def close(self) -> None:
-        """Close it and drop it from its scope, so that the proxy's next use gets a fresh one."""
-        self._leave_scope()
-        super().close()
+        """Close it and drop it from its scope, so that the proxy's next use gets a fresh one. If that fails, its
+        connections are discarded before the error goes on."""
+        if self._close_is_final:
+            self._leave_scope()
+        self._close_or_discard(super().close)
+
+    def reset(self) -> None:
+        """As `Session.reset`; if that fails, its connections are discarded before the error goes on."""
+        self._close_or_discard(super().reset)
 
     def invalidate(self) -> None:
         """As `close()`, and discard its connections."""
-        self._leave_scope()
-        super().invalidate()
+        if self._close_is_final:
+            self._leave_scope()
+        self._close_or_discard(super().invalidate)
 
     def _leave_scope(self) -> None:
         home = self._scope() if self._scope is not None else None
         if home is not None and home.sessions.get(self._database) is self:
             del home.sessions[self._database]
         self._scope = None
+
+    def _close_or_discard(self, close: Callable[[], None]) -> None:
+        # SQLAlchemy forgets its connections before it closes them (SessionTransaction.close has no try/finally), so a
+        # second close() would do nothing, and the pool's places would be gone.
+        connections = list(self._open_connections)
+        try:
+            close()
+        except BaseException as error:
+            kill = teardown.discard(connections)
+            if kill is not None and isinstance(error, Exception):
+                raise kill from error
+            raise
+        finally:
+            _pinned.difference_update(connections)
 
 
 class Database(Protocol):
@@ -88,14 +116,22 @@ def make_factory(config: DatabaseConfig, engine: Engine) -> sessionmaker[Any]:
     return factory
 
 
+def unreturned(session: ManagedSession) -> list[Connection]:
+    """The connections of the session's transaction under way."""
+    return [held for held in session._open_connections if not (held.closed or held.invalidated)]
+
+
 def _connection_in_use(session: ManagedSession, _: SessionTransaction, connection: Connection) -> None:
-    if connection not in session.open_connections:
-        session.open_connections.append(connection)
+    if connection not in session._open_connections:
+        session._open_connections.append(connection)
+        if session._scope is not None:
+            _pinned.add(connection)
 
 
 def _connections_returned(session: ManagedSession, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
-        session.open_connections.clear()
+        _pinned.difference_update(session._open_connections)
+        session._open_connections.clear()
 
 
 class ScopeRegistry(ScopedRegistry[Any]):
@@ -120,8 +156,13 @@ class ScopeRegistry(ScopedRegistry[Any]):
         return self._find() is not None
 
     def set(self, obj: Any) -> None:
-        """Make `obj`, a session of `session_factory`, the current scope's."""
-        self._store(scope.current_or_implicit(), self._current_database(), obj)
+        """Make `obj`, a session of `session_factory`, the current scope's; one that was there before is closed."""
+        current = scope.current_or_implicit()
+        database = self._current_database()
+        earlier = self.take()
+        if earlier is not None:
+            teardown.close_all(dict([earlier]), current.label)
+        self._store(current, database, obj)
 
     def clear(self) -> None:
         self.take()
@@ -166,7 +207,7 @@ class ScopeRegistry(ScopedRegistry[Any]):
     def _store(self, current: scope.Scope, database: Database, session: Any) -> Any:
         session._scope = weakref.ref(current)
         session._database = database
-        current.home = ident.home()
+        current.home = hub.here()
         current.sessions[database] = session
         if current.ended:  # by another thread, since we looked
             current.clear()

@@ -34,11 +34,7 @@ def _until_free(connection: Connection, attempt: Callable[[], T], sql: str = "")
     SQLite undoes a busy statement and leaves its transaction open, so the statement alone may be tried again; not
     after SQLITE_BUSY_SNAPSHOT, where the transaction has read what is no longer true (sqlite.org/rescode.html#busy).
     """
-    if connection.epoch != fork.epoch:
-        raise sqlite3.ProgrammingError(
-            "This SQLite connection was opened before this process was forked and belongs to the parent. "
-            "Open a session anew: get_dbsession()."
-        )
+    connection.refuse_inherited()
     line = connection.line
     if not line or connection.in_transaction or sql[:20].lstrip()[:7].rstrip().upper() not in _WRITES:
         try:
@@ -53,6 +49,7 @@ def _until_free(connection: Connection, attempt: Callable[[], T], sql: str = "")
     try:
         while True:
             late = time.monotonic() > deadline
+            connection.refuse_inherited()  # a fork may have come while we slept, and this be the child's copy
             if line[0] is connection or late:
                 try:
                     return attempt()
@@ -99,6 +96,13 @@ class Connection(sqlite3.Connection):
         self.epoch = fork.epoch
         self.line = deque()
 
+    def refuse_inherited(self) -> None:
+        if self.epoch != fork.epoch:
+            raise sqlite3.ProgrammingError(
+                "This SQLite connection was opened before this process was forked and belongs to the parent. "
+                "Open a session anew: get_dbsession()."
+            )
+
     def cursor(self, factory: Any = None) -> Any:
         return super().cursor(factory or Cursor)
 
@@ -120,8 +124,19 @@ def set_up(connection: Any, busy_timeout_s: float, line: deque[Connection]) -> N
         connection.busy_timeout_s = busy_timeout_s
         connection.line = line
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")  # readers and the writer do not wait for each other
-    cursor.close()
+    try:
+        cursor.execute("PRAGMA journal_mode=WAL")  # readers and the writer do not wait for each other
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_READONLY:  # a file that may only be read stays as it is
+            raise
+    finally:
+        cursor.close()
+
+
+def is_memory(url: URL) -> bool:
+    """Whether the database has no file."""
+    database = url.database or ":memory:"
+    return ":memory:" in database or "mode=memory" in database or url.query.get("mode") == "memory"
 
 
 def engine_options(name: str, url: URL, options: dict[str, Any]) -> dict[str, Any]:
@@ -130,13 +145,7 @@ def engine_options(name: str, url: URL, options: dict[str, Any]) -> dict[str, An
     Raises:
         ConfigError: [DBS-CONFIG] an in-memory database without a pool class.
     """
-    in_memory = (
-        url.database in (None, "", ":memory:")
-        or "mode=memory" in str(url.database)
-        or ":memory:" in str(url.database)
-        or url.query.get("mode") == "memory"
-    )
-    if in_memory and not {"poolclass", "pool", "creator"} & options.keys():
+    if is_memory(url) and not {"poolclass", "pool", "creator"} & options.keys():
         raise ConfigError(
             f"Database {name!r} is an in-memory SQLite database: each greenlet would get an empty one of its own. Use "
             "a file ('sqlite:///data.db'), or set `poolclass` in `options` if one connection for all is what you mean."

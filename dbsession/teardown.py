@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from sqlalchemy.engine import Connection
@@ -13,9 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class ClosableSession(Protocol):
-    """What teardown needs of a session: `sessions.ManagedSession`."""
-
-    open_connections: list[Connection]
+    """What teardown needs of a session: `sessions.ManagedSession`, or what a user put in its place."""
 
     def close(self) -> None: ...
 
@@ -58,25 +57,33 @@ def close_one(database: SessionKey, session: ClosableSession, label: str) -> Bas
     """Close one session; return what went wrong, a kill before an error, and never raise it. May switch greenlets."""
     if database.inherited:
         return None  # it belongs to the parent process: not a byte on its connections
-    connections = list(session.open_connections)
     try:
         session.close()
         return None
     except BaseException as error:
         failure = error
-    # SQLAlchemy forgets its connections before it closes them (SessionTransaction.close has no try/finally), so a
-    # second close() would do nothing and the pool's slots would be gone: discard what the session had in use.
+    try:
+        logger.warning(
+            "Database %r: a session of %s failed to close with %s; its connection was discarded.",
+            database.name,
+            label,
+            describe(failure),
+        )
+    except BaseException as error:  # a log handler may wait, too, and be killed there
+        if isinstance(failure, Exception):
+            failure = error
+    return failure
+
+
+def discard(connections: Iterable[Connection]) -> BaseException | None:
+    """Throw these connections away, so that their places in the pool come back; return the first kill that landed
+    on the way. May switch greenlets."""
+    kill: BaseException | None = None
     for connection in connections:
         for step in (connection.invalidate, connection.close):
             try:
                 step()
             except BaseException as error:
-                if isinstance(failure, Exception) and not isinstance(error, Exception):
-                    failure = error
-    logger.warning(
-        "Database %r: a session of %s failed to close with %s; its connection was discarded.",
-        database.name,
-        label,
-        describe(failure),
-    )
-    return failure
+                if not isinstance(error, Exception):
+                    kill = kill or error
+    return kill

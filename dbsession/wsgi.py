@@ -35,8 +35,9 @@ class DBSessionMiddleware:
         self.app = app
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-        scope = begin_request(f"{environ.get('REQUEST_METHOD', '?')} {path}")
+        label = f"{environ.get('REQUEST_METHOD', '?')} {environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}"
+        # A client may send any character; a line end in a label would forge a log line.
+        scope = begin_request(label if label.isprintable() else ascii(label))
         environ["dbsession.scope"] = scope
         try:
             with running(scope):
@@ -45,7 +46,11 @@ class DBSessionMiddleware:
             scope.end()
             raise
         if _complete(body, environ.get("wsgi.file_wrapper")):
-            scope.end()
+            try:
+                scope.end()
+            except BaseException:  # a kill: the server never gets the body, so nobody else would close it
+                _close(body)
+                raise
             return body
         scope.park()
         wrapped = ScopedBody(body, scope)
@@ -76,30 +81,40 @@ class ScopedBody:
         return self
 
     def __next__(self) -> bytes:
-        with running(self._scope):
-            if self._iterator is None:
-                self._iterator = iter(self._body)
-            return next(self._iterator)
+        # While it is read it is nobody's abandoned request; then it is parked where it was read last.
+        self._scope.unpark()
+        try:
+            with running(self._scope):
+                if self._iterator is None:
+                    self._iterator = iter(self._body)
+                return next(self._iterator)
+        finally:
+            if not self._scope.ended:
+                self._scope.park()
 
     def close(self) -> None:
         """Close the application's body, then every session. May switch greenlets."""
         if self._closed:
             return
         self._closed = True
-        _close(self._body, self._scope)
+        _end(self._body, self._scope)
 
     def __del__(self) -> None:
         # The server dropped it. Closing may wait, and this may be the Hub or somebody else's request.
         if not getattr(self, "_closed", True):
             self._closed = True
             body, scope = self._body, self._scope
-            run_aside(lambda: _close(body, scope), scope.home)
+            run_aside(lambda: _end(body, scope), scope.home)
 
 
-def _close(body: Any, scope: Scope) -> None:
+def _end(body: Any, scope: Scope) -> None:
     try:
         with running(scope):
-            if hasattr(body, "close"):
-                body.close()
+            _close(body)
     finally:
         scope.end()
+
+
+def _close(body: Any) -> None:
+    if hasattr(body, "close"):
+        body.close()

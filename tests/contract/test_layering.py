@@ -25,6 +25,7 @@ ORDER = (
     "pool",
     "sqlite",
     "mysql",
+    "connections",
     "sessions",
     "engines",
     "manager",

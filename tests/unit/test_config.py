@@ -11,7 +11,7 @@ from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
 from dbsession import ConfigError, SessionManager, UnknownDatabase
 from dbsession.config import DatabaseConfig, parse
-from dbsession.pool import ScopePool
+from dbsession.pool import FairPool
 
 FILE = "sqlite:///unused.db"
 
@@ -228,7 +228,7 @@ def test_engine_defaults_may_each_be_overridden():
         }
     )
     plain, own = manager.engine("plain").pool, manager.engine("own").pool
-    assert isinstance(plain, ScopePool) and (plain.size(), plain._max_overflow, plain._recycle) == (20, 0, 3600)
+    assert isinstance(plain, FairPool) and (plain.size(), plain._max_overflow, plain._recycle) == (20, 0, 3600)
     assert (own.size(), own._max_overflow) == (3, 2)
     assert type(manager.engine("null").pool) is NullPool
     assert type(manager.engine("stock").pool) is QueuePool and manager.engine("stock").pool.size() == 20
