@@ -56,6 +56,8 @@ def parse(name: object, entry: object) -> DatabaseConfig:
     """
     if not isinstance(name, str) or not name:
         raise ConfigError(f"A database's name must be a non-empty string, not {name!r}.")
+    if "://" in name:
+        raise ConfigError("A database's name looks like a URL: give a mapping of names to URLs, and not the reverse.")
     if isinstance(entry, (str, URL)):
         return DatabaseConfig(name, _url(name, entry))
     if not isinstance(entry, Mapping):
@@ -66,7 +68,7 @@ def parse(name: object, entry: object) -> DatabaseConfig:
     for key in entry:
         if key not in KEYS:
             raise ConfigError(
-                f"Database {name!r} has the unknown key {key!r}: the keys are {_listed(KEYS)}. Arguments of "
+                f"Database {name!r} has the unknown key {shown(key)}: the keys are {_listed(KEYS)}. Arguments of "
                 "create_engine belong into `options`, those of sessionmaker into `session`."
             )
     if "url" not in entry:
@@ -81,6 +83,11 @@ def parse(name: object, entry: object) -> DatabaseConfig:
             )
     busy_timeout_s = seconds(name, "busy_timeout_s", entry.get("busy_timeout_s", 5.0))
     return DatabaseConfig(name, _url(name, entry["url"]), options, session, busy_timeout_s)
+
+
+def shown(word: object) -> str:
+    """`word` for an error's text, unless it may be a URL that stands in the wrong place, with a password in it."""
+    return repr(word) if not isinstance(word, str) or re.fullmatch(r"[\w.+ -]*", word) else "(not shown: no plain word)"
 
 
 def seconds(name: str, key: str, value: object) -> float:

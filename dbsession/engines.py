@@ -9,12 +9,12 @@ from typing import Any
 
 from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import Pool, QueuePool
 
 from dbsession import ident, mysql, sqlite
-from dbsession.config import DatabaseConfig, Source
+from dbsession.config import DatabaseConfig, Source, shown
 from dbsession.connections import ConnectionLinks
 from dbsession.errors import ConfigError
 from dbsession.hub import Waiter
@@ -96,7 +96,7 @@ def build(config: DatabaseConfig, owner: DatabaseOwner) -> Database:
         url.get_dialect()
     except NoSuchModuleError:
         raise ConfigError(
-            f"Database {name!r}: there is no dialect {url.drivername!r} for SQLAlchemy: check the URL's spelling "
+            f"Database {name!r}: there is no dialect {shown(url.drivername)} for SQLAlchemy: check the URL's spelling "
             "('mysql+pymysql://', 'sqlite:///', 'postgresql+psycopg://'), or install the package that has it."
         ) from None
     defaults = _defaults(config, options)
@@ -109,7 +109,7 @@ def build(config: DatabaseConfig, owner: DatabaseOwner) -> Database:
             f"Database {name!r}: the driver of {url.drivername!r} is not installed (no module {error.name!r}). Install "
             "it, or name another one in the URL, such as 'mysql+pymysql://'."
         ) from None
-    except (TypeError, ValueError, ArgumentError) as error:
+    except Exception as error:  # each option has its own way to refuse a value
         # The names of refused arguments; their values are not shown, they may be secrets.
         refused = re.findall(r"'(\w+)'", str(error).split(" sent to ")[0]) if "Invalid argument" in str(error) else []
         what = ", ".join(f"`{key}`" for key in refused) or "one of its values"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from contextlib import AbstractContextManager
 from typing import Any
 
 from sqlalchemy.engine import Engine
@@ -14,7 +13,7 @@ from dbsession import config, engines, scope, teardown
 from dbsession.connections import WROTE
 from dbsession.engines import Database, EngineCache
 from dbsession.errors import UnsavedWork, describe
-from dbsession.scope import Scope
+from dbsession.scope import Scope, SessionScope
 from dbsession.sessions import ScopedSession, unreturned
 
 logger = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ class SessionManager:
             database = self.database(name)
         return database.engine
 
-    def scope(self, label: str | None = None) -> AbstractContextManager[Scope]:
+    def scope(self, label: str | None = None) -> SessionScope:
         """See `dbsession.session_scope`."""
         return scope.session_scope(label)
 

@@ -13,19 +13,22 @@ reading one of them and writing it.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ContextDecorator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from dbsession import ident, teardown
 from dbsession.errors import ScopeEnded
 from dbsession.hub import run_aside, run_in_thread
 
 logger = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Scope:
@@ -59,7 +62,7 @@ class Scope:
         closing is put aside); a kill that lands on the way is raised after the last session."""
         self.ended = True
         self.unpark()
-        if self.sessions:
+        if self.sessions and not sys.is_finalizing():
             if ident.in_hub():  # a generator collected there, say
                 self.end_aside()
             else:
@@ -155,41 +158,62 @@ def end_dead() -> None:
             stack[0].end_aside()
 
 
-@contextmanager
-def session_scope(label: str | None = None) -> Iterator[Scope]:
+def session_scope(label: str | None = None) -> SessionScope:
     """A new scope nested in the current one: for a job, a script, a spawned greenlet, a thread pool's job.
 
     Its sessions are its own; they are closed when the block ends, however it ends. Nothing is committed for you.
-    Also usable as a decorator, but not round the `yield` of a generator that others iterate: whoever reads it on would
-    run in the generator's scope. (In a response body it is all right; the body's scopes are suspended with it.)
+    Also usable as a decorator of a function. Not for round the `yield` of a generator that others iterate: whoever
+    reads it on would run in the generator's scope. (In a response body it is all right; the body's scopes are
+    suspended with it.)
 
     Args:
         label: what reports call this unit of work, for instance "nightly import".
 
-    Yields:
-        The Scope.
+    Returns:
+        A context manager that gives the Scope.
 
     Raises:
         UsedInHub: [DBS-HUB] opened in the gevent Hub.
+        TypeError: it decorates a generator or `async` function, which runs after its call, and so after the scope.
         BaseException: a kill or timeout that landed in the teardown. Switches greenlets there.
     """
-    ident.refuse_hub()
-    stack = _stack()  # the opener's: a generator may be closed in another greenlet
-    scope = Scope(label or "a session_scope()")
-    stack.append(scope)
-    try:
-        yield scope
-    finally:
+    return SessionScope(label or "a session_scope()")
+
+
+class SessionScope(ContextDecorator):
+    """What `session_scope()` returns. Lives for one `with` block, or for the function that it decorates."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+
+    def _recreate_cm(self) -> SessionScope:
+        return SessionScope(self._label)  # each call of a decorated function has a scope of its own
+
+    def __call__(self, func: F) -> F:
+        if inspect.isgeneratorfunction(func) or inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
+            raise TypeError(
+                f"session_scope() cannot decorate {func.__name__}: its body runs after its call has returned, when the "
+                "scope is over. Use `with session_scope():` inside it."
+            )
+        return super().__call__(func)
+
+    def __enter__(self) -> Scope:
+        ident.refuse_hub()
+        self._stack = _stack()  # the opener's: a generator may be closed in another greenlet
+        self._scope = Scope(self._label)
+        self._stack.append(self._scope)
+        return self._scope
+
+    def __exit__(self, *_: object) -> None:
         here = _stack()
-        if here is stack or scope in here:
-            _unlink(stack, scope)
-            _unlink(here, scope)
-            scope.end()
+        _unlink(self._stack, self._scope)
+        if here is self._stack or self._scope in here:
+            _unlink(here, self._scope)
+            self._scope.end()
         else:
             # A generator that somebody else closes, or that the collector found in somebody else's greenlet or in the
             # Hub. Who it is cannot be told, so nobody is made to wait.
-            _unlink(stack, scope)
-            scope.end_aside()
+            self._scope.end_aside()
 
 
 class running:

@@ -190,18 +190,16 @@ class ScopeRegistry(ScopedRegistry[Any]):
 
     def _open(self) -> Any:
         current = scope.current_or_implicit()
-        database = self._current_database()
         found = self._find()
         if found is not None:
+            # Opened under an earlier configuration, perhaps, or before a fork. A transaction under way is finished
+            # where it began; half of it on each of two databases would be no transaction.
             _, earlier = found
             session = current.sessions[earlier]
-            if earlier is database:
-                return session
-            # Opened under an earlier configuration, or before a fork. A transaction under way is finished where it
-            # began; half of it on each of two databases would be no transaction.
-            if not earlier.inherited and session.in_transaction():
+            if not earlier.inherited and (session.in_transaction() or earlier is self._current_database()):
                 return session
             teardown.close_all({earlier: current.sessions.pop(earlier)}, current.label)
+        database = self._current_database()
         return self._store(current, database, database.factory())
 
     def _store(self, current: scope.Scope, database: Database, session: Any) -> Any:

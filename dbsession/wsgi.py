@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from dbsession.errors import describe
 from dbsession.hub import run_aside
 from dbsession.scope import Scope, begin_request, running
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+logger = logging.getLogger(__name__)
 
 
 class DBSessionMiddleware:
@@ -18,8 +22,9 @@ class DBSessionMiddleware:
 
     The scope ends, and its sessions are closed,
       - when `app()` raises;
-      - at the return, if the body is a list or tuple (it is complete), the server's `wsgi.file_wrapper`, or nothing
-        that can be iterated (gunicorn's ALREADY_HANDLED); these are passed on as they are;
+      - at the return, if the body is a list or tuple (it is complete; a subclass with a `close` of its own is not),
+        the server's `wsgi.file_wrapper`, or nothing that can be iterated (gunicorn's ALREADY_HANDLED); these are
+        passed on as they are;
       - else at the body's `close()`, from whichever greenlet or thread the server calls it, or when the body is
         garbage collected. If `environ["dbsession.body_complete"]` is true at the return, the sessions are closed
         there and only the empty scope stays, so that a slow reader holds no connection.
@@ -62,7 +67,7 @@ class DBSessionMiddleware:
 def _complete(body: object, file_wrapper: object) -> bool:
     """Whether nothing of the application runs any more once it has returned `body`."""
     if isinstance(body, (list, tuple)):
-        return True
+        return not hasattr(body, "close")
     if isinstance(file_wrapper, type) and isinstance(body, file_wrapper):
         return True
     return not hasattr(body, "__iter__") and not hasattr(body, "__getitem__")
@@ -104,7 +109,7 @@ class ScopedBody:
         if not getattr(self, "_closed", True):
             self._closed = True
             body, scope = self._body, self._scope
-            run_aside(lambda: _end(body, scope), scope.home)
+            run_aside(lambda: _end_dropped(body, scope), scope.home)
 
 
 def _end(body: Any, scope: Scope) -> None:
@@ -113,6 +118,13 @@ def _end(body: Any, scope: Scope) -> None:
             _close(body)
     finally:
         scope.end()
+
+
+def _end_dropped(body: Any, scope: Scope) -> None:
+    try:
+        _end(body, scope)
+    except Exception as error:  # nobody is there to be told; a Flask context cannot be left in another greenlet, say
+        logger.warning("%s: its body was dropped by the server and failed to close: %s.", scope.label, describe(error))
 
 
 def _close(body: Any) -> None:

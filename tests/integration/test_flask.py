@@ -95,6 +95,14 @@ def test_app_context_outside_a_request_is_a_scope(app):
     assert flask_app.session() is outside and in_use() == 0
 
 
+def test_app_context_pushed_again_keeps_its_scope(app):
+    with app.app_context() as context:
+        mine = flask_app.session()
+        with context:
+            assert flask_app.session() is mine
+        assert flask_app.session() is mine
+
+
 def test_test_request_context_is_a_scope(app):
     with app.test_request_context("/one"):
         assert app.dispatch_request() == "1" and in_use() == 1
