@@ -18,6 +18,8 @@ class ClosableSession(Protocol):
 
     def close(self) -> None: ...
 
+    def invalidate(self) -> None: ...
+
 
 class SessionKey(Protocol):
     """What teardown needs of a session's database: `engines.Database`."""
@@ -62,6 +64,13 @@ def close_one(database: SessionKey, session: ClosableSession, label: str) -> Bas
         return None
     except BaseException as error:
         failure = error
+    try:
+        # Whatever `close` was, the class's own, a user's that overrides it or one that a test put there: this takes
+        # the connections back.
+        session.invalidate()
+    except BaseException as error:
+        if isinstance(failure, Exception) and not isinstance(error, Exception):
+            failure = error
     try:
         logger.warning(
             "Database %r: a session of %s failed to close with %s; its connection was discarded.",

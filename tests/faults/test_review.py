@@ -12,6 +12,7 @@ import gevent.event
 import greenlet
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
@@ -552,3 +553,16 @@ def test_complete_body_with_a_close_of_its_own_is_closed_inside_the_scope(manage
     assert list(body) == [b"x"]
     body.close()
     assert in_use(manager) == 0
+
+
+def test_close_that_somebody_put_in_place_of_ours_costs_no_slot(manager):
+    def fail():
+        raise Boom
+
+    with manager.scope():
+        session = manager.get()()
+        session.execute(text("SELECT 1"))
+        session.close = fail
+    assert in_use(manager) == 0
+    with pytest.raises(InvalidRequestError):
+        session.execute(text("SELECT 1"))

@@ -212,11 +212,6 @@ def test_configuration_shown_is_taken(folder):
 assert dbsession.get_engine("default").pool.size() == 20
 assert dbsession.get_engine("reports").pool.size() == 5
 assert dbsession.get_dbsession("reports")().expire_on_commit is False
-"""
-        + BLOCKS["threads"]
-        + """
-dbsession.configure(databases)
-assert type(dbsession.get_engine("for threads").pool) is NullPool
 """,
     )
 
