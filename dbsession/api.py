@@ -56,7 +56,9 @@ def release_dbsession(*names: str) -> None:
     """Before slow work that needs no database: end the transactions of the current scope's sessions (of all, or of
     the named databases) and give their connections back. May switch greenlets.
 
-    The sessions stay usable and their objects attached but expired: reading one checks a connection out again.
+    The sessions stay usable and their objects attached but expired: reading one checks a connection out again. (Not
+    inside `with session.begin():`, whose block owns the transaction.) A write is seen by its statement's verb: one sent
+    by a raw DBAPI cursor, or made by a function called in a SELECT, is not.
 
     Raises:
         UnsavedWork: [DBS-UNSAVED] new, dirty or deleted objects, or a write sent since the last commit. Nothing was

@@ -96,7 +96,7 @@ def build(config: DatabaseConfig, owner: DatabaseOwner) -> Database:
         url.get_dialect()
     except NoSuchModuleError:
         raise ConfigError(
-            f"Database {name!r}: there is no dialect {shown(url.drivername)} for SQLAlchemy: check the URL's spelling "
+            f"Database {name!r}: SQLAlchemy has no dialect {shown(url.drivername)}: check the spelling "
             "('mysql+pymysql://', 'sqlite:///', 'postgresql+psycopg://'), or install the package that has it."
         ) from None
     defaults = _defaults(config, options)

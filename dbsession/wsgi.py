@@ -22,7 +22,7 @@ class DBSessionMiddleware:
 
     The scope ends, and its sessions are closed,
       - when `app()` raises;
-      - at the return, if the body is a list or tuple (it is complete; a subclass with a `close` of its own is not),
+      - at the return, if the body is a list or tuple (it is complete; servers look at its length),
         the server's `wsgi.file_wrapper`, or nothing that can be iterated (gunicorn's ALREADY_HANDLED); these are
         passed on as they are;
       - else at the body's `close()`, from whichever greenlet or thread the server calls it, or when the body is
@@ -67,7 +67,7 @@ class DBSessionMiddleware:
 def _complete(body: object, file_wrapper: object) -> bool:
     """Whether nothing of the application runs any more once it has returned `body`."""
     if isinstance(body, (list, tuple)):
-        return not hasattr(body, "close")
+        return True
     if isinstance(file_wrapper, type) and isinstance(body, file_wrapper):
         return True
     return not hasattr(body, "__iter__") and not hasattr(body, "__getitem__")

@@ -544,17 +544,6 @@ def test_session_scope_refuses_to_decorate_a_generator():
             scopes.session_scope()(names["f"])
 
 
-def test_complete_body_with_a_close_of_its_own_is_closed_inside_the_scope(manager):
-    class Body(list):
-        def close(self):
-            manager.get().execute(text("SELECT 1"))
-
-    body = request(lambda environ, start_response: Body([b"x"]))
-    assert list(body) == [b"x"]
-    body.close()
-    assert in_use(manager) == 0
-
-
 def test_close_that_somebody_put_in_place_of_ours_costs_no_slot(manager):
     def fail():
         raise Boom
