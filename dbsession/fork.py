@@ -37,9 +37,14 @@ def abandon(connections: Iterable[tuple[Any, Any]]) -> None:
             record.dbapi_connection = None
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # not freed even when the interpreter ends
         _abandoned.append(connection)
-        descriptor = descriptor_of(connection)
-        if descriptor is not None and _dead is not None:
-            os.dup2(_dead, descriptor, inheritable=False)
+        cut(connection)
+
+
+def cut(connection: Any) -> None:
+    """Put a dead socket over the descriptor of a DBAPI connection: this process has no part in the old one any more."""
+    descriptor = descriptor_of(connection)
+    if descriptor is not None and _dead is not None:
+        os.dup2(_dead, descriptor, inheritable=False)
 
 
 def prepare() -> None:

@@ -100,9 +100,7 @@ class FairPool(QueuePool):
             self._settle()
         if waiter is not None:
             record = self._wait(waiter)
-        elif victim is not None:
-            self._discard(victim)
-        return record or self._connect()
+        return record or self._connect(victim)
 
     def _take_idle(self, home: gevent.hub.Hub | None) -> ConnectionPoolEntry | None:
         if not self._idle_count:
@@ -116,10 +114,7 @@ class FairPool(QueuePool):
     def _take_idle_of_others(self) -> ConnectionPoolEntry:
         home = next(home for home, idle in self._idle.items() if idle)
         self._idle_count -= 1
-        record = self._idle[home].popleft()
-        if not self._idle[home]:
-            del self._idle[home]  # its hub may be gone, and is not kept alive from here
-        return record
+        return self._idle[home].popleft()
 
     def _wait(self, waiter: _PoolWaiter) -> ConnectionPoolEntry | None:
         """A record, or None: the right to open one."""
@@ -144,8 +139,11 @@ class FairPool(QueuePool):
             code="3o7r",
         )
 
-    def _connect(self) -> ConnectionPoolEntry:
+    def _connect(self, victim: ConnectionPoolEntry | None) -> ConnectionPoolEntry:
+        """A new connection, in the place that we have, after closing what was there."""
         try:
+            if victim is not None:
+                self._discard(victim)
             return self._create_connection()
         except BaseException:
             self._give_back(None)
@@ -203,7 +201,10 @@ class FairPool(QueuePool):
             return False
         if self._size and self._idle_count >= self._size:
             return False
-        self._idle.setdefault(home, deque()).append(record)
+        if home not in self._idle:
+            # A hub that is new here: forget those that have nothing left, whose threads may be gone.
+            self._idle = {home: idle for home, idle in self._idle.items() if idle} | {home: deque()}
+        self._idle[home].append(record)
         self._idle_count += 1
         return True
 
@@ -219,13 +220,16 @@ class FairPool(QueuePool):
         waiter.record = record
         waiter.wake()
 
-    def _discard(self, record: ConnectionPoolEntry) -> None:
+    def _discard(self, record: Any) -> None:
         """Close the idle connection of another hub: in that hub, or at its descriptor when the hub is gone."""
         home = record.info.get(HOME)
         if home is None or home is hub.here():
             record.close()
         elif home.dead:
-            fork.abandon([(record.dbapi_connection, record)])
+            # Its socket would wait for that hub even to be closed: cut it, and leave the objects to the collector.
+            fork.cut(record.dbapi_connection)
+            record.dbapi_connection = None
+            record.info.clear()
         else:
             hub.run_aside(record.close, home)
 

@@ -120,7 +120,7 @@ def test_f08_real_kill_at_each_switch_of_a_teardown(mariadb_url):
         from sqlalchemy import text
         received = socket.socket.recv_into
         def recv_into(self, *args):
-            gevent.sleep(0)                       # else the answer may be there already, and nothing switches
+            gevent.sleep(0.0001)                  # by a timer: else the answer may be there before the kill is
             return received(self, *args)
         socket.socket.recv_into = recv_into
         dbsession.configure({name: sys.argv[1] for name in "abc"})
