@@ -310,7 +310,6 @@ assert inspect(dbsession.get_engine("audit")).get_table_names() == ["event"]
 
 
 def test_alembic_migrates_each_database_with_its_own_tables(folder):
-    pytest.importorskip("alembic", reason="Alembic is not among the extras")
     run(
         folder,
         """
