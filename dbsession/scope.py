@@ -13,14 +13,14 @@ reading one of them and writing it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import ContextDecorator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from dbsession import ident, teardown
 from dbsession.errors import ScopeEnded
@@ -180,14 +180,11 @@ def session_scope(label: str | None = None) -> SessionScope:
     return SessionScope(label or "a session_scope()")
 
 
-class SessionScope(ContextDecorator):
+class SessionScope:
     """What `session_scope()` returns. Lives for one `with` block, or for the function that it decorates."""
 
     def __init__(self, label: str) -> None:
         self._label = label
-
-    def _recreate_cm(self) -> SessionScope:
-        return SessionScope(self._label)  # each call of a decorated function has a scope of its own
 
     def __call__(self, func: F) -> F:
         if inspect.isgeneratorfunction(func) or inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
@@ -195,7 +192,13 @@ class SessionScope(ContextDecorator):
                 f"session_scope() cannot decorate {func.__name__}: its body runs after its call has returned, when the "
                 "scope is over. Use `with session_scope():` inside it."
             )
-        return super().__call__(func)
+
+        @functools.wraps(func)
+        def scoped(*args: Any, **kwargs: Any) -> Any:
+            with SessionScope(self._label):  # each call has a scope of its own
+                return func(*args, **kwargs)
+
+        return cast("F", scoped)
 
     def __enter__(self) -> Scope:
         ident.refuse_hub()

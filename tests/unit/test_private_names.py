@@ -7,6 +7,7 @@ import gevent
 import gevent.threadpool
 import pymysql
 from sqlalchemy import create_engine, text
+from sqlalchemy.pool import QueuePool
 
 from dbsession import fork, hub
 from support.processes import run_python
@@ -50,7 +51,6 @@ def test_sqlalchemy_record_without_its_connection_is_not_reset_when_collected(tm
     rolled_back = []
     engine.dialect.do_rollback = rolled_back.append
     record.dbapi_connection = None
-    connection.detach  # noqa: B018 - the Connection object itself has to be collected below
     del connection, fairy
     import gc
 
@@ -58,3 +58,12 @@ def test_sqlalchemy_record_without_its_connection_is_not_reset_when_collected(tm
     assert rolled_back == []
     driver.close()
     engine.dispose()
+
+
+def test_sqlalchemys_pool_calls_what_ours_overrides_and_has_what_ours_copies():
+    """FairPool overrides the first two, calls the third, and hands the rest on in recreate()."""
+    pool = QueuePool(object)
+    for name in ("_do_get", "_do_return_conn", "_create_connection"):
+        assert callable(getattr(QueuePool, name))
+    for name in ("_creator", "_pre_ping", "_recycle", "_orig_logging_name", "_reset_on_return", "_dialect"):
+        assert hasattr(pool, name), name
