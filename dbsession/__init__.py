@@ -15,11 +15,16 @@ from dbsession.api import (
     get_dbsession,
     get_engine,
     release_dbsession,
+    run_in_transaction,
     session_scope,
+    transactional,
 )
+from dbsession.deadline import DeadlineExceeded, deadline
 from dbsession.errors import (
+    CommitOutcomeUnknown,
     ConfigError,
     DBSessionError,
+    RollbackRequired,
     ScopeEnded,
     ScopeRequired,
     UnknownDatabase,
@@ -32,9 +37,12 @@ from dbsession.wsgi import DBSessionMiddleware
 __version__ = "0.1.0"
 
 __all__ = [
+    "CommitOutcomeUnknown",
     "ConfigError",
     "DBSessionError",
     "DBSessionMiddleware",
+    "DeadlineExceeded",
+    "RollbackRequired",
     "ScopeEnded",
     "ScopeRequired",
     "SessionManager",
@@ -43,9 +51,12 @@ __all__ = [
     "UsedInHub",
     "clear_dbsession",
     "configure",
+    "deadline",
     "dispose",
     "get_dbsession",
     "get_engine",
     "release_dbsession",
+    "run_in_transaction",
     "session_scope",
+    "transactional",
 ]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 from sqlalchemy.engine import Engine
 
-from dbsession import scope
+from dbsession import block
 from dbsession.config import Databases
 from dbsession.manager import SessionManager
 from dbsession.sessions import ScopedSession
 
+T = TypeVar("T")
+
 manager = SessionManager()
 
-session_scope = scope.session_scope
+session_scope = block.session_scope
 
 
 def configure(databases: Databases | None = None) -> None:
@@ -81,3 +86,44 @@ def dispose() -> None:
     """Close the connections of every engine: the idle ones now, those in use when they are given back. The engines
     stay usable, and connect anew."""
     manager.dispose()
+
+
+def run_in_transaction(
+    fn: Callable[..., T],
+    *,
+    name: str = "default",
+    attempts: int = 3,
+    backoff_s: float = 0.05,
+    label: str | None = None,
+) -> T:
+    """Run `fn` as one unit of work in a scope of its own, commit its session of `name`, and return what it returned.
+
+    When the database says that the whole should be run again (a deadlock, a lock wait timeout, a Galera certification
+    failure; MySQL's 1213, 1205, 1020, SQLite's SQLITE_BUSY), it is rolled back and run again after a pause with
+    jitter. So `fn` may run several times: what it does outside the database has to bear that. Never after a COMMIT
+    whose outcome is unknown. Any other exception rolls back and goes on.
+
+    Called inside a unit of work on the same database, `fn` joins it: same scope, one commit, at the outer one's end.
+    If it fails there, the whole is refused at the end, even if its error was caught. Switches greenlets.
+
+    Args:
+        fn: called with no argument, or with the session if it cannot be called without one.
+        name: the database.
+        attempts: how often to run it at most.
+        backoff_s: the longest pause before the second attempt, doubled for each further one up to 2 s.
+        label: what reports call the unit of work; by default the function's name.
+
+    Raises:
+        CommitOutcomeUnknown: [DBS-COMMIT-UNKNOWN] it may have been committed, or not.
+        RollbackRequired: [DBS-ROLLBACK] a part of it failed, and it went on.
+        UnsavedWork: [DBS-UNSAVED] another database's session has unsaved work that nobody would commit.
+        ConfigError: [DBS-CONFIG] an argument is wrong.
+        Otherwise what `fn` raised, after the last attempt.
+    """
+    return manager.run_in_transaction(fn, name=name, attempts=attempts, backoff_s=backoff_s, label=label)
+
+
+def transactional(func: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Decorator: each call of the function is a unit of work, as by `run_in_transaction`, whose arguments it takes by
+    keyword: `@transactional`, or `@transactional(name="reports", attempts=5)`."""
+    return manager.transactional(func, **options)

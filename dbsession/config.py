@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -17,7 +17,9 @@ from dbsession.errors import ConfigError, UnknownDatabase
 Entry = str | URL | Mapping[str, Any]
 Databases = Mapping[str, Entry] | Callable[[str], Entry | None]
 
-KEYS = ("url", "options", "session", "busy_timeout_s")
+TIMEOUTS = ("connect_timeout_s", "read_timeout_s", "write_timeout_s")
+KEYS = ("url", "options", "session", "busy_timeout_s", *TIMEOUTS, "reset", "kill_abandoned")
+RESETS = ("rollback", "connection")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,16 @@ class DatabaseConfig:
         url: where it is.
         options: keyword arguments for `sqlalchemy.create_engine`.
         session: keyword arguments for `sqlalchemy.orm.sessionmaker`.
-        busy_timeout_s: seconds that a statement waits for SQLite's write lock; other databases ignore it.
+        busy_timeout_s: seconds that a statement waits for SQLite's write lock.
+
+    The rest is for MySQL and MariaDB through PyMySQL:
+
+        connect_timeout_s: seconds for connecting, the handshake included.
+        read_timeout_s, write_timeout_s: seconds without a byte from or to the server. The default for reading is above
+            innodb_lock_wait_timeout (50), so that a lock wait arrives as error 1205 and not as a lost connection.
+        reset: what a returned connection gets: "rollback", or "connection", after which nothing of the session's
+            state at the server is left.
+        kill_abandoned: whether a statement that nobody waits for any more is killed at the server.
     """
 
     name: str
@@ -36,6 +47,11 @@ class DatabaseConfig:
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     session: Mapping[str, Any] = field(default_factory=dict, repr=False)
     busy_timeout_s: float = 5.0
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 60.0
+    write_timeout_s: float = 60.0
+    reset: str = "rollback"
+    kill_abandoned: bool = True
 
     @property
     def backend(self) -> str:
@@ -48,8 +64,7 @@ def parse(name: object, entry: object) -> DatabaseConfig:
 
     Args:
         name: the database's name, a non-empty string.
-        entry: a URL string, a `sqlalchemy.URL`, or a mapping with the keys `url`, `options`, `session`,
-            `busy_timeout_s`.
+        entry: a URL string, a `sqlalchemy.URL`, or a mapping whose keys are among KEYS.
 
     Raises:
         ConfigError: [DBS-CONFIG] naming the database, the key and the fix.
@@ -81,8 +96,22 @@ def parse(name: object, entry: object) -> DatabaseConfig:
                 f"Database {name!r}: `session` has the key {key!r}, but its sessions are bound to the engine of that "
                 "name. Remove the key, or configure a second database under another name."
             )
-    busy_timeout_s = seconds(name, "busy_timeout_s", entry.get("busy_timeout_s", 5.0))
-    return DatabaseConfig(name, _url(name, entry["url"]), options, session, busy_timeout_s)
+    url = _url(name, entry["url"])
+    rest: dict[str, Any] = {}
+    if "busy_timeout_s" in entry:
+        rest["busy_timeout_s"] = seconds(name, "busy_timeout_s", entry["busy_timeout_s"])
+    for key in TIMEOUTS:
+        if key in entry:
+            rest[key] = _timeout(name, key, entry[key], url, options)
+    if "reset" in entry:
+        if entry["reset"] not in RESETS:
+            raise ConfigError(f"Database {name!r}: `reset` is {shown(entry['reset'])}: give one of {RESETS}.")
+        rest["reset"] = entry["reset"]
+    if "kill_abandoned" in entry:
+        if not isinstance(entry["kill_abandoned"], bool):
+            raise ConfigError(f"Database {name!r}: `kill_abandoned` must be True or False.")
+        rest["kill_abandoned"] = entry["kill_abandoned"]
+    return DatabaseConfig(name, url, options, session, **rest)
 
 
 def shown(word: object) -> str:
@@ -92,9 +121,28 @@ def shown(word: object) -> str:
 
 def seconds(name: str, key: str, value: object) -> float:
     """`value` as a number of seconds, finite and not negative, or ConfigError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise ConfigError(f"Database {name!r}: `{key}` is {value!r}: give a number of seconds, 0 or more.")
+    if not _is_finite(value) or value < 0:
+        raise ConfigError(f"Database {name!r}: `{key}` is {shown(value)}: give a number of seconds, 0 or more.")
     return float(value)
+
+
+def positive_seconds(value: object, what: str) -> float:
+    """`value` as a number of seconds, finite and above 0, or ConfigError, where `what` says whose it is."""
+    if not _is_finite(value) or value <= 0:
+        raise ConfigError(f"{what} is {shown(value)}: give a number of seconds above 0.")
+    return float(value)
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _timeout(name: str, key: str, value: object, url: URL, options: Mapping[str, Any]) -> float:
+    argument = key.removesuffix("_s")
+    connect_args = options.get("connect_args")
+    if argument in url.query or (isinstance(connect_args, Mapping) and argument in connect_args):
+        raise ConfigError(f"Database {name!r}: `{key}` and the driver's `{argument}` are both given: remove one.")
+    return positive_seconds(value, f"Database {name!r}: `{key}`")
 
 
 def _url(name: str, value: object) -> URL:

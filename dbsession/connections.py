@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import weakref
 from collections import deque
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
+import gevent.hub
+from gevent import monkey
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.pool import ConnectionPoolEntry
 
-from dbsession import fork, sqlite
+from dbsession import fork, hub, mysql, sqlite
 from dbsession.config import DatabaseConfig
-from dbsession.pool import HOME, home_of
+from dbsession.mysql.connection import Connection as MySQLConnection
+from dbsession.outcome import SCOPE, TransactionWatch, wrote
+from dbsession.pool import HOME, FairPool
 
-WROTE = "dbsession.wrote"
-"""Key in a connection's `info`: something was written since its checkout."""
+logger = logging.getLogger(__name__)
+
+READ_TIMEOUT = "dbsession.read_timeout"
+"""Key in a connection's `info`: the read timeout that it had before its scope set another."""
+
+CLEANING_S = 5.0
+"""Seconds that the server has for each answer while a returned connection is cleaned; then it is discarded."""
 
 
 class ConnectionLinks:
@@ -25,6 +37,8 @@ class ConnectionLinks:
 
     def __init__(self, config: DatabaseConfig) -> None:
         self.closing = False
+        self.connector = mysql.Connector(config) if mysql.uses_pymysql(config) else None
+        self._watch = TransactionWatch(config)
         self._config = config
         self._line: deque[sqlite.Connection] = deque()
         self._records: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
@@ -33,6 +47,12 @@ class ConnectionLinks:
         event.listen(engine, "connect", self._connected)
         event.listen(engine, "checkin", self._returned)
         event.listen(engine, "before_cursor_execute", self._note_write)
+        self._watch.listen(engine)
+        if self.connector is not None:
+            self.connector.listen(engine)
+            if isinstance(engine.pool, FairPool):
+                self._engine = weakref.ref(engine)
+                engine.pool.cleaning = self._cleaning
 
     def _connected(self, connection: Any, record: Any) -> None:
         try:
@@ -47,25 +67,58 @@ class ConnectionLinks:
     def _returned(self, connection: Any, record: Any) -> None:
         if connection is None:
             return  # invalidated while it was out
-        record.info.pop(WROTE, None)
-        if self.closing:
+        record.info.pop(SCOPE, None)
+        if READ_TIMEOUT in record.info:
+            connection.read_within(record.info.pop(READ_TIMEOUT))
+        if self.closing or (isinstance(connection, MySQLConnection) and not connection.open):
             record.close()
 
+    def _cleaning(self, record: ConnectionPoolEntry) -> Callable[[], None] | None:
+        """What a returned connection needs before somebody else gets it; None: nothing."""
+        connection = record.dbapi_connection
+        if not isinstance(connection, MySQLConnection) or not connection.open:
+            return None
+        if self._config.reset == "connection" and connection.used:
+            return partial(self._clean, connection, self._reset)
+        return None if connection.settled else partial(self._clean, connection, MySQLConnection.rollback)
+
+    def _clean(self, connection: MySQLConnection, how: Callable[[MySQLConnection], None]) -> None:
+        before = connection.read_within(CLEANING_S)
+        how(connection)
+        connection.read_within(before)
+
+    def _reset(self, connection: MySQLConnection) -> None:
+        connection.reset()
+        engine = self._engine()
+        level: Any = self._config.options.get("isolation_level")
+        if engine is not None and level is not None:
+            engine.dialect.set_isolation_level(connection, level)
+        connection.used = False
+
     def _note_write(self, connection: Connection, _cursor: Any, statement: str, *_: object) -> None:
-        """Remember that something was written, so that `release_dbsession()` does not throw it away."""
+        """Refuse what must not be sent, and remember that something was written, so that `release_dbsession()` does
+        not throw it away."""
+        self._watch.refuse_if_doomed(connection)
         verb = _reading_verb(statement[:200])
         if not verb or (verb == "with" and _WRITES.search(statement)):
             level = connection.get_execution_options().get("isolation_level") or self._config.options.get(
                 "isolation_level"
             )
             if level != "AUTOCOMMIT":  # there it is committed already
-                connection.info[WROTE] = True
+                wrote.add(connection)
 
     def abandon(self) -> None:
         inherited = [(connection, record()) for connection, record in self._records.items()]
         self._records = weakref.WeakKeyDictionary()
         self._line = deque()
         fork.abandon(inherited)
+
+
+def home_of(connection: Any) -> gevent.hub.Hub | None:
+    """The hub that a DBAPI connection just opened belongs to; None if it has no socket, or one that is not gevent's."""
+    if monkey.is_module_patched("socket") and fork.descriptor_of(connection) is not None:
+        return hub.here()
+    return None
 
 
 _READS = re.compile(

@@ -18,7 +18,7 @@ from dbsession.config import DatabaseConfig, Source, shown
 from dbsession.connections import ConnectionLinks
 from dbsession.errors import ConfigError
 from dbsession.hub import Waiter
-from dbsession.pool import FairPool, pool_defaults
+from dbsession.pool import FairPool
 from dbsession.sessions import DatabaseOwner, make_factory
 
 # Every Database of this process that is still referenced, those of earlier configurations included, for the fork
@@ -117,6 +117,8 @@ def build(config: DatabaseConfig, owner: DatabaseOwner) -> Database:
             f"Database {name!r}: create_engine refuses {what} in `options` "
             f"({type(error).__name__}). Remove or correct it; what a pool takes depends on `poolclass`."
         ) from None
+    if mysql.uses_pymysql(config):
+        mysql.warn_of_what_is_bypassed(config, engine)
     links = ConnectionLinks(config)
     links.listen(engine)
     return Database(config, owner, engine, make_factory(config, engine), links)
@@ -130,7 +132,7 @@ def _defaults(config: DatabaseConfig, options: dict[str, Any]) -> dict[str, Any]
     if config.backend == "sqlite":
         defaults |= sqlite.engine_options(config.name, config.url, options)
     elif config.backend in ("mysql", "mariadb"):
-        defaults |= mysql.engine_options(config.url)
+        defaults |= mysql.engine_options(config)
     if "pool" in options:
         return defaults  # a ready-made pool has its sizes already
     poolclass = options.get("poolclass")
@@ -139,9 +141,20 @@ def _defaults(config: DatabaseConfig, options: dict[str, Any]) -> dict[str, Any]
         poolclass = dialect.get_pool_class(config.url)
         if poolclass is QueuePool:
             poolclass = defaults["poolclass"] = FairPool
+            if mysql.uses_pymysql(config) and "creator" not in options:
+                # Our pool cleans what comes back, and what the server calls clean costs no round trip.
+                defaults["pool_reset_on_return"] = None
     if not (inspect.isclass(poolclass) and issubclass(poolclass, Pool)):
         raise ConfigError(f"Database {config.name!r}: `poolclass` in `options` must be a sqlalchemy.pool.Pool class.")
-    return defaults | pool_defaults(poolclass)
+    return defaults | _pool_defaults(poolclass)
+
+
+def _pool_defaults(poolclass: type[Any]) -> dict[str, Any]:
+    """The sizes that an engine gets by default, as far as `poolclass` takes them."""
+    defaults: dict[str, Any] = {"pool_recycle": 3600, "pool_pre_ping": True}
+    if issubclass(poolclass, QueuePool):
+        defaults |= {"pool_size": 20, "max_overflow": 0}
+    return defaults
 
 
 class _Flight:

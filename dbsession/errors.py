@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
+
+from sqlalchemy import exc
 
 
 class DBSessionError(Exception):
@@ -13,7 +16,8 @@ class DBSessionError(Exception):
     code = "DBS-ERROR"
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"{message} [{self.code}]")
+        code = f"[{self.code}]"
+        super().__init__(message if message.endswith(code) else f"{message} {code}")  # unpickled, it has it already
 
 
 class ConfigError(DBSessionError, ValueError):
@@ -60,6 +64,45 @@ class UnsavedWork(DBSessionError, RuntimeError):
     """`release_dbsession()` would have thrown away work that was not committed. Nothing was changed."""
 
     code = "DBS-UNSAVED"
+
+
+class RollbackRequired(DBSessionError, exc.PendingRollbackError):
+    """The transaction has lost a part of its work to a deadlock or a lock timeout, and refuses to do the rest: roll
+    back to its beginning (a savepoint is not enough) and do the whole again."""
+
+    code = "DBS-ROLLBACK"
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class CommitOutcomeUnknown(exc.OperationalError, DBSessionError):
+    """The connection was lost, killed or timed out at COMMIT: the transaction may have been committed, or not.
+
+    Raised where SQLAlchemy would raise its own OperationalError; `orig` is the driver's error as there. Nothing of
+    ours tries the work again: look in the database first.
+    """
+
+    code = "DBS-COMMIT-UNKNOWN"
+
+    def __init__(self, database: str, orig: BaseException, connection_invalidated: bool = False) -> None:
+        super().__init__(None, None, orig, connection_invalidated=connection_invalidated)
+        self._arguments = (database, orig, connection_invalidated)
+        self.database = database
+        self.args = (f"Database {database!r}: {MAYBE_COMMITTED} ({describe(orig)}). [{self.code}]",)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    def __reduce__(self) -> Any:
+        return CommitOutcomeUnknown, self._arguments
+
+
+MAYBE_COMMITTED = (
+    "COMMIT was under way and its answer did not come, so the transaction may have been committed or not: look in the "
+    "database before doing the work again"
+)
+"""What an exception at COMMIT, whatever it is, says in its text or in a note."""
 
 
 def describe(error: BaseException) -> str:

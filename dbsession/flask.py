@@ -13,7 +13,7 @@ from flask import Flask, g, request, request_finished
 from flask.signals import appcontext_pushed
 from flask.wrappers import Response
 
-from dbsession import api, scope
+from dbsession import api, block, scope
 from dbsession.wsgi import DBSessionMiddleware
 
 
@@ -50,7 +50,7 @@ def _context_pushed(_: Flask, **__: Any) -> None:
     current = scope.current()
     # A context may be pushed again (`with context:` inside itself); it is popped for good only once.
     if "_dbsession_scope" not in g and (current is None or not current.is_request):
-        opened = scope.session_scope("a Flask app context")
+        opened = block.session_scope("a Flask app context")
         opened.__enter__()
         g._dbsession_scope = opened
 

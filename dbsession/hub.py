@@ -94,6 +94,23 @@ class Waiter:
             pass
 
 
+class BoundExceeded(gevent.Timeout):
+    """The time of a `Bound` is over."""
+
+
+class Bound:
+    """Throws BoundExceeded into the block that runs longer than it may. For a thread with a hub."""
+
+    def __init__(self, seconds: float) -> None:
+        self._timer = BoundExceeded(max(seconds, 0.001))
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.close()
+
+
 def run_aside(work: Callable[[], object], home: gevent.hub.Hub | None = None) -> None:
     """Run `work` soon, not here: in a greenlet of `home` (the hub whose sockets it will use) or else of this thread's
     hub, or in a thread of ours where no hub is alive. Never waits, so it may be called by the Hub and by destructors.

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from sqlalchemy.engine import Engine
 
-from dbsession import config, engines, scope, teardown
-from dbsession.connections import WROTE
+from dbsession import block, config, engines, scope, sessions, teardown, transaction
+from dbsession.block import SessionScope
 from dbsession.engines import Database, EngineCache
 from dbsession.errors import UnsavedWork, describe
-from dbsession.scope import Scope, SessionScope
-from dbsession.sessions import ScopedSession, unreturned
+from dbsession.scope import Scope
+from dbsession.sessions import ScopedSession
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Every manager of this process, for the fork hooks. Written when one is made.
 _managers: weakref.WeakSet[SessionManager] = weakref.WeakSet()
@@ -38,6 +41,7 @@ class SessionManager:
         self._proxies: dict[str, ScopedSession] = {}
         self._configured = False
         self._engines = EngineCache(config.source(None), self)
+        self._units = transaction.Units(self)
         _managers.add(self)
         if databases is not None:
             self.configure(databases)
@@ -51,10 +55,10 @@ class SessionManager:
         session in the middle of a transaction finishes it where it began; the next one opens on the new engine.
 
         Args:
-            databases: a mapping `name -> URL string | sqlalchemy.URL | {"url", "options", "session",
-                "busy_timeout_s"}`; or a callable `name -> entry`, asked once per name on first use, for which None,
-                `{}` or LookupError means unknown; or None: the environment, `DBSESSION_URL` (the database `default`)
-                and `DBSESSION_<NAME>_URL`, read on first use.
+            databases: a mapping `name -> URL string | sqlalchemy.URL | {"url": ..., "options": ..., ...}` (all keys:
+                `config.DatabaseConfig`); or a callable `name -> entry`, asked once per name on first use, for which
+                None, `{}` or LookupError means unknown; or None: the environment, `DBSESSION_URL` (the database
+                `default`) and `DBSESSION_<NAME>_URL`, read on first use.
 
         Raises:
             ConfigError: [DBS-CONFIG] naming the database, the key and the fix.
@@ -87,9 +91,9 @@ class SessionManager:
             database = self.database(name)
         return database.engine
 
-    def scope(self, label: str | None = None) -> SessionScope:
+    def scope(self, label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope:
         """See `dbsession.session_scope`."""
-        return scope.session_scope(label)
+        return block.session_scope(label, read_timeout_s=read_timeout_s)
 
     def clear(self) -> None:
         """Close this manager's sessions in the current scope; see `dbsession.clear_dbsession`."""
@@ -112,7 +116,7 @@ class SessionManager:
             if database.owner is self and (not names or database.name in names) and session.in_transaction()
         ]
         for database, session in held:
-            unsaved = _unsaved(session)
+            unsaved = sessions.unsaved(session)
             if unsaved:
                 raise UnsavedWork(
                     f"Database {database.name!r}: the session has unsaved work ({unsaved}), which releasing its "
@@ -129,6 +133,22 @@ class SessionManager:
                     describe(error),
                 )
 
+    def run_in_transaction(
+        self,
+        fn: Callable[..., T],
+        *,
+        name: str = "default",
+        attempts: int = 3,
+        backoff_s: float = 0.05,
+        label: str | None = None,
+    ) -> T:
+        """Run and commit a whole unit of work; see `dbsession.run_in_transaction`."""
+        return self._units.run(fn, name=name, attempts=attempts, backoff_s=backoff_s, label=label)
+
+    def transactional(self, func: Callable[..., Any] | None = None, **options: Any) -> Any:
+        """The same as a decorator; see `dbsession.transactional`."""
+        return transaction.transactional(self._units.run, func, options)
+
     def dispose(self) -> None:
         """Close every engine's connections: the idle ones now, those in use when they are given back. The engines
         stay usable, and connect anew on their next use."""
@@ -140,16 +160,6 @@ class SessionManager:
         self._engines.succeed()
         for proxy in self._proxies.values():
             proxy.registry.forget()
-
-
-def _unsaved(session: Any) -> str:
-    """What of the session's work a rollback would throw away, in words; "" if nothing."""
-    for what in ("new", "dirty", "deleted"):
-        count = len(getattr(session, what))
-        if count:
-            return f"{count} {what} object{'s' if count > 1 else ''}"
-    wrote = any(held.info.get(WROTE) for held in unreturned(session))
-    return "a write sent since the last commit" if wrote else ""
 
 
 def _after_fork_in_child() -> None:

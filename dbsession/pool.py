@@ -18,24 +18,20 @@ its own hub, and its place is used here.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gevent.hub
-from gevent import monkey
 from sqlalchemy import exc
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from dbsession import fork, hub, scope
 
+Cleaning = Callable[[ConnectionPoolEntry], Callable[[], None] | None]
+
 HOME = "dbsession.home"
 """Key in a connection's `info`: the hub that it belongs to."""
-
-
-def home_of(connection: Any) -> gevent.hub.Hub | None:
-    """The hub that a DBAPI connection just opened belongs to; None if it has no socket, or one that is not gevent's."""
-    if monkey.is_module_patched("socket") and fork.descriptor_of(connection) is not None:
-        return hub.here()
-    return None
 
 
 class _PoolWaiter(hub.Waiter):
@@ -79,6 +75,9 @@ class FairPool(QueuePool):
         self._open = 0
         self._disposed = False
         self._returned: deque[ConnectionPoolEntry | None] = deque()
+        self._being_cleaned: set[ConnectionPoolEntry] = set()  # one set operation at a time
+        self.cleaning: Cleaning = lambda _: None
+        """Asked for each returned connection; what it gives does I/O, and runs aside before the next one gets it."""
 
     def _do_get(self) -> ConnectionPoolEntry:
         """An idle connection of this hub, or a new one; or wait until it is our turn. Switches greenlets where it
@@ -92,7 +91,8 @@ class FairPool(QueuePool):
             elif self._open < self._limit:
                 self._open += 1
             elif self._idle_count:
-                victim = self._take_idle_of_others()
+                victim = next(idle for idle in self._idle.values() if idle).popleft()  # of another hub
+                self._idle_count -= 1
             else:
                 waiter = _PoolWaiter(home)
                 self._waiting[waiter] = None
@@ -110,11 +110,6 @@ class FairPool(QueuePool):
             return None
         self._idle_count -= 1
         return idle.pop() if self._lifo else idle.popleft()
-
-    def _take_idle_of_others(self) -> ConnectionPoolEntry:
-        home = next(home for home, idle in self._idle.items() if idle)
-        self._idle_count -= 1
-        return self._idle[home].popleft()
 
     def _wait(self, waiter: _PoolWaiter) -> ConnectionPoolEntry | None:
         """A record, or None: the right to open one."""
@@ -151,8 +146,32 @@ class FairPool(QueuePool):
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         """Hand a connection to the longest waiter, or keep it idle. Closes one that is too many; only that may
-        switch greenlets."""
-        self._give_back(record)
+        switch greenlets.
+
+        One that has to be cleaned first is cleaned in a greenlet of ours: its user need not wait, and a kill or timeout
+        of its user's cannot land in it, where SQLAlchemy would swallow it if it is an `Exception`.
+        """
+        work = self.cleaning(record)
+        if work is None:
+            self._give_back(record)
+            return
+        self._being_cleaned.add(record)
+        if hub.here() is None:
+            self._clean(record, work)
+        else:
+            hub.run_aside(partial(self._clean, record, work), record.info.get(HOME))
+
+    def _clean(self, record: ConnectionPoolEntry, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self.logger.info("A returned connection could not be cleaned (%s); it is closed.", type(error).__name__)
+            record.close()
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._being_cleaned.discard(record)
+            self._give_back(record)
 
     def _give_back(self, record: ConnectionPoolEntry | None) -> None:
         """Give back a connection, or (None) a place where one may be opened.
@@ -225,13 +244,12 @@ class FairPool(QueuePool):
         home = record.info.get(HOME)
         if home is None or home is hub.here():
             record.close()
-        elif home.dead:
-            # Its socket would wait for that hub even to be closed: cut it, and leave the objects to the collector.
+        elif not home.dead:
+            hub.run_aside(record.close, home)
+        else:  # its socket would wait for that hub even to be closed: leave the objects to the collector
             fork.cut(record.dbapi_connection)
             record.dbapi_connection = None
             record.info.clear()
-        else:
-            hub.run_aside(record.close, home)
 
     def dispose(self) -> None:
         """Close what is idle now, and what is in use when it comes back. Whoever waits here, or holds a reference,
@@ -246,11 +264,9 @@ class FairPool(QueuePool):
             self._settle()
         for record in records:
             self._discard(record)
-        self.logger.info("Pool disposed. %s", self.status())
 
     def recreate(self) -> FairPool:
-        self.logger.info("Pool recreating")
-        return self.__class__(
+        successor = self.__class__(
             self._creator,
             pool_size=self._size,
             max_overflow=self._overflow_size,
@@ -264,6 +280,8 @@ class FairPool(QueuePool):
             _dispatch=self.dispatch,
             dialect=self._dialect,
         )
+        successor.cleaning = self.cleaning
+        return successor
 
     def size(self) -> int:
         return self._size
@@ -272,7 +290,7 @@ class FairPool(QueuePool):
         return self._idle_count
 
     def checkedout(self) -> int:
-        return self._open - self._idle_count
+        return self._open - self._idle_count - len(self._being_cleaned)
 
     def overflow(self) -> int:
         return self._open - self._size if self._size else 0
@@ -280,11 +298,3 @@ class FairPool(QueuePool):
     def waiting(self) -> int:
         """How many wait for a connection."""
         return len(self._waiting)
-
-
-def pool_defaults(poolclass: type[Any]) -> dict[str, Any]:
-    """The sizes that an engine gets by default, as far as `poolclass` takes them."""
-    defaults: dict[str, Any] = {"pool_recycle": 3600, "pool_pre_ping": True}
-    if issubclass(poolclass, QueuePool):
-        defaults |= {"pool_size": 20, "max_overflow": 0}
-    return defaults

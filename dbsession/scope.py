@@ -13,14 +13,11 @@ reading one of them and writing it.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import sys
 import weakref
-from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from dbsession import ident, teardown
 from dbsession.errors import ScopeEnded
@@ -28,22 +25,39 @@ from dbsession.hub import run_aside, run_in_thread
 
 logger = logging.getLogger(__name__)
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 
 class Scope:
     """One unit of work: a request, a job, or the rest of a greenlet or thread. Ended by `end()`, by the end of its
     greenlet or thread (an implicit one), or when the last reference to it goes.
 
-    `label` is what reports call it, `ended` whether it is over.
+    `label` is what reports call it, `ended` whether it is over, `outcomes` what became of the last transaction that
+    wrote something to each database: "committed", "rolled back", or "unknown" when the connection was lost at COMMIT.
     """
 
-    __slots__ = ("__weakref__", "_parked_in", "above", "ended", "home", "is_request", "label", "sessions")
+    __slots__ = (
+        "__weakref__",
+        "_parked_in",
+        "above",
+        "ended",
+        "home",
+        "is_request",
+        "label",
+        "outcomes",
+        "read_timeout_s",
+        "sessions",
+        "timer",
+        "units",
+    )
 
-    def __init__(self, label: str, is_request: bool = False) -> None:
+    def __init__(self, label: str, is_request: bool = False, read_timeout_s: float | None = None) -> None:
         self.label = label
         self.is_request = is_request
+        self.read_timeout_s = read_timeout_s
         self.ended = False
+        self.outcomes: dict[str, str] = {}
+        # Units of work that began with this scope: (whose, database) -> the error of a part of it, or None.
+        self.units: dict[Any, BaseException | None] = {}
+        self.timer: Any = None  # a request's deadline: stopped when the scope ends
         self.sessions: teardown.Sessions = {}
         self.home: Any = None  # the hub whose sockets its sessions use, known with the first session
         # Scopes opened inside this one by generators of its body: they are suspended and resumed with it.
@@ -53,6 +67,20 @@ class Scope:
     def __repr__(self) -> str:
         return f"<Scope {self.label!r}{' ended' if self.ended else ''}, {len(self.sessions)} sessions>"
 
+    @property
+    def outcome(self) -> str | None:
+        """What became of the work done in this scope: "unknown" if that is so for any database, else the outcome of
+        the last transaction; None before one has ended."""
+        return "unknown" if "unknown" in self.outcomes.values() else next(reversed(self.outcomes.values()), None)
+
+    def note_outcome(self, name: str, outcome: str, lasting: bool = True) -> None:
+        """Remember what became of a transaction on the database `name`. "unknown" stays; what is not `lasting` (it
+        wrote nothing) takes no other's place."""
+        earlier = self.outcomes.get(name)
+        if earlier is None or (lasting and earlier != "unknown"):
+            self.outcomes.pop(name, None)  # so that the last one stands last
+            self.outcomes[name] = outcome
+
     def clear(self) -> None:
         """Close every session of this scope, which stays usable and empty. May switch greenlets; a kill passes."""
         teardown.close_all(self.sessions, self.label)
@@ -61,6 +89,7 @@ class Scope:
         """Close every session and refuse new ones. Idempotent. May switch greenlets (never in the Hub: there the
         closing is put aside); a kill that lands on the way is raised after the last session."""
         self.ended = True
+        self._stop_timer()
         self.unpark()
         if self.sessions and not sys.is_finalizing():
             if ident.in_hub():  # a generator collected there, say
@@ -71,12 +100,18 @@ class Scope:
     def end_aside(self, dying_thread: bool = False) -> None:
         """End it in a greenlet or thread of ours. Never waits, so destructors and the Hub may call it."""
         self.ended = True
+        self._stop_timer()
         if self.sessions:
             work = partial(teardown.close_all, self.sessions, self.label)
             if dying_thread:
                 run_in_thread(work)
             else:
                 run_aside(work, self.home)
+
+    def _stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.close()
+            self.timer = None
 
     def __del__(self) -> None:
         if self.sessions and not sys.is_finalizing():
@@ -101,7 +136,8 @@ class Scope:
             self._parked_in = None
 
 
-def _stack() -> list[Scope]:
+def stack_here() -> list[Scope]:
+    """The calling ident's own stack."""
     caller = ident.current()
     try:
         stack: list[Scope] = caller._dbsession_scopes
@@ -110,7 +146,7 @@ def _stack() -> list[Scope]:
     return stack
 
 
-def _unlink(stack: list[Scope], scope: Scope) -> None:
+def unlink(stack: list[Scope], scope: Scope) -> None:
     """Take the topmost `scope` off `stack`: nearly always the last one."""
     for index in range(len(stack) - 1, -1, -1):
         if stack[index] is scope:
@@ -120,7 +156,7 @@ def _unlink(stack: list[Scope], scope: Scope) -> None:
 
 def current() -> Scope | None:
     """The calling ident's current scope, or None when it has none."""
-    stack = _stack()
+    stack = stack_here()
     return stack[-1] if stack else None
 
 
@@ -132,7 +168,7 @@ def current_or_implicit() -> Scope:
         ScopeRequired: [DBS-SCOPE-REQUIRED] a job of gevent.threadpool outside any scope.
         ScopeEnded: [DBS-SCOPE-ENDED] the current scope is over: a response body read on after its scope was ended.
     """
-    stack = _stack()
+    stack = stack_here()
     if not stack:
         ident.refuse_hub()
         ident.refuse_pool_job()
@@ -158,67 +194,6 @@ def end_dead() -> None:
             stack[0].end_aside()
 
 
-def session_scope(label: str | None = None) -> SessionScope:
-    """A new scope nested in the current one: for a job, a script, a spawned greenlet, a thread pool's job.
-
-    Its sessions are its own; they are closed when the block ends, however it ends. Nothing is committed for you.
-    Also usable as a decorator of a function. Not for round the `yield` of a generator that others iterate: whoever
-    reads it on would run in the generator's scope. (In a response body it is all right; the body's scopes are
-    suspended with it.)
-
-    Args:
-        label: what reports call this unit of work, for instance "nightly import".
-
-    Returns:
-        A context manager that gives the Scope.
-
-    Raises:
-        UsedInHub: [DBS-HUB] opened in the gevent Hub.
-        TypeError: it decorates a generator or `async` function, which runs after its call, and so after the scope.
-        BaseException: a kill or timeout that landed in the teardown. Switches greenlets there.
-    """
-    return SessionScope(label or "a session_scope()")
-
-
-class SessionScope:
-    """What `session_scope()` returns. Lives for one `with` block, or for the function that it decorates."""
-
-    def __init__(self, label: str) -> None:
-        self._label = label
-
-    def __call__(self, func: F) -> F:
-        if inspect.isgeneratorfunction(func) or inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
-            raise TypeError(
-                f"session_scope() cannot decorate {func.__name__}: its body runs after its call has returned, when the "
-                "scope is over. Use `with session_scope():` inside it."
-            )
-
-        @functools.wraps(func)
-        def scoped(*args: Any, **kwargs: Any) -> Any:
-            with SessionScope(self._label):  # each call has a scope of its own
-                return func(*args, **kwargs)
-
-        return cast("F", scoped)
-
-    def __enter__(self) -> Scope:
-        ident.refuse_hub()
-        self._stack = _stack()  # the opener's: a generator may be closed in another greenlet
-        self._scope = Scope(self._label)
-        self._stack.append(self._scope)
-        return self._scope
-
-    def __exit__(self, *_: object) -> None:
-        here = _stack()
-        _unlink(self._stack, self._scope)
-        if here is self._stack or self._scope in here:
-            _unlink(here, self._scope)
-            self._scope.end()
-        else:
-            # A generator that somebody else closes, or that the collector found in somebody else's greenlet or in the
-            # Hub. Who it is cannot be told, so nobody is made to wait.
-            self._scope.end_aside()
-
-
 class running:
     """Makes `scope` current on the calling ident inside the block, and suspends it again at its end, together with the
     scopes that were opened inside it and not closed yet."""
@@ -229,7 +204,7 @@ class running:
         self._scope = scope
 
     def __enter__(self) -> None:
-        self._stack = stack = _stack()
+        self._stack = stack = stack_here()
         stack.append(self._scope)
         if self._scope.above:
             stack.extend(scope for scope in self._scope.above if not scope.ended)
@@ -250,7 +225,7 @@ def begin_request(label: str) -> Scope:
     When no request is running on this ident, the suspended ones that were left here were abandoned by the server
     (PEP 3333 obliges it to call close()): they are ended now. May switch greenlets then.
     """
-    stack = _stack()
+    stack = stack_here()
     if stack and stack[-1].ended:  # an exception between two lines of ours may have left it
         stack[:] = [scope for scope in stack if not scope.ended]
     if not any(scope.is_request for scope in stack):

@@ -14,7 +14,10 @@ from sqlalchemy.util import ScopedRegistry
 
 from dbsession import hub, ident, scope, teardown
 from dbsession.config import DatabaseConfig
+from dbsession.connections import READ_TIMEOUT
 from dbsession.errors import ConfigError, ScopeEnded
+from dbsession.mysql.connection import Connection as MySQLConnection
+from dbsession.outcome import SCOPE, wrote
 
 # The connections of the transactions under way in scopes. SQLAlchemy's own finalizer would roll one back wherever the
 # collector happens to find it, in the Hub or in somebody else's request; pinned here it stays for the scope's end.
@@ -33,6 +36,7 @@ class ManagedSession(Session):
         super().__init__(*args, **kwargs)
         self._close_is_final = kwargs.get("close_resets_only") is False
         self._open_connections: list[Connection] = []  # those of the transaction under way
+        self._committed = False  # the transaction under way
 
     def close(self) -> None:
         """Close it and drop it from its scope, so that the proxy's next use gets a fresh one. If that fails, its
@@ -55,12 +59,15 @@ class ManagedSession(Session):
         home = self._scope() if self._scope is not None else None
         if home is not None and home.sessions.get(self._database) is self:
             del home.sessions[self._database]
-        self._scope = None
 
     def _close_or_discard(self, close: Callable[[], None]) -> None:
         # SQLAlchemy forgets its connections before it closes them (SessionTransaction.close has no try/finally), so a
         # second close() would do nothing, and the pool's places would be gone.
         connections = list(self._open_connections)
+        for held in connections:
+            driver = _mysql_connection(held)
+            if driver is not None:  # the bound of teardown, where gevent's timer is not there to keep it
+                held.info.setdefault(READ_TIMEOUT, driver.read_within(teardown.BOUND_S))
         try:
             close()
         except BaseException as error:
@@ -112,24 +119,59 @@ def make_factory(config: DatabaseConfig, engine: Engine) -> sessionmaker[Any]:
                 f"Database {config.name!r}: the session class refuses what `session` says: {error}."
             ) from error
     event.listen(factory, "after_begin", _connection_in_use)
+    event.listen(factory, "after_commit", _committed)
     event.listen(factory, "after_transaction_end", _connections_returned)
     return factory
 
 
-def unreturned(session: ManagedSession) -> list[Connection]:
-    """The connections of the session's transaction under way."""
-    return [held for held in session._open_connections if not (held.closed or held.invalidated)]
+def unsaved(session: Any) -> str:
+    """What of the session's work a rollback would throw away, in words; "" if nothing."""
+    for what in ("new", "dirty", "deleted"):
+        count = len(getattr(session, what))
+        if count:
+            return f"{count} {what} object{'s' if count > 1 else ''}"
+    lost = any(held in wrote and not (held.closed or held.invalidated) for held in session._open_connections)
+    return "a write sent since the last commit" if lost else ""
 
 
 def _connection_in_use(session: ManagedSession, _: SessionTransaction, connection: Connection) -> None:
     if connection not in session._open_connections:
         session._open_connections.append(connection)
-        if session._scope is not None:
+        session._committed = False
+        home = session._scope() if session._scope is not None else None
+        if home is not None:
             _pinned.add(connection)
+            connection.info[SCOPE] = session._scope
+            if home.read_timeout_s is not None:
+                driver = _mysql_connection(connection)
+                if driver is not None:
+                    connection.info[READ_TIMEOUT] = driver.read_within(home.read_timeout_s)
+
+
+def _mysql_connection(connection: Connection) -> MySQLConnection | None:
+    if connection.closed or connection.invalidated:
+        return None
+    driver = connection.connection.dbapi_connection
+    return driver if isinstance(driver, MySQLConnection) else None
+
+
+def _committed(session: ManagedSession) -> None:
+    # Before the connection goes back, where a kill may land: that it was committed is known from here on.
+    if not session.in_nested_transaction():
+        session._committed = True
+        _note_outcome(session, "committed")
+
+
+def _note_outcome(session: ManagedSession, outcome: str) -> None:
+    home = session._scope() if session._scope is not None else None
+    if home is not None and session._open_connections:
+        home.note_outcome(session._database.name, outcome, any(held in wrote for held in session._open_connections))
 
 
 def _connections_returned(session: ManagedSession, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
+        if not session._committed:
+            _note_outcome(session, "rolled back")
         _pinned.difference_update(session._open_connections)
         session._open_connections.clear()
 

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 from sqlalchemy.engine import Connection
 
+from dbsession import hub
 from dbsession.errors import describe
 
 logger = logging.getLogger(__name__)
+
+BOUND_S = 5.0
+"""Seconds that the sessions of a scope have together to close; then their connections are discarded."""
 
 
 class ClosableSession(Protocol):
     """What teardown needs of a session: `sessions.ManagedSession`, or what a user put in its place."""
 
     def close(self) -> None: ...
+
+    def in_transaction(self) -> bool: ...
 
     def invalidate(self) -> None: ...
 
@@ -43,25 +50,35 @@ def close_all(sessions: Sessions, label: str) -> None:
             already and nobody could do anything with them.
     """
     kill: BaseException | None = None
+    end = time.monotonic() + BOUND_S
     while sessions:
         try:
             database, session = sessions.popitem()
         except KeyError:  # the other thread took the last one
             break
-        failure = close_one(database, session, label)
+        failure = close_one(database, session, label, end)
         if failure is not None and not isinstance(failure, Exception):
             kill = kill or failure
     if kill is not None:
         raise kill
 
 
-def close_one(database: SessionKey, session: ClosableSession, label: str) -> BaseException | None:
-    """Close one session; return what went wrong, a kill before an error, and never raise it. May switch greenlets."""
+def close_one(database: SessionKey, session: ClosableSession, label: str, end: float) -> BaseException | None:
+    """Close one session; return what went wrong, a kill before an error, and never raise it. May switch greenlets.
+
+    `end` is when it has to be over, by time.monotonic(). Off gevent the driver's own timeouts have to see to that.
+    """
     if database.inherited:
         return None  # it belongs to the parent process: not a byte on its connections
     try:
-        session.close()
+        if hub.here() is None or not session.in_transaction():
+            session.close()
+        else:
+            with hub.Bound(end - time.monotonic()):
+                session.close()
         return None
+    except hub.BoundExceeded:
+        failure: BaseException = TimeoutError(f"not closed within {BOUND_S:g} s")
     except BaseException as error:
         failure = error
     try:

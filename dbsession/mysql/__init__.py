@@ -1,22 +1,65 @@
-"""What only MySQL and MariaDB need: so far the defaults of their connections."""
+"""What only MySQL and MariaDB need, through PyMySQL: engines whose connections are ours, the error table, killing."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from sqlalchemy.engine import URL
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
-# PyMySQL waits for ever by default: a silent server would hang every request.
-_TIMEOUTS_S = {
-    "connect_timeout": 10,
-    "read_timeout": 60,  # above innodb_lock_wait_timeout (50), so that a lock wait arrives as error 1205
-    "write_timeout": 60,
-}
+from dbsession.config import TIMEOUTS, DatabaseConfig
+from dbsession.mysql.connection import Connection
+from dbsession.mysql.kill import Killer, side_arguments
+
+logger = logging.getLogger(__name__)
 
 
-def engine_options(url: URL) -> dict[str, Any]:
+def uses_pymysql(config: DatabaseConfig) -> bool:
+    """Whether its driver is PyMySQL, the one that we know."""
+    return config.backend in ("mysql", "mariadb") and config.url.get_driver_name() == "pymysql"
+
+
+def engine_options(config: DatabaseConfig) -> dict[str, Any]:
     """The arguments of create_engine that a PyMySQL connection gets, below what the URL's query says."""
-    if url.get_driver_name() != "pymysql":
+    if not uses_pymysql(config):
         return {}
-    defaults = {"charset": "utf8mb4", **_TIMEOUTS_S}
-    return {"connect_args": {key: value for key, value in defaults.items() if key not in url.query}}
+    # PyMySQL waits for ever by default: a silent server would hang every request.
+    defaults = {"charset": "utf8mb4", **{key.removesuffix("_s"): getattr(config, key) for key in TIMEOUTS}}
+    return {"connect_args": {key: value for key, value in defaults.items() if key not in config.url.query}}
+
+
+def warn_of_what_is_bypassed(config: DatabaseConfig, engine: Engine) -> None:
+    """Log what the user's own options of a new engine take away from what is promised of its connections."""
+    if "creator" in config.options:
+        logger.warning(
+            "Database %r: its `creator` opens stock connections, so a kill or a timeout may leave them out of step with "
+            "the server, and abandoned statements run on there. Remove it, and use `connect_args`.",
+            config.name,
+        )
+    if config.reset == "connection":
+        for listener in engine.pool.dispatch.connect:
+            module = getattr(listener, "__module__", "") or ""
+            if not module.startswith(("sqlalchemy.", "dbsession.")):
+                logger.warning(
+                    "Database %r: what the `connect` listener %s sets up is undone by reset='connection' and not done "
+                    "again. Use `init_command` in `connect_args`.",
+                    config.name,
+                    f"{module}.{getattr(listener, '__qualname__', '?')}",
+                )
+
+
+class Connector:
+    """Opens the connections of one engine, as ours. Lives as long as the engine."""
+
+    def __init__(self, config: DatabaseConfig) -> None:
+        self._config = config
+        self.killer: Killer | None = None  # made with the first connection, when its arguments are known
+
+    def listen(self, engine: Engine) -> None:
+        event.listen(engine, "do_connect", self._connect)
+
+    def _connect(self, _dialect: Any, _record: Any, args: list[Any], arguments: dict[str, Any]) -> Connection:
+        if self._config.kill_abandoned and self.killer is None:
+            self.killer = Killer(self._config.name, side_arguments(arguments))
+        return Connection(*args, on_abandon=self.killer.abandon if self.killer else None, **arguments)

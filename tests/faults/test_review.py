@@ -16,7 +16,16 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
-from dbsession import ConfigError, DBSessionMiddleware, SessionManager, UnknownDatabase, connections, hub, sessions
+from dbsession import (
+    ConfigError,
+    DBSessionMiddleware,
+    SessionManager,
+    UnknownDatabase,
+    block,
+    connections,
+    hub,
+    sessions,
+)
 from dbsession import scope as scopes
 from support.processes import run_python
 
@@ -456,7 +465,7 @@ def test_kill_in_the_teardown_of_a_complete_body_still_closes_the_body(manager, 
 
 
 def test_ended_scope_left_on_a_stack_does_not_stay(manager):
-    stack = scopes._stack()
+    stack = scopes.stack_here()
     left = scopes.Scope("GET /cut short", is_request=True)
     left.end()
     stack.append(left)
@@ -541,7 +550,7 @@ def test_session_scope_refuses_to_decorate_a_generator():
         names = {}
         exec(make, names)
         with pytest.raises(TypeError, match="session_scope"):
-            scopes.session_scope()(names["f"])
+            block.session_scope()(names["f"])
 
 
 def test_close_that_somebody_put_in_place_of_ours_costs_no_slot(manager):

@@ -161,12 +161,12 @@ def test_init_app_with_a_bad_configuration_says_so(app):
 
 
 def test_nothing_is_left_on_the_ident(app):
-    depth = len(scopes._stack())
+    depth = len(scopes.stack_here())
     for _ in range(3):
         app.test_client().get("/one")
         with app.app_context():
             pass
-    assert len(scopes._stack()) == depth
+    assert len(scopes.stack_here()) == depth
 
 
 def test_thirty_slow_readers_over_a_pool_of_two_stop_nobody(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 import dbsession
 from dbsession import errors, mysql
-from dbsession.config import KEYS
+from dbsession.config import KEYS, TIMEOUTS
 from support.gunicorn import Gunicorn
 from support.processes import run_python
 
@@ -116,6 +116,9 @@ from hello import application
 assert [get(application, "/") for _ in range(3)] == ["1 visits\\n", "2 visits\\n", "3 visits\\n"]
 import stream
 assert get(stream.application, "/") == "/\\n" * 3
+import transfer
+assert transfer.visits == 3
+assert get(stream.application, "/") == "/home\\n" * 3
 import nightly
 assert get(application, "/") == "1 visits\\n"
 assert nothing_open()
@@ -229,12 +232,15 @@ def test_knob_table_tells_the_defaults():
         "options": "see below",
         "session": "see below",
         "busy_timeout_s": f"{manager.database('default').config.busy_timeout_s:g}",
+        **{key: f"{getattr(manager.database('default').config, key):g}" for key in TIMEOUTS},
+        "reset": manager.database("default").config.reset,
+        "kill_abandoned": manager.database("default").config.kill_abandoned,
+        "charset": mysql.engine_options(manager.database("default").config)["connect_args"]["charset"],
         "pool_size": pool.size(),
         "max_overflow": pool._max_overflow,
         "pool_timeout": f"{pool.timeout():g}",
         "pool_recycle": pool._recycle,
         "pool_pre_ping": pool._pre_ping,
-        **mysql.engine_options(manager.engine().url)["connect_args"],
         "autoflush": session.autoflush,
         "close_resets_only": False,
         "class_": "`Session`",

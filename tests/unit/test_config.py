@@ -240,7 +240,7 @@ def test_mysql_defaults_are_finite_timeouts_and_utf8mb4_below_the_url_and_the_op
     from dbsession import mysql
 
     def connect_args(url: str) -> object:
-        return mysql.engine_options(parse("a", url).url).get("connect_args")
+        return mysql.engine_options(parse("a", url)).get("connect_args")
 
     assert connect_args("mariadb+pymysql://h/db") == {
         "charset": "utf8mb4", "connect_timeout": 10, "read_timeout": 60, "write_timeout": 60,

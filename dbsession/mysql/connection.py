@@ -1,0 +1,270 @@
+"""A PyMySQL connection that is never out of step with its server: closed by whatever interrupts it half-way.
+
+PyMySQL keeps its socket open when an exception ends a write, and a ROLLBACK then goes into the middle of a packet.
+This subclass overrides the private methods through which every byte and every answer goes; there is no public way.
+tests/unit/test_private_names.py fails loudly when one of these names goes.
+
+What the server said last is kept as well. Each OK and EOF packet says whether a transaction is open; stock PyMySQL
+drops it after a SELECT, so that its `server_status` is wrong whenever it matters.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pymysql.connections
+import pymysql.cursors
+from pymysql import err
+from pymysql.constants import CR, SERVER_STATUS
+from pymysql.protocol import EOFPacketWrapper
+
+_COM_RESET_CONNECTION = 0x1F  # MySQL 5.7.3, MariaDB 10.2.4; PyMySQL has no name for it
+_BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
+
+
+# Their stubs leave the private names out.
+_Connection: Any = pymysql.connections.Connection
+_MySQLResult: Any = pymysql.connections.MySQLResult
+_StockSSCursor: Any = pymysql.cursors.SSCursor
+_StockSSDictCursor: Any = pymysql.cursors.SSDictCursor
+
+
+class Connection(_Connection):  # type: ignore[misc]  # of Any
+    """A `pymysql.connections.Connection`. Lives as long as its place in the pool, or until a read or write on it is
+    ended by any exception: then its socket is closed, and the exception goes on as it is.
+
+    Args:
+        on_abandon: called with this connection when nobody waits any more for a statement that may still run at the
+            server. Must not wait.
+        Others: those of PyMySQL. `connect_timeout` bounds the handshake, too.
+    """
+
+    # PyMySQL's own, whose first values say too little of their types.
+    _read_timeout: Any
+    _write_timeout: Any
+    _current_timeout: Any
+    _result: Any
+
+    def __init__(self, *args: Any, on_abandon: Callable[[Connection], None] | None = None, **kwargs: Any) -> None:
+        self._on_abandon = on_abandon
+        self._connect_by: float | None = None
+        self._settled = False  # everything sent was answered, and the last answer was no error
+        self.used = False
+        """Something was executed on it since it was connected or reset."""
+        self.gave_up = False
+        """Closed by us, while the server may be well: no reason to mistrust the pool's other connections."""
+        self.local: Any = None
+        self.peer: Any = None
+        super().__init__(*args, **kwargs)
+        self._autocommit_at_first = self.autocommit_mode
+        self.used = False
+
+    def connect(self, sock: Any = None) -> None:
+        timeouts = self._read_timeout, self._write_timeout
+        self._read_timeout = self._write_timeout = self.connect_timeout
+        self._connect_by = time.monotonic() + self.connect_timeout
+        try:
+            super().connect(sock)
+            if not self.unix_socket:
+                self.local, self.peer = self._sock.getsockname(), self._sock.getpeername()
+        finally:
+            self._connect_by = None
+            self._read_timeout, self._write_timeout = timeouts
+
+    @property
+    def settled(self) -> bool:
+        """Whether the server said that no transaction is open, and nothing was sent since."""
+        return self._settled and not self.server_status & _BUSY
+
+    @property
+    def unread(self) -> bool:
+        """Whether a server-side stream has not been read to its end."""
+        return self._result is not None and bool(self._result.unbuffered_active)
+
+    def rollback(self) -> None:
+        """Roll back, unless the server said that there is nothing to. A stream not read to its end is not read on for
+        it (that may take minutes): the connection is closed, and the server rolls back."""
+        if self.unread:
+            self._abandon()
+        elif not (self.settled or (self.gave_up and not self.open)):
+            super().rollback()
+
+    def reset(self) -> None:
+        """COM_RESET_CONNECTION: nothing of the session is left at the server; then what PyMySQL sets up at connect."""
+        self._execute_command(_COM_RESET_CONNECTION, b"")
+        self._read_ok_packet()
+        self.set_character_set(self.charset, self.collation)
+        with self.cursor(pymysql.cursors.Cursor) as cursor:
+            if self.sql_mode is not None:
+                cursor.execute("SET sql_mode = %s", (self.sql_mode,))
+            if self.init_command is not None:
+                cursor.execute(self.init_command)
+        if self._autocommit_at_first is not None:
+            self.autocommit(self._autocommit_at_first)
+
+    def read_within(self, timeout_s: float | None) -> float | None:
+        """Set the seconds to wait for each piece of an answer; return those from before."""
+        before: float | None = self._read_timeout
+        self._read_timeout = timeout_s
+        return before
+
+    def close(self) -> None:
+        if self.unread:
+            self._abandon()
+        super().close()
+
+    def cursor(self, cursor: Any = None) -> Any:
+        return super().cursor(_LAZY.get(cursor or self.cursorclass, cursor))
+
+    def query(self, sql: Any, unbuffered: bool = False) -> Any:
+        self.used = True
+        return super().query(sql, unbuffered)
+
+    def _execute_command(self, command: int, sql: Any) -> None:
+        if self.unread:
+            self._result._finish_unbuffered_query()
+        super()._execute_command(command, sql)
+
+    def _write_bytes(self, data: Any) -> None:
+        self._settled = False
+        sock = self._sock
+        if sock is None:
+            raise err.InterfaceError(0, "")
+        try:
+            timeout_s = self._seconds_left() if self._connect_by else self._write_timeout
+            if self._connect_by or self._current_timeout != timeout_s:
+                sock.settimeout(timeout_s)
+                self._current_timeout = timeout_s
+            sock.sendall(data)
+        except BaseException as error:
+            # Half a packet: the server waits for the rest, so it ends what it has as soon as the socket closes.
+            self.gave_up = self.gave_up or not _is_loss(error)
+            self._force_close()
+            if _is_from_socket(error):
+                raise err.OperationalError(
+                    CR.CR_SERVER_GONE_ERROR, f"MySQL server has gone away ({error!r})"
+                ) from error
+            raise
+
+    def _read_bytes(self, num_bytes: int) -> bytes:
+        if self._rfile is None:
+            raise err.InterfaceError(0, "")
+        try:
+            if self._connect_by:
+                self._sock.settimeout(self._seconds_left())
+                self._current_timeout = None
+            data: bytes = self._rfile.read(num_bytes)
+        except BaseException as error:
+            if _is_loss(error) or self._connect_by:
+                self._force_close()
+            else:
+                self._abandon()
+            if _is_from_socket(error):
+                raise err.OperationalError(
+                    CR.CR_SERVER_LOST, f"Lost connection to MySQL server during query ({error})"
+                ) from error
+            raise
+        if len(data) < num_bytes:
+            self._force_close()
+            raise err.OperationalError(CR.CR_SERVER_LOST, "Lost connection to MySQL server during query")
+        return data
+
+    def _seconds_left(self) -> float:
+        left = (self._connect_by or 0.0) - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"timed out: no connection within {self.connect_timeout} s, the handshake included")
+        return left
+
+    def _abandon(self) -> None:
+        """Nobody waits for the answer any more: close the socket, and have the statement ended at the server."""
+        self.gave_up = True
+        if self._result is not None:
+            self._result.unbuffered_active = False
+            self._result = None
+        self._force_close()
+        if self._on_abandon is not None:
+            self._on_abandon(self)
+
+    def _read_query_result(self, unbuffered: bool = False) -> Any:
+        self._result = None
+        result = _Result(self)
+        try:
+            if unbuffered:
+                result.init_unbuffered_query()
+            else:
+                result.read()
+        except err.MySQLError:
+            raise  # an error packet, read in full
+        except BaseException:
+            if self.open:  # in the middle of the answer, where a converter failed, say
+                self._abandon()
+            raise
+        self._result = result
+        if result.server_status is not None:
+            self.server_status = result.server_status
+            self._settled = True
+        return result.affected_rows
+
+    def _read_ok_packet(self) -> Any:
+        packet = super()._read_ok_packet()
+        self._settled = True
+        return packet
+
+
+class _Result(_MySQLResult):  # type: ignore[misc]
+    """The answer to one statement. Lives until the next one."""
+
+    def _check_packet_is_eof(self, packet: Any) -> bool:
+        if not packet.is_eof_packet():
+            return False
+        end = EOFPacketWrapper(packet)
+        self.warning_count = end.warning_count
+        self.has_next = end.has_next
+        self.server_status = end.server_status
+        if self.unbuffered_active:
+            self.connection.server_status = end.server_status
+            self.connection._settled = True
+        return True
+
+    def __del__(self) -> None:
+        pass  # stock reads a stream to its end here, wherever the collector found it
+
+
+class _LeavesUnread:
+    """A cursor over a server-side stream whose close() reads nothing: the next statement on the connection reads what
+    is left, and a rollback gives the connection up instead."""
+
+    connection: Any
+
+    def close(self) -> None:
+        self.connection = None
+
+    def __del__(self) -> None:
+        self.connection = None
+
+
+class _SSCursor(_LeavesUnread, _StockSSCursor):  # type: ignore[misc]
+    pass
+
+
+class _SSDictCursor(_LeavesUnread, _StockSSDictCursor):  # type: ignore[misc]
+    pass
+
+
+_LAZY: dict[Any, Any] = {
+    pymysql.cursors.SSCursor: _SSCursor,
+    pymysql.cursors.SSDictCursor: _SSDictCursor,
+}
+
+
+def _is_from_socket(error: BaseException) -> bool:
+    """Whether the socket itself raised it. An OSError that somebody threw in here, `gevent.Timeout(1, TimeoutError)`
+    say, has neither a number nor the socket's words, and is theirs to catch."""
+    return isinstance(error, OSError) and (error.errno is not None or "timed out" in str(error))
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether the connection is gone, so that the server knows and has ended the statement."""
+    return _is_from_socket(error) and not isinstance(error, TimeoutError)

@@ -1,0 +1,117 @@
+"""Statements that nobody waits for any more are ended at the server, so that their locks are free at once.
+
+The killed greenlet is not delayed: a side connection of ours says KILL, one at a time for each database. It must
+never hit somebody else's thread. A proxy or a load balancer may have put us on another server, where the same thread
+id is another client's; so it looks first whether that thread comes from where our connection came from.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import deque
+from typing import Any
+
+from pymysql.cursors import Cursor
+
+from dbsession import fork, hub
+from dbsession.errors import describe
+from dbsession.mysql.connection import Connection
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_S = 3  # for each step of the side connection
+
+
+class Killer:
+    """Ends abandoned statements of one database. Lives as long as its engine.
+
+    `_abandoned` is written by whoever abandons (append) and by the one who works (popleft), a step each. `_working`
+    is a flag: it is only ever tried, never waited for, so it may be held over a switch.
+    """
+
+    def __init__(self, name: str, arguments: dict[str, Any]) -> None:
+        self.kills = 0
+        self._name = name
+        self._arguments = arguments
+        self._told = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._epoch = fork.epoch
+        self._abandoned: deque[tuple[int, Any, Any]] = deque()
+        self._working = hub.allocate_lock()
+
+    def abandon(self, connection: Connection) -> None:
+        """Have the statement of this connection ended. Does not wait; may be called by anybody, the Hub included."""
+        if self._epoch != fork.epoch:
+            self._forget()
+        if connection.local is None:
+            self._tell("it is not a TCP connection, so its thread at the server cannot be recognised")
+            return
+        self._abandoned.append((connection.thread_id(), connection.local, connection.peer))
+        hub.run_aside(self._work)
+
+    @property
+    def pending(self) -> bool:
+        """Whether statements are still to be ended."""
+        return bool(self._abandoned) or self._working.locked()
+
+    def _work(self) -> None:
+        while self._abandoned and self._working.acquire(False):
+            try:
+                while self._abandoned:
+                    self._kill(*self._abandoned.popleft())
+            except Exception as error:
+                logger.warning(
+                    "Database %r: an abandoned statement could not be ended at the server, where it may run on: %s.",
+                    self._name,
+                    describe(error),
+                )
+            finally:
+                self._working.release()
+
+    def _kill(self, thread_id: int, local: Any, peer: Any) -> None:
+        # To the same address from the same address, so that the server shows both with the same host part.
+        with socket.create_connection(peer[:2], _TIMEOUT_S, source_address=(local[0], 0)) as raw:
+            side = Connection(**self._arguments)
+            side.connect(raw)
+            try:
+                self._look_and_kill(side, thread_id, local[1])
+            finally:
+                side.close()
+
+    def _look_and_kill(self, side: Connection, thread_id: int, port: int) -> None:
+        mine = side.thread_id()
+        with side.cursor() as cursor:
+            cursor.execute(
+                "SELECT ID, USER, HOST FROM information_schema.PROCESSLIST WHERE ID IN (%s, %s)", (mine, thread_id)
+            )
+            seen = {row[0]: (row[1], *row[2].rpartition(":")[::2]) for row in cursor.fetchall()}
+            if thread_id not in seen:
+                return  # over already
+            user, host, _ = seen[mine]
+            if seen[mine] != (user, host, str(side.local[1])):
+                self._tell("there is a proxy between us and the server")
+            elif seen[thread_id] != (user, host, str(port)):
+                self._tell("the server shows another client under its thread id")
+            else:
+                cursor.execute(f"KILL {thread_id:d}")
+                self.kills += 1
+
+    def _tell(self, why: str) -> None:
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "Database %r: an abandoned statement is not ended at the server, and none will be: %s. Set "
+                "max_statement_time there, or kill_abandoned to False.",
+                self._name,
+                why,
+            )
+
+
+def side_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of PyMySQL for a side connection, from those of the engine's own."""
+    kept = {key: value for key, value in arguments.items() if key not in ("database", "db", "init_command", "sql_mode")}
+    timeouts = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), _TIMEOUT_S)
+    return kept | timeouts | {"defer_connect": True, "cursorclass": Cursor, "autocommit": True}
