@@ -3,6 +3,8 @@ has changed: find the new place before anything else is believed."""
 
 from __future__ import annotations
 
+import inspect
+
 import gevent
 import gevent.threadpool
 import pymysql
@@ -67,3 +69,25 @@ def test_sqlalchemys_pool_calls_what_ours_overrides_and_has_what_ours_copies():
         assert callable(getattr(QueuePool, name))
     for name in ("_creator", "_pre_ping", "_recycle", "_orig_logging_name", "_reset_on_return", "_dialect"):
         assert hasattr(pool, name), name
+
+
+def test_pymysql_sends_and_reads_through_what_our_connection_overrides():
+    """mysql.connection.Connection: every byte and every answer must go through these, with these arguments."""
+    stock = pymysql.connections.Connection
+    taken = {
+        "_execute_command": ["self", "command", "sql"],
+        "_write_bytes": ["self", "data"],
+        "_read_bytes": ["self", "num_bytes"],
+        "_read_query_result": ["self", "unbuffered"],
+        "_read_ok_packet": ["self"],
+        "_force_close": ["self"],
+        "connect": ["self", "sock"],
+    }
+    for name, arguments in taken.items():
+        assert list(inspect.signature(getattr(stock, name)).parameters) == arguments, name
+    for name in ("_check_packet_is_eof", "_finish_unbuffered_query", "init_unbuffered_query", "read", "__del__"):
+        assert name in vars(pymysql.connections.MySQLResult), name
+    source = inspect.getsource(stock)
+    for used in ("_read_timeout", "_write_timeout", "_current_timeout", "_rfile", "_sock", "_result"):
+        assert f"self.{used} = " in source, used
+    assert source.count(".sendall(") == 1 and source.count("_rfile.read(") == 1
