@@ -1,0 +1,150 @@
+"""F18: a COMMIT whose answer never comes is neither a success nor a failure. Here it was carried out each time: the
+proxy lets COMMIT through to the server, and holds the answer back."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.processes import run_script
+from support.proxy import Proxy
+
+SCRIPT = """
+    import sys, time
+    import sqlalchemy.exc
+    from sqlalchemy import text
+    from support.proxy import ProxyControl
+    url, proxy, direct = sys.argv[1], ProxyControl(int(sys.argv[2])), sys.argv[3]
+    dbsession.configure({"default": {"url": url, "read_timeout_s": 1}, "direct": direct})
+    session, engine = dbsession.get_dbsession(), dbsession.get_engine()
+    with dbsession.get_engine("direct").begin() as connection:
+        connection.execute(text("CREATE TABLE t (n INT) ENGINE=InnoDB"))
+    runs = []
+    def unit(n, hold=True):
+        runs.append(n)
+        session.execute(text("INSERT INTO t VALUES (:n)"), {"n": n})
+        if hold:
+            proxy.stall("to_client")
+    def rows():
+        with dbsession.session_scope():
+            return dbsession.get_dbsession("direct").scalars(text("SELECT n FROM t ORDER BY n")).all()
+    def told(work):
+        with dbsession.session_scope("GET /pay") as scope:
+            try:
+                work()
+            except BaseException as error:
+                return error, scope
+            finally:
+                wait_until(lambda: rows() == runs, 10, "the server to carry out COMMIT")
+                proxy.resume()
+"""
+
+
+def run(mode, mariadb, mariadb_url, source):
+    with Proxy(mariadb.port) as proxy:
+        through = mariadb_url.replace(f":{mariadb.port}/", f":{proxy.port}/")
+        script = "\n".join(line[4:] for line in SCRIPT.splitlines()) + "\n" + source
+        run_script(mode, script, through, proxy.control_port, mariadb_url)
+
+
+def test_f18_driver_error_at_commit_is_an_outcome_unknown_and_an_operational_error(mode, mariadb, mariadb_url):
+    run(
+        mode,
+        mariadb,
+        mariadb_url,
+        """
+def work():
+    unit(1)
+    session.commit()
+error, scope = told(work)
+assert isinstance(error, dbsession.CommitOutcomeUnknown), error
+assert isinstance(error, sqlalchemy.exc.OperationalError) and error.orig.args[0] == 2013
+assert "may have been committed" in str(error) and str(error).endswith("[DBS-COMMIT-UNKNOWN]"), error
+assert scope.outcome == "unknown" and scope.outcomes == {"default": "unknown"}
+assert engine.pool.checkedout() == 0
+assert session.scalar(text("SELECT count(*) FROM t")) == 1
+""",
+    )
+
+
+def test_f18_it_is_told_the_same_way_by_a_begin_block_and_by_core(mariadb, mariadb_url):
+    run(
+        "patched",
+        mariadb,
+        mariadb_url,
+        """
+def block():
+    with session.begin():
+        unit(1)
+def core():
+    with engine.begin() as connection:
+        runs.append(2)
+        connection.execute(text("INSERT INTO t VALUES (2)"))
+        proxy.stall("to_client")
+for work in (block, core):
+    error, scope = told(work)
+    assert isinstance(error, dbsession.CommitOutcomeUnknown), error
+assert engine.pool.checkedout() == 0
+""",
+    )
+
+
+def test_f18_unit_of_work_is_not_run_again_after_an_unknown_outcome(mariadb, mariadb_url):
+    run(
+        "patched",
+        mariadb,
+        mariadb_url,
+        """
+error, _ = told(lambda: dbsession.run_in_transaction(lambda: unit(1), attempts=5))
+assert isinstance(error, dbsession.CommitOutcomeUnknown) and runs == [1], (error, runs)
+""",
+    )
+
+
+@pytest.mark.parametrize("kill", ["gevent.GreenletExit()", "gevent.Timeout(1)", "Boom('mine')", "TimeoutError()"])
+def test_f18_kill_at_commit_stays_what_it_is_with_a_note(mariadb, mariadb_url, kill):
+    run(
+        "patched",
+        mariadb,
+        mariadb_url,
+        """
+import gevent
+class Boom(Exception): pass
+kill = KILL
+def work():
+    unit(1)
+    victim = gevent.getcurrent()
+    def when_carried_out():
+        wait_until(lambda: rows() == [1], 10)
+        gevent.get_hub().loop.run_callback(victim.throw, kill)
+    gevent.spawn(when_carried_out)
+    session.commit()
+dbsession.configure({"default": {"url": url, "read_timeout_s": 30}, "direct": direct})
+engine = dbsession.get_engine()
+error, scope = told(work)
+assert error is kill, repr(error)
+assert any("may have been committed" in note for note in error.__notes__), error.__notes__
+assert scope.outcome == "unknown" and engine.pool.checkedout() == 0
+""".replace("KILL", kill, 1),
+    )
+
+
+def test_f18_definite_failure_at_commit_is_not_in_doubt(tmp_path):
+    """A deferred constraint of SQLite fails at COMMIT, in this process: everybody knows that it was not done."""
+    from sqlalchemy import text
+    from sqlalchemy.exc import IntegrityError
+
+    from dbsession import SessionManager
+
+    manager = SessionManager({"default": f"sqlite:///{tmp_path}/a.db"})
+    with manager.engine().begin() as connection:
+        connection.execute(text("CREATE TABLE p (id INTEGER PRIMARY KEY)"))
+        connection.execute(text("CREATE TABLE c (p REFERENCES p(id) DEFERRABLE INITIALLY DEFERRED)"))
+    with manager.scope() as scope:
+        session = manager.get()
+        session.execute(text("PRAGMA foreign_keys = ON"))
+        session.commit()
+        session.execute(text("INSERT INTO c VALUES (1)"))
+        with pytest.raises(IntegrityError):
+            session.commit()
+    assert scope.outcome == "rolled back"
+    manager.dispose()
