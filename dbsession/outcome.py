@@ -37,6 +37,8 @@ class TransactionWatch:
         self._doomed: weakref.WeakKeyDictionary[Connection, BaseException] = weakref.WeakKeyDictionary()
 
     def listen(self, engine: Engine) -> None:
+        if self._backend == "sqlite":
+            return  # in this process: nothing is lost on the way, and nothing undone behind our back
         event.listen(engine, "begin", self._begin)
         event.listen(engine, "begin_twophase", self._begin)
         event.listen(engine, "commit", self._commit)
@@ -59,7 +61,6 @@ class TransactionWatch:
 
     def _begin(self, connection: Connection, *_: object) -> None:
         connection.info.pop(_COMMITTING, None)
-        wrote.discard(connection)
         if self._doomed and connection in self._doomed:
             # A refused or failed commit() leaves a Connection that sends no ROLLBACK of its own any more.
             connection.dialect.do_rollback(connection.connection)
@@ -91,7 +92,7 @@ class TransactionWatch:
             context.invalidate_pool_on_disconnect = False
         elif verdict in (codes.Verdict.DISCONNECT, codes.Verdict.FAILOVER):
             context.is_disconnect = True
-        elif not from_driver and self._backend != "sqlite" and not isinstance(driver, MySQLConnection):
+        elif not from_driver and not isinstance(driver, MySQLConnection):
             # Whether a driver that we do not know is still in step with its server, nobody can say.
             context.is_disconnect = context.is_disconnect or context.cursor is not None
             context.invalidate_pool_on_disconnect = False
@@ -106,8 +107,6 @@ class TransactionWatch:
     def _judge_commit(
         self, context: ExceptionContext, connection: Connection, error: BaseException, from_driver: bool
     ) -> BaseException | None:
-        if self._backend == "sqlite":
-            return None  # in this process: it was done, or it was not
         if from_driver and self._is_mysql:
             unknown = codes.commit_may_have_happened(error)
             if codes.classify(error) is codes.Verdict.RETRY:

@@ -138,6 +138,7 @@ def _connection_in_use(session: ManagedSession, _: SessionTransaction, connectio
     if connection not in session._open_connections:
         session._open_connections.append(connection)
         session._committed = False
+        wrote.discard(connection)  # it may be the user's own, from an earlier transaction
         home = session._scope() if session._scope is not None else None
         if home is not None:
             _pinned.add(connection)
