@@ -46,7 +46,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import dbsession
 import dbsession.flask
-from dbsession.errors import describe
+from dbsession.errors import CommitOutcomeUnknown, describe
 
 logger = logging.getLogger("orderdesk")
 
@@ -332,6 +332,8 @@ def database_failed(error: SQLAlchemyError) -> Any:
     logger.error("%s %s failed: %s", request.method, request.path, describe(error))
     if isinstance(error, IntegrityError):
         return failure(409, "this conflicts with what is stored")
+    if isinstance(error, CommitOutcomeUnknown):  # "try again" might order twice
+        return failure(500, "this may have been stored or not: look before you send it again")
     lost = isinstance(error, DBAPIError) and error.connection_invalidated
     if lost or isinstance(error, (OperationalError, InterfaceError, PoolTimeout)):
         return *failure(503, "the database is not available, try again"), {"Retry-After": "5"}
