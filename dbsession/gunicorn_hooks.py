@@ -12,9 +12,12 @@ import logging
 import os
 from typing import Any
 
-from dbsession import api, scope
+from dbsession import api, scope, wsgi
+from dbsession.mysql import kill
 
 logger = logging.getLogger(__name__)
+
+KILLING_S = 2.0
 
 
 def when_ready(server: Any) -> None:
@@ -24,7 +27,13 @@ def when_ready(server: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """The same in a worker, which has just imported the application."""
+    """The same in a worker, which has just imported the application.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] it was wrapped with a deadline, and this worker does not run gevent. gunicorn then
+            says "Worker failed to boot" and ends.
+    """
+    wsgi.check_deadlines()
     _close_what_the_import_used()
 
 
@@ -49,8 +58,10 @@ def post_request(worker: Any, req: Any, environ: dict[str, Any], resp: Any) -> N
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """Closes every engine's idle connections as a worker ends. (gunicorn also calls it in its arbiter, for a worker
+    """Sees to it that the statements of killed requests are ended at the server (for KILLING_S seconds at most), and
+    closes every engine's idle connections, as a worker ends. (gunicorn also calls it in its arbiter, for a worker
     that has vanished: nothing is done there.) A worker that is killed does not come here; the kernel closes its
     sockets."""
     if worker.pid == os.getpid():
+        kill.finish(KILLING_S)
         api.dispose()
