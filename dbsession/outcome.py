@@ -96,7 +96,8 @@ class TransactionWatch:
             # Whether a driver that we do not know is still in step with its server, nobody can say.
             context.is_disconnect = context.is_disconnect or context.cursor is not None
             context.invalidate_pool_on_disconnect = False
-        if connection.info.get(_COMMITTING) and context.statement is None:
+        # In this order: while SQLAlchemy asks a new server what it can, the connection has no `info`.
+        if context.statement is None and connection.info.get(_COMMITTING):
             return self._judge_commit(context, connection, error, from_driver)
         if verdict is codes.Verdict.RETRY:
             self._doomed[connection] = context.sqlalchemy_exception or error

@@ -33,8 +33,8 @@ def warn_of_what_is_bypassed(config: DatabaseConfig, engine: Engine) -> None:
     """Log what the user's own options of a new engine take away from what is promised of its connections."""
     if "creator" in config.options:
         logger.warning(
-            "Database %r: its `creator` opens stock connections, so a kill or a timeout may leave them out of step with "
-            "the server, and abandoned statements run on there. Remove it, and use `connect_args`.",
+            "Database %r: its `creator` opens stock connections, so a kill or a timeout may leave them out of step "
+            "with the server, and abandoned statements run on there. Remove it, and use `connect_args`.",
             config.name,
         )
     if config.reset == "connection":

@@ -69,6 +69,11 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
             super().connect(sock)
             if not self.unix_socket:
                 self.local, self.peer = self._sock.getsockname(), self._sock.getpeername()
+        except err.OperationalError as error:
+            original = getattr(error, "original_exception", None)
+            if isinstance(original, OSError) and not _is_from_socket(original):
+                raise original from None  # somebody's timeout, which PyMySQL takes for the socket's
+            raise
         finally:
             self._connect_by = None
             self._read_timeout, self._write_timeout = timeouts

@@ -1,0 +1,32 @@
+"""F9, F14, F18 all at once: kills, timeouts, lost connections and restarts of the server, at random."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from support.processes import run_script
+from support.steering import steering
+
+
+@pytest.mark.parametrize(("waves", "size", "restarts"), [(1, 400, 1), pytest.param(3, 2000, 2, marks=pytest.mark.slow)])
+def test_f09_pool_is_whole_and_nobody_was_told_a_lie_after_stress(mariadb, mariadb_url, waves, size, restarts):
+    """Every request ends, each has read its own rows, every place of the pool is usable afterwards, every commit that
+    returned is stored once, and nothing is that its caller believes to be rolled back."""
+    seed = random.randrange(10**9)
+    with steering(mariadb) as control_port:
+        done = run_script(
+            "patched",
+            "from support import stress\nstress.main()",
+            *(mariadb_url, control_port, seed, waves, size, restarts),
+            timeout=300,
+        )
+    report = json.loads(done.stdout)
+    faults = report["faults"]
+    assert not faults, f"seed {seed}, {report['became']}, {len(faults)} faults:\n" + "\n".join(faults[:5])
+    assert not done.stderr, f"seed {seed}"
+    assert report["server_kills"] > 0
+    assert {"committed", "GreenletExit", "Timeout", "Boom", "TimeoutError"} <= report["became"].keys()
+    assert report["became"]["committed"] > waves * size / 2

@@ -1,0 +1,34 @@
+"""F9, F18: whatever ends a request at whichever of its switches, nothing is left behind and nobody is told a lie."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+
+import pytest
+
+from support.sweep import KILLS, LOST, VARIANTS, run_sweep
+
+# Nearly each variant once, with the exception that SQLAlchemy knows least about, and each exception once.
+QUICK = {(variant, "Boom") for variant in VARIANTS if variant != "two"} | {("small", kill) for kill in KILLS}
+PAIRS = [
+    pytest.param(variant, kill, marks=() if (variant, kill) in QUICK else pytest.mark.slow)
+    for variant, kill in product(VARIANTS, KILLS)
+]
+
+
+@pytest.mark.parametrize(("variant", "kill"), PAIRS)
+def test_f09_request_leaves_nothing_behind_when_killed_at_any_switch(mariadb, mariadb_url, variant, kill):
+    """It ends at once with what was thrown, its connection's place is free, the next four requests read their own
+    rows, no transaction stays open, and nothing is stored that its caller believes to be rolled back."""
+    report = run_sweep(mariadb_url, mariadb.socket, variant, kill)
+    assert report.kills > 10
+    assert not report.faults, f"{len(report.faults)} faults:\n" + json.dumps(report.faults[:3], indent=1).replace(
+        "\\n", "\n"
+    )
+
+
+def test_f09_sweep_finds_the_fault_of_the_pattern_without_dbsession(mariadb, mariadb_url):
+    """So that a sweep without faults means something."""
+    report = run_sweep(mariadb_url, mariadb.socket, "small", "Boom", bare=True)
+    assert LOST in [fault["what"] for fault in report.faults]

@@ -1,0 +1,110 @@
+"""Lets a script in a process of its own take the tests' MariaDB server away, bring it back and ask it things.
+
+The server belongs to the test's process. `steering` serves a loopback port there for as long as its block runs;
+`ServerControl` calls it from a script that was given the number, patched or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from .mariadb import MariaDBServer
+
+VERBS = ("stop", "kill", "start", "restart", "pause", "resume")
+
+
+class ServerControl:
+    """Steers the server behind this control port; holds nothing open between calls."""
+
+    def __init__(self, control_port: int) -> None:
+        self.control_port = control_port
+
+    def _call(self, verb: str, *args: Any) -> Any:
+        with socket.create_connection(("127.0.0.1", self.control_port), timeout=60) as connection:
+            connection.sendall(json.dumps([verb, *args]).encode() + b"\n")
+            with connection.makefile("rb") as reply:
+                answer = json.loads(reply.readline())
+        if "error" in answer:
+            raise RuntimeError(f"server: {answer['error']}")
+        return answer["result"]
+
+    def stop(self) -> None:
+        self._call("stop")
+
+    def kill(self) -> None:
+        self._call("kill")
+
+    def start(self) -> None:
+        self._call("start")
+
+    def restart(self) -> None:
+        self._call("restart")
+
+    def pause(self) -> None:
+        self._call("pause")
+
+    def resume(self) -> None:
+        self._call("resume")
+
+    def sql(self, statement: str, *args: Any) -> list[dict[str, Any]]:
+        """The rows of one statement with all rights, on a connection of its own."""
+        return list(self._call("sql", statement, *args))
+
+    def set_global(self, name: str, value: Any) -> None:
+        """SET GLOBAL, until the end of the test."""
+        self._call("set_global", name, value)
+
+    def processlist(self) -> list[dict[str, Any]]:
+        """The connections of the account that tests use, as `MariaDBServer.processlist` gives them."""
+        return list(self._call("processlist"))
+
+    def ids(self) -> set[int]:
+        """Of those connections, the server's numbers."""
+        return {process["id"] for process in self.processlist()}
+
+
+@contextlib.contextmanager
+def steering(server: MariaDBServer) -> Iterator[int]:
+    """Serves a control port, which it gives; at its end the server runs, with the globals it had before."""
+    changed: dict[str, Any] = {}
+
+    def sql(statement: str, *args: Any) -> list[dict[str, Any]]:
+        with server.root() as cursor:
+            cursor.execute(statement, args or None)
+            return list(cursor.fetchall())
+
+    def set_global(name: str, value: Any) -> None:
+        changed.setdefault(name, sql(f"SELECT @@GLOBAL.{name} AS value")[0]["value"])
+        sql(f"SET GLOBAL {name} = %s", value)
+
+    calls: dict[str, Any] = {verb: getattr(server, verb) for verb in VERBS}
+    calls |= {"sql": sql, "set_global": set_global, "processlist": server.processlist}
+
+    class Control(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            try:
+                verb, *args = json.loads(self.rfile.readline())
+                reply = {"result": calls[verb](*args)}
+            except Exception as error:
+                reply = {"error": repr(error)}
+            with contextlib.suppress(OSError):  # the script was killed meanwhile
+                self.wfile.write(json.dumps(reply, default=str).encode() + b"\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Control) as control:
+        control.daemon_threads = True
+        thread = threading.Thread(target=control.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield control.server_address[1]
+        finally:
+            control.shutdown()
+            thread.join()
+            server.ensure_running()
+            for name, value in changed.items():
+                sql(f"SET GLOBAL {name} = %s", value)
