@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +19,8 @@ Databases = Mapping[str, Entry] | Callable[[str], Entry | None]
 TIMEOUTS = ("connect_timeout_s", "read_timeout_s", "write_timeout_s")
 KEYS = ("url", "options", "session", "busy_timeout_s", *TIMEOUTS, "reset", "kill_abandoned")
 RESETS = ("rollback", "connection")
+
+_LARGEST_S = 31_536_000  # a year, which is also PyMySQL's limit
 
 
 @dataclass(frozen=True)
@@ -120,21 +121,22 @@ def shown(word: object) -> str:
 
 
 def seconds(name: str, key: str, value: object) -> float:
-    """`value` as a number of seconds, finite and not negative, or ConfigError."""
+    """`value` as a number of seconds, at most a year and not negative, or ConfigError."""
     if not _is_finite(value) or value < 0:
-        raise ConfigError(f"Database {name!r}: `{key}` is {shown(value)}: give a number of seconds, 0 or more.")
+        raise ConfigError(f"Database {name!r}: `{key}` is {shown(value)}: give a number of seconds, from 0 to a year.")
     return float(value)
 
 
 def positive_seconds(value: object, what: str) -> float:
-    """`value` as a number of seconds, finite and above 0, or ConfigError, where `what` says whose it is."""
+    """`value` as a number of seconds, above 0 and at most a year, or ConfigError, where `what` says whose it is."""
     if not _is_finite(value) or value <= 0:
-        raise ConfigError(f"{what} is {shown(value)}: give a number of seconds above 0.")
+        raise ConfigError(f"{what} is {shown(value)}: give a number of seconds above 0, at most a year.")
     return float(value)
 
 
 def _is_finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Not math.isfinite(), which fails on a whole number too large for a float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST_S
 
 
 def _timeout(name: str, key: str, value: object, url: URL, options: Mapping[str, Any]) -> float:

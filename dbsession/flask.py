@@ -22,9 +22,9 @@ def init_app(app: Flask) -> None:
 
     Configures the databases from `app.config["DBSESSION_DATABASES"]`, if that is set (the configuration is the
     process's: the last app that sets it wins); wraps `app.wsgi_app`, so that each request has a scope until its body
-    is closed; and gives each app context outside a request (`flask shell`, CLI commands, tests) a scope of its own,
-    which ends with the context. A complete response (`response.is_sequence`) sets `dbsession.body_complete`: its
-    sessions are closed before a slow client reads it.
+    is closed, with the deadline `app.config["DBSESSION_DEADLINE_S"]` if that is set; and gives each app context outside
+    a request (`flask shell`, CLI commands, tests) a scope of its own, which ends with the context. A complete response
+    (`response.is_sequence`) sets `dbsession.body_complete`: its sessions are closed before a slow client reads it.
 
     Raises:
         ConfigError: [DBS-CONFIG].
@@ -35,7 +35,7 @@ def init_app(app: Flask) -> None:
     if databases is not None:
         api.configure(databases)
     app.extensions["dbsession"] = api.manager
-    app.wsgi_app = DBSessionMiddleware(app.wsgi_app)  # type: ignore[method-assign]  # Flask's documented place
+    app.wsgi_app = DBSessionMiddleware(app.wsgi_app, app.config.get("DBSESSION_DEADLINE_S"))  # type: ignore[method-assign]  # Flask's documented place
     request_finished.connect(_response_made, app)
     appcontext_pushed.connect(_context_pushed, app)
     app.teardown_appcontext(_context_popped)

@@ -109,9 +109,9 @@ class Scope:
                 run_aside(work, self.home)
 
     def _stop_timer(self) -> None:
-        if self.timer is not None:
-            self.timer.close()
-            self.timer = None
+        timer, self.timer = self.timer, None
+        if timer is not None:
+            timer.close()
 
     def __del__(self) -> None:
         if self.sessions and not sys.is_finalizing():

@@ -109,6 +109,7 @@ class DBSessionMiddleware:
         scope.park()
         wrapped = TimedBody(body, request)
         if environ.get("dbsession.body_complete"):
+            timer.close()  # as for a list: it may be sent for as long as that takes
             scope.clear()
         return wrapped
 

@@ -8,8 +8,9 @@ import logging
 import socket
 from pathlib import Path
 
+import gevent
 import pytest
-from flask import Response, after_this_request
+from flask import Flask, Response, after_this_request
 from sqlalchemy import text
 
 import dbsession
@@ -42,6 +43,21 @@ def test_requests_give_everything_back(app):
     with pytest.raises(flask_app.Killed):  # after_request would not run
         client.get("/killed")
     assert in_use() == 0
+
+
+def test_deadline_of_the_configuration_answers_503():
+    app = Flask(__name__)
+    app.config["DBSESSION_DEADLINE_S"] = 0.05
+    dbsession.flask.init_app(app)
+    app.add_url_rule("/slow", "slow", lambda: str(gevent.sleep(30)))
+    app.add_url_rule("/fast", "fast", lambda: "fast")
+    client = app.test_client()
+    assert client.get("/slow").status == "503 Service Unavailable"
+    assert client.get("/fast").text == "fast"
+    wrong = Flask(__name__)
+    wrong.config["DBSESSION_DEADLINE_S"] = "30"
+    with pytest.raises(dbsession.ConfigError, match="deadline"):
+        dbsession.flask.init_app(wrong)
 
 
 def test_streamed_response_keeps_its_scope_until_it_is_closed(app):
