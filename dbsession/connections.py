@@ -14,7 +14,7 @@ import gevent.hub
 from gevent import monkey
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from dbsession import fork, hub, mysql, sqlite
 from dbsession.config import DatabaseConfig
@@ -50,9 +50,11 @@ class ConnectionLinks:
         self._watch.listen(engine)
         if self.connector is not None:
             self.connector.listen(engine)
+            self._engine = weakref.ref(engine)
             if isinstance(engine.pool, FairPool):
-                self._engine = weakref.ref(engine)
                 engine.pool.cleaning = self._cleaning
+            elif self._config.reset == "connection":
+                event.listen(engine, "reset", self._reset_in_another_pool)
 
     def _connected(self, connection: Any, record: Any) -> None:
         try:
@@ -81,6 +83,10 @@ class ConnectionLinks:
         if self._config.reset == "connection" and connection.used:
             return partial(self._clean, connection, self._reset)
         return None if connection.settled else partial(self._clean, connection, MySQLConnection.rollback)
+
+    def _reset_in_another_pool(self, connection: Any, _: ConnectionPoolEntry, state: PoolResetState) -> None:
+        if isinstance(connection, MySQLConnection) and connection.open and connection.used and not state.terminate_only:
+            self._clean(connection, self._reset)
 
     def _clean(self, connection: MySQLConnection, how: Callable[[MySQLConnection], None]) -> None:
         before = connection.read_within(CLEANING_S)

@@ -1,0 +1,175 @@
+"""dbsession.mysql.Connection: what a connection keeps, and what of one unit of work does not reach the next."""
+
+from __future__ import annotations
+
+import logging
+
+import pymysql.cursors
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import Pool, QueuePool
+
+from dbsession import SessionManager
+from dbsession.mysql.connection import Connection
+
+
+@pytest.fixture
+def managed(mariadb_url):
+    managers = []
+
+    def make(**entry):
+        options = {"pool_size": 1, "pool_timeout": 5, **entry.pop("options", {})}
+        managers.append(SessionManager({"default": {"url": mariadb_url, "options": options, **entry}}))
+        return managers[-1]
+
+    yield make
+    for manager in managers:
+        manager.clear()
+        manager.dispose()
+
+
+@pytest.fixture
+def questions(mariadb):
+    """How many statements the server has had, without those that ask for it."""
+
+    def so_far():
+        with mariadb.root() as cursor:
+            cursor.execute("SHOW GLOBAL STATUS LIKE 'Questions'")
+            return int(cursor.fetchone()["Value"])
+
+    def cost(work):
+        asking = -so_far() + so_far()
+        before = so_far()
+        work()
+        return so_far() - before - asking
+
+    return cost
+
+
+def table(manager):
+    with manager.engine().begin() as connection:
+        connection.execute(text("CREATE TABLE t (id INT PRIMARY KEY, n INT) ENGINE=InnoDB"))
+        connection.execute(text("INSERT INTO t VALUES (1, 1), (2, 2), (3, 3)"))
+
+
+def driver(manager):
+    return manager.get().connection().connection.dbapi_connection
+
+
+def test_every_pymysql_engine_uses_it_and_mariadb_urls_too(managed, mariadb_url):
+    for url in (mariadb_url, mariadb_url.replace("mysql+", "mariadb+")):
+        manager = SessionManager({"default": url})
+        with manager.scope():
+            assert isinstance(driver(manager), Connection)
+        manager.dispose()
+
+
+def test_select_and_insert_cost_two_round_trips_each(managed, questions):
+    manager = managed(options={"pool_pre_ping": False})
+    table(manager)
+
+    def select():
+        with manager.scope():
+            manager.get().execute(text("SELECT * FROM t")).all()
+
+    def insert():
+        with manager.scope():
+            manager.get().execute(text("UPDATE t SET n = n + 1"))
+            manager.get().commit()
+
+    def nothing_transactional():
+        with manager.scope():
+            manager.get().execute(text("SELECT 1")).all()
+
+    select()
+    assert (questions(select), questions(insert), questions(nothing_transactional)) == (2, 2, 1)
+
+
+@pytest.mark.parametrize("leave", ["SELECT * FROM t", "INSERT INTO t VALUES (1, 1)", "BEGIN", "SAVEPOINT a"])
+def test_rollback_is_sent_whenever_a_transaction_may_be_open(managed, mariadb, leave):
+    """A failed INSERT as the first statement holds a row lock, and the last status the server sent says nothing."""
+    manager = managed()
+    table(manager)
+    with manager.scope():
+        try:
+            manager.get().execute(text(leave))
+        except Exception as error:
+            assert "1062" in str(error)
+    with mariadb.root() as cursor:
+        cursor.execute("SELECT trx_mysql_thread_id FROM information_schema.innodb_trx")
+        assert cursor.fetchall() == ()
+
+
+def test_raw_connection_left_in_a_transaction_is_rolled_back_before_the_next_user(managed):
+    manager = managed()
+    table(manager)
+    raw = manager.engine().raw_connection()
+    raw.cursor().execute("UPDATE t SET n = 99")
+    raw.close()
+    with manager.scope():
+        assert manager.get().scalars(text("SELECT n FROM t ORDER BY n")).all() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("cursorclass", [pymysql.cursors.SSCursor, pymysql.cursors.SSDictCursor])
+def test_stream_closed_early_keeps_the_transaction_when_it_goes_on(managed, cursorclass):
+    manager = managed()
+    table(manager)
+    with manager.scope():
+        session = manager.get()
+        session.execute(text("INSERT INTO t VALUES (4, 4)"))
+        cursor = driver(manager).cursor(cursorclass)
+        cursor.execute("SELECT seq FROM seq_1_to_5000")
+        assert cursor.fetchone()
+        cursor.close()
+        assert session.scalar(text("SELECT count(*) FROM t")) == 4
+        result = session.execute(text("SELECT seq FROM seq_1_to_5000"), execution_options={"stream_results": True})
+        assert result.fetchone() == (1,)
+        result.close()
+        session.commit()
+    with manager.scope():
+        assert manager.get().scalar(text("SELECT count(*) FROM t")) == 4
+
+
+def test_scopes_read_timeout_is_for_its_own_sessions_only(managed):
+    manager = managed(read_timeout_s=1)
+    with manager.scope("report", read_timeout_s=20):
+        assert manager.get().scalar(text("SELECT SLEEP(1.5)")) == 0
+        manager.get().commit()
+        assert manager.get().scalar(text("SELECT SLEEP(1.5)")) == 0
+        first = driver(manager)
+    with manager.scope():
+        assert driver(manager) is first
+        with pytest.raises(OperationalError) as lost:
+            manager.get().scalar(text("SELECT SLEEP(30)"))
+        assert lost.value.orig.args[0] == 2013
+    assert manager.engine().pool.checkedout() == 0
+
+
+def test_creator_is_warned_about_when_the_engine_is_built(caplog, mariadb_url):
+    SessionManager({"default": {"url": mariadb_url, "options": {"creator": lambda: None}}})
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "`creator` opens stock connections" in caplog.text
+
+
+def test_foreign_connect_listener_is_warned_about_with_reset_connection(caplog, mariadb_url):
+    def set_time_zone(connection, record):
+        raise AssertionError("no connection is made here")
+
+    for reset in ("rollback", "connection"):
+        event.listen(Pool, "connect", set_time_zone)
+        try:
+            SessionManager({"default": {"url": mariadb_url, "reset": reset}})
+        finally:
+            event.remove(Pool, "connect", set_time_zone)
+        assert ("set_time_zone" in caplog.text) == (reset == "connection")
+
+
+def test_pool_class_of_the_user_gets_the_same_connections(managed):
+    for reset in ("rollback", "connection"):
+        manager = managed(options={"poolclass": QueuePool}, reset=reset)
+        with manager.scope():
+            assert isinstance(driver(manager), Connection)
+            manager.get().execute(text("SET @who = 'alice'"))
+        with manager.scope():
+            assert manager.get().scalar(text("SELECT @who")) == (None if reset == "connection" else "alice")
