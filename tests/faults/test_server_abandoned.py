@@ -1,0 +1,205 @@
+"""F14: a statement that nobody waits for any more is ended at the server, its locks with it; never anybody else's."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.proxy import Proxy
+
+GONE_S = 5  # it takes some milliseconds; the statements would run for 30 s
+
+ENDED = f"""
+    import gevent, logging, time
+
+    class Boom(Exception):
+        pass
+
+    warnings = []
+    class Keep(logging.Handler):
+        def emit(self, record):
+            warnings.append(record.getMessage())
+    logging.getLogger("dbsession").addHandler(Keep(level="WARNING"))
+
+    def gone(id):
+        wait_until(lambda: id not in server.ids(), {GONE_S}, "the statement is ended")
+
+    def kills():
+        return int(server.sql("SHOW GLOBAL STATUS LIKE 'Com_kill'")[0]["Value"])
+"""
+
+
+@pytest.mark.parametrize("hosts", ["addresses", pytest.param("names", marks=pytest.mark.slow)])
+def test_f14_statement_and_row_locks_are_gone_when_its_greenlet_is_killed(hosts, request):
+    run = request.getfixturevalue("with_server" if hosts == "addresses" else "with_resolving_server")
+    run(
+        ENDED
+        + """
+    configure()
+    request("CREATE TABLE t (id INT PRIMARY KEY, n INT)")
+    request("INSERT INTO t VALUES (1, 0), (2, 0)", commit=True)
+    before = kills()
+    bystander = spawn(request, "SELECT 'bystander', SLEEP(30)")
+    bystanders_id = running("bystander")
+
+    def victim(statement):
+        with dbsession.session_scope():
+            session.execute(text("UPDATE t SET n = n + 1 WHERE id = 1"))
+            session.execute(text(statement))
+
+    task = spawn(victim, "SELECT SLEEP(30)")
+    id = running("SLEEP(30)")
+    waiting = spawn(request, "UPDATE t SET n = n + 100 WHERE id = 1")
+    id_waiting = running("n + 100")
+    waiting.handle.kill()  # in a lock wait
+    gone(id_waiting)
+    assert id in server.ids()
+    task.handle.kill()
+    gone(id)
+    assert request("UPDATE t SET n = n + 10 WHERE id = 1", commit=True) is None
+    assert request("SELECT n FROM t WHERE id = 1") == 10
+
+    tasks = [spawn(request, f"SELECT SLEEP(30 + {k})") for k in range(10)]
+    ids = {running(f"SLEEP(30 + {k})") for k in range(10)}
+    gevent.killall([task.handle for task in tasks])
+    wait_until(lambda: not ids & server.ids(), 10)
+    assert kills() == before + 12 and not warnings, warnings
+    assert bystanders_id in server.ids()
+    bystander.handle.kill()
+    nothing_in_use()
+    """
+    )
+
+
+def test_f14_statement_is_ended_when_a_timeout_ends_it(with_server):
+    """The database's own timeout, gevent's as it is and with an exception of the user's; with AUTOCOMMIT the statement
+    is not applied afterwards."""
+    with_server(
+        ENDED
+        + """
+    configure(options={"isolation_level": "AUTOCOMMIT"})
+    request("CREATE TABLE t (n INT)")
+    request("INSERT INTO t VALUES (0)")
+    before = kills()
+    def work(k, bound):
+        with bound():
+            request(f"UPDATE t SET n = n + 1 WHERE {k} + SLEEP(30) = 0")
+    bounds = (lambda: gevent.Timeout(1), lambda: gevent.Timeout(1, Boom), lambda: gevent.Timeout(1, TimeoutError))
+    tasks = [spawn(work, k, bound) for k, bound in enumerate(bounds)]
+    ids = [running(f"{k} + SLEEP") for k in range(3)]
+    for task, id, expected in zip(tasks, ids, (gevent.Timeout, Boom, TimeoutError)):
+        try:
+            join(task)
+        except expected:
+            gone(id)
+        else:
+            raise AssertionError("the exception is swallowed")
+    nothing_in_use()
+    configure(read_timeout_s=1)
+    task = spawn(failure, "SELECT SLEEP(30)")
+    id = running("SLEEP")
+    assert number(join(task)[0]) == 2013
+    gone(id)
+    assert request("SELECT n FROM t") == 0
+    assert kills() == before + 4 and not warnings, warnings
+    """
+    )
+
+
+@pytest.mark.slow
+def test_f14_statement_is_ended_when_a_timeout_ends_it_in_a_thread(with_server):
+    with_server(
+        ENDED
+        + """
+    configure(read_timeout_s=1)
+    task = spawn(failure, "SELECT SLEEP(30)")
+    id = running("SLEEP")
+    assert number(join(task)[0]) == 2013
+    gone(id)
+    nothing_in_use()
+    """,
+        mode="threads",
+    )
+
+
+@pytest.mark.slow
+def test_f14_nothing_is_killed_when_kill_abandoned_is_off(with_server):
+    with_server(
+        ENDED
+        + """
+    configure(kill_abandoned=False)
+    before = kills()
+    task = spawn(request, "SELECT SLEEP(2)")
+    id = running("SLEEP")
+    task.handle.kill()
+    nothing_in_use()
+    gone(id)  # by itself
+    assert kills() == before and not warnings, warnings
+    """
+    )
+
+
+def test_f14_nothing_is_killed_when_there_is_a_proxy_and_one_warning_says_so(mariadb, mariadb_url, with_server):
+    """The ports that the server shows are the proxy's, so no thread can be recognised as ours."""
+    with Proxy(mariadb.port) as proxy:
+        with_server(
+            ENDED
+            + """
+    configure()
+    before = kills()
+    for k in range(3):
+        task = spawn(request, "SELECT SLEEP(2)")
+        id = running("SLEEP")
+        task.handle.kill()
+        nothing_in_use()
+        if not k:
+            wait_until(lambda: warnings, 5)
+    gone(id)  # by itself
+    assert kills() == before and len(warnings) == 1 and "proxy" in warnings[0], warnings
+    assert url.split(":")[2].split("@")[0] not in warnings[0], "the password"
+    """,
+            url=mariadb_url.replace(f":{mariadb.port}/", f":{proxy.port}/"),
+        )
+
+
+def test_f14_nobody_elses_thread_is_killed_when_the_number_is_anothers(with_server):
+    """As behind a balancer, which puts the side connection on another server: there our number is someone else's."""
+    with_server(
+        ENDED
+        + """
+    configure()
+    other = spawn(request, "SELECT 'other', SLEEP(30)")
+    others_id = running("'other'")
+    def victim():
+        with dbsession.session_scope():
+            session.connection().connection.dbapi_connection.server_thread_id = (others_id,)
+            session.execute(text("SELECT 'victim', SLEEP(2)"))
+    before = kills()
+    task = spawn(victim)
+    running("'victim'")
+    task.handle.kill()
+    wait_until(lambda: warnings, 5)
+    assert others_id in server.ids()
+    assert kills() == before and len(warnings) == 1 and "another client" in warnings[0], warnings
+    other.handle.kill()
+    gone(others_id)
+    nothing_in_use()
+    """
+    )
+
+
+def test_f14_nobody_waits_for_the_killing_when_the_server_is_silent(with_server):
+    with_server(
+        ENDED
+        + """
+    configure(connect_timeout_s=2)
+    tasks = [spawn(request, f"SELECT SLEEP(3 + {k})") for k in range(3)]
+    ids = {running(f"SLEEP(3 + {k})") for k in range(3)}
+    server.pause()
+    gevent.killall([task.handle for task in tasks], timeout=2)
+    assert all(task.handle.dead for task in tasks)
+    nothing_in_use()
+    server.resume()
+    wait_until(lambda: not ids & server.ids(), 20, "ended by us or by themselves")
+    assert concurrently(request) == [1] * 20
+    """
+    )

@@ -1,0 +1,179 @@
+"""F16: after a deadlock (1213) or a lock wait timeout (1205) a part of the transaction is gone at the server, so the
+rest is refused until the whole is rolled back: half a unit of work is never committed."""
+
+from __future__ import annotations
+
+import pytest
+
+SETUP = """
+    import contextlib
+    configure()
+    request("CREATE TABLE t (id INT PRIMARY KEY, n INT)")
+    request("INSERT INTO t VALUES (1, 0), (2, 0), (3, 0), (4, 0)", commit=True)
+    code, how = int(sys.argv[3]), sys.argv[4]
+
+    def add(id):
+        return text(f"UPDATE t SET n = n + 1 WHERE id = {id}")
+
+    def values():
+        with dbsession.session_scope():
+            return session.scalars(text("SELECT n FROM t ORDER BY id")).all()
+
+    @contextlib.contextmanager
+    def unit():
+        "A Session or a Core Connection, in a transaction."
+        if how == "session":
+            with dbsession.session_scope():
+                yield session
+        else:
+            with dbsession.get_engine().connect() as connection:
+                yield connection
+
+    def refused(use):
+        try:
+            use()
+        except exc.PendingRollbackError as error:
+            assert str(code) in str(error), error
+            return
+        raise AssertionError("not refused")
+
+    @contextlib.contextmanager
+    def victim():
+        "A unit that has written row 1, and fails with `code` when it calls `fail()`, which then raises it."
+        written, locked, done = threading.Event(), threading.Event(), threading.Event()
+        def winner():
+            with dbsession.session_scope():
+                for id in (2, 4, 4, 4):  # more changes than the other: InnoDB's victim is the smaller one
+                    session.execute(add(id))
+                locked.set()
+                written.wait(20)
+                if code == 1213:
+                    session.execute(add(1))
+                else:
+                    done.wait(20)
+                session.commit()
+        other = spawn(winner)
+        locked.wait(20)
+        with unit() as mine:
+            mine.execute(text("SET SESSION innodb_lock_wait_timeout = 1") if code == 1205 else text("SELECT 1"))
+            def fail():
+                mine.execute(add(1))
+                written.set()
+                if code == 1213:
+                    running("WHERE id = 1")
+                try:
+                    mine.execute(add(2))
+                finally:
+                    done.set()
+            yield mine, fail
+        join(other)
+
+    def fails(fail):
+        try:
+            fail()
+        except exc.OperationalError as error:
+            assert number(error) == code, error
+            return
+        raise AssertionError("no error")
+"""
+
+ERRORS = pytest.mark.parametrize("code", [1213, 1205])
+WAYS = pytest.mark.parametrize("how", ["session", "core"])
+WINNERS = "[1 if code == 1213 else 0, 1, 0, 3]"
+
+
+@ERRORS
+@WAYS
+def test_f16_everything_is_refused_until_the_rollback(code, how, with_server):
+    with_server(
+        SETUP
+        + f"""
+    with victim() as (mine, fail):
+        fails(fail)
+        def nested():
+            with mine.begin_nested():
+                mine.execute(add(3))
+        for use in (lambda: mine.execute(add(3)), lambda: mine.execute(text("SELECT 1")), nested):
+            refused(use)
+        refused(mine.commit)
+        mine.rollback()
+        mine.execute(add(3))
+        mine.commit()
+    assert values() == {WINNERS.replace("0, 3]", "1, 3]")}
+    nothing_in_use()
+    """,
+        code,
+        how,
+    )
+
+
+@ERRORS
+@WAYS
+def test_f16_rollback_to_a_savepoint_is_not_enough(code, how, with_server):
+    """Of a deadlock the server has rolled back all, the savepoint too; of a lock wait timeout, one statement."""
+    with_server(
+        SETUP
+        + f"""
+    with victim() as (mine, fail):
+        mine.execute(add(3))
+        savepoint = mine.begin_nested()
+        fails(fail)
+        with contextlib.suppress(exc.SQLAlchemyError):
+            savepoint.rollback()
+        refused(lambda: mine.execute(add(3)))
+        refused(mine.commit)
+        mine.rollback()
+        assert mine.execute(text("SELECT n FROM t WHERE id = 3")).scalar() == 0
+    assert values() == {WINNERS}
+    nothing_in_use()
+    """,
+        code,
+        how,
+    )
+
+
+@ERRORS
+@WAYS
+def test_f16_block_that_swallowed_the_error_commits_nothing(code, how, with_server):
+    """`with session.begin()`, `with engine.begin()`: the commit at their end is refused, and their work rolled back."""
+    with_server(
+        SETUP
+        + f"""
+    with victim() as (mine, fail):
+        mine.rollback()
+        def block():
+            with mine.begin():
+                mine.execute(text("SET SESSION innodb_lock_wait_timeout = 1"))
+                mine.execute(add(3))
+                with contextlib.suppress(exc.OperationalError):
+                    fail()
+        refused(block)
+        mine.rollback()
+        assert mine.execute(text("SELECT n FROM t WHERE id = 3")).scalar() == 0
+    assert values() == {WINNERS}
+    nothing_in_use()
+    """,
+        code,
+        how,
+    )
+
+
+@WAYS
+def test_f16_connection_of_a_doomed_unit_serves_the_next_one(how, with_server):
+    """Whether it was rolled back or just left; the refusal is the transaction's, not the connection's."""
+    with_server(
+        SETUP.replace("configure()", 'configure(options={"pool_size": 2})')
+        + f"""
+    with victim() as (mine, fail):
+        mine.execute(add(3))
+        fails(fail)
+    for _ in range(4):
+        with unit() as mine:
+            mine.execute(add(3))
+            mine.commit()
+    assert values() == {WINNERS.replace("0, 3]", "4, 3]")}
+    nothing_in_use()
+    """,
+        1205,
+        how,
+    )
