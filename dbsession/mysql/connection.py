@@ -3,9 +3,6 @@
 PyMySQL keeps its socket open when an exception ends a write, and a ROLLBACK then goes into the middle of a packet.
 This subclass overrides the private methods through which every byte and every answer goes; there is no public way.
 tests/unit/test_private_names.py fails loudly when one of these names goes.
-
-What the server said last is kept as well. Each OK and EOF packet says whether a transaction is open; stock PyMySQL
-drops it after a SELECT, so that its `server_status` is wrong whenever it matters.
 """
 
 from __future__ import annotations
@@ -18,19 +15,16 @@ import pymysql.connections
 import pymysql.cursors
 from pymysql import err
 from pymysql.constants import CR, SERVER_STATUS
-from pymysql.protocol import EOFPacketWrapper
 
 from dbsession import fork
+from dbsession.mysql.answers import LAZY, Result
 
 _COM_RESET_CONNECTION = 0x1F  # MySQL 5.7.3, MariaDB 10.2.4; PyMySQL has no name for it
 _BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 
 
-# Their stubs leave the private names out.
+# Its stub leaves the private names out.
 _Connection: Any = pymysql.connections.Connection
-_MySQLResult: Any = pymysql.connections.MySQLResult
-_StockSSCursor: Any = pymysql.cursors.SSCursor
-_StockSSDictCursor: Any = pymysql.cursors.SSDictCursor
 
 
 class Connection(_Connection):  # type: ignore[misc]  # of Any
@@ -140,7 +134,7 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         super().close()
 
     def cursor(self, cursor: Any = None) -> Any:
-        return super().cursor(_LAZY.get(cursor or self.cursorclass, cursor))
+        return super().cursor(LAZY.get(cursor or self.cursorclass, cursor))
 
     def query(self, sql: Any, unbuffered: bool = False) -> Any:
         self.used = True
@@ -222,7 +216,7 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
 
     def _read_query_result(self, unbuffered: bool = False) -> Any:
         self._result = None
-        result = _Result(self)
+        result = Result(self)
         try:
             if unbuffered:
                 result.init_unbuffered_query()
@@ -244,52 +238,6 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         packet = super()._read_ok_packet()
         self._settled = True
         return packet
-
-
-class _Result(_MySQLResult):  # type: ignore[misc]
-    """The answer to one statement. Lives until the next one."""
-
-    def _check_packet_is_eof(self, packet: Any) -> bool:
-        if not packet.is_eof_packet():
-            return False
-        end = EOFPacketWrapper(packet)
-        self.warning_count = end.warning_count
-        self.has_next = end.has_next
-        self.server_status = end.server_status
-        if self.unbuffered_active:
-            self.connection.server_status = end.server_status
-            self.connection._settled = True
-        return True
-
-    def __del__(self) -> None:
-        pass  # stock reads a stream to its end here, wherever the collector found it
-
-
-class _LeavesUnread:
-    """A cursor over a server-side stream whose close() reads nothing: the next statement on the connection reads what
-    is left, and a rollback gives the connection up instead."""
-
-    connection: Any
-
-    def close(self) -> None:
-        self.connection = None
-
-    def __del__(self) -> None:
-        self.connection = None
-
-
-class _SSCursor(_LeavesUnread, _StockSSCursor):  # type: ignore[misc]
-    pass
-
-
-class _SSDictCursor(_LeavesUnread, _StockSSDictCursor):  # type: ignore[misc]
-    pass
-
-
-_LAZY: dict[Any, Any] = {
-    pymysql.cursors.SSCursor: _SSCursor,
-    pymysql.cursors.SSDictCursor: _SSDictCursor,
-}
 
 
 def _is_from_socket(error: BaseException) -> bool:

@@ -1,0 +1,65 @@
+"""What a connection reads: answers whose last word is kept, and cursors that leave a stream unread.
+
+Each OK and EOF packet says whether a transaction is open. Stock PyMySQL drops it after a SELECT, so that its
+`server_status` is wrong whenever it matters. And it reads a server-side stream to its end, which may take minutes, when
+the cursor is closed or collected.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pymysql.connections
+import pymysql.cursors
+from pymysql.protocol import EOFPacketWrapper
+
+# Their stubs leave the private names out.
+_StockResult: Any = pymysql.connections.MySQLResult
+_StockSSCursor: Any = pymysql.cursors.SSCursor
+_StockSSDictCursor: Any = pymysql.cursors.SSDictCursor
+
+
+class Result(_StockResult):  # type: ignore[misc]
+    """The answer to one statement. Lives until the next one."""
+
+    def _check_packet_is_eof(self, packet: Any) -> bool:
+        if not packet.is_eof_packet():
+            return False
+        end = EOFPacketWrapper(packet)
+        self.warning_count = end.warning_count
+        self.has_next = end.has_next
+        self.server_status = end.server_status
+        if self.unbuffered_active:
+            self.connection.server_status = end.server_status
+            self.connection._settled = True
+        return True
+
+    def __del__(self) -> None:
+        pass  # stock reads a stream to its end here, wherever the collector found it
+
+
+class _LeavesUnread:
+    """A cursor over a server-side stream whose close() reads nothing: the next statement on the connection reads what
+    is left, and a rollback gives the connection up instead."""
+
+    connection: Any
+
+    def close(self) -> None:
+        self.connection = None
+
+    def __del__(self) -> None:
+        self.connection = None
+
+
+class _SSCursor(_LeavesUnread, _StockSSCursor):  # type: ignore[misc]
+    pass
+
+
+class _SSDictCursor(_LeavesUnread, _StockSSDictCursor):  # type: ignore[misc]
+    pass
+
+
+LAZY: dict[Any, Any] = {
+    pymysql.cursors.SSCursor: _SSCursor,
+    pymysql.cursors.SSDictCursor: _SSDictCursor,
+}
