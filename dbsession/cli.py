@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from dbsession import config
+from dbsession import source
 from dbsession.errors import DBSessionError, describe
 from dbsession.manager import SessionManager
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     check.add_argument("names", nargs="*", metavar="name", help="only these (default: all that are set)")
     options = parser.parse_args(arguments)
-    return _check(options.names or sorted(config.EnvironmentSource().known()))
+    return _check(options.names or sorted(source.EnvironmentSource().known()))
 
 
 def _check(names: Sequence[str]) -> int:

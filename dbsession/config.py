@@ -1,23 +1,22 @@
-"""What a database is configured as: validated once, frozen, from a mapping, a callable or the environment."""
+"""What a database is configured as: validated once, frozen."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeGuard
+from typing import Any, TypeGuard
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from dbsession.errors import ConfigError, UnknownDatabase
+from dbsession.errors import ConfigError
 
 Entry = str | URL | Mapping[str, Any]
 Databases = Mapping[str, Entry] | Callable[[str], Entry | None]
 
 TIMEOUTS = ("connect_timeout_s", "read_timeout_s", "write_timeout_s")
-KEYS = ("url", "options", "session", "busy_timeout_s", *TIMEOUTS, "reset", "kill_abandoned")
+KEYS = ("url", "options", "session", "busy_timeout_s", "readonly", *TIMEOUTS, "reset", "kill_abandoned", "ping_idle_s")
 RESETS = ("rollback", "connection")
 
 _LARGEST_S = 31_536_000  # a year, which is also PyMySQL's limit
@@ -32,6 +31,7 @@ class DatabaseConfig:
         options: keyword arguments for `sqlalchemy.create_engine`.
         session: keyword arguments for `sqlalchemy.orm.sessionmaker`.
         busy_timeout_s: seconds that a statement waits for SQLite's write lock.
+        readonly: each statement is a transaction of its own, and a write is refused (MySQL, MariaDB, SQLite).
 
     The rest is for MySQL and MariaDB through PyMySQL:
 
@@ -41,6 +41,8 @@ class DatabaseConfig:
         reset: what a returned connection gets: "rollback", or "connection", after which nothing of the session's
             state at the server is left.
         kill_abandoned: whether a statement that nobody waits for any more is killed at the server.
+        ping_idle_s: at its checkout a connection that was idle for so many seconds is asked whether it lives; one that
+            was not is looked at only, which costs no round trip. 0: always asked.
     """
 
     name: str
@@ -53,6 +55,13 @@ class DatabaseConfig:
     write_timeout_s: float = 60.0
     reset: str = "rollback"
     kill_abandoned: bool = True
+    ping_idle_s: float = 1.0
+    readonly: bool = False
+
+    @property
+    def isolation_level(self) -> str | None:
+        """Of its engine; None: the server's."""
+        return "AUTOCOMMIT" if self.readonly else self.options.get("isolation_level")
 
     @property
     def backend(self) -> str:
@@ -99,8 +108,9 @@ def parse(name: object, entry: object) -> DatabaseConfig:
             )
     url = _url(name, entry["url"])
     rest: dict[str, Any] = {}
-    if "busy_timeout_s" in entry:
-        rest["busy_timeout_s"] = seconds(name, "busy_timeout_s", entry["busy_timeout_s"])
+    for key in ("busy_timeout_s", "ping_idle_s"):
+        if key in entry:
+            rest[key] = seconds(name, key, entry[key])
     for key in TIMEOUTS:
         if key in entry:
             rest[key] = _timeout(name, key, entry[key], url, options)
@@ -108,10 +118,13 @@ def parse(name: object, entry: object) -> DatabaseConfig:
         if entry["reset"] not in RESETS:
             raise ConfigError(f"Database {name!r}: `reset` is {shown(entry['reset'])}: give one of {RESETS}.")
         rest["reset"] = entry["reset"]
-    if "kill_abandoned" in entry:
-        if not isinstance(entry["kill_abandoned"], bool):
-            raise ConfigError(f"Database {name!r}: `kill_abandoned` must be True or False.")
-        rest["kill_abandoned"] = entry["kill_abandoned"]
+    for key in ("kill_abandoned", "readonly"):
+        if key in entry:
+            if not isinstance(entry[key], bool):
+                raise ConfigError(f"Database {name!r}: `{key}` must be True or False.")
+            rest[key] = entry[key]
+    if rest.get("readonly"):
+        _check_readonly(name, url, options)
     return DatabaseConfig(name, url, options, session, **rest)
 
 
@@ -137,6 +150,18 @@ def positive_seconds(value: object, what: str) -> float:
 def _is_finite(value: object) -> TypeGuard[float]:
     # Not math.isfinite(), which fails on a whole number too large for a float.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST_S
+
+
+def _check_readonly(name: str, url: URL, options: Mapping[str, Any]) -> None:
+    if url.get_backend_name() not in ("mysql", "mariadb", "sqlite"):
+        raise ConfigError(
+            f"Database {name!r}: `readonly` is for MySQL, MariaDB and SQLite; give {url.get_backend_name()!r} a user "
+            "that may only read."
+        )
+    if "isolation_level" in options:
+        raise ConfigError(
+            f"Database {name!r}: `readonly` sets the isolation level AUTOCOMMIT: remove the one in `options`."
+        )
 
 
 def _timeout(name: str, key: str, value: object, url: URL, options: Mapping[str, Any]) -> float:
@@ -171,105 +196,3 @@ def _arguments(name: str, key: str, entry: Mapping[Any, Any], target: str) -> di
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
-
-
-class Source(Protocol):
-    """Where configurations come from."""
-
-    def lookup(self, name: str) -> DatabaseConfig:
-        """The configuration of `name`. Raises UnknownDatabase, ConfigError; a user's callable may switch greenlets."""
-
-    def known(self) -> Iterable[str]:
-        """The names that are known to exist."""
-
-
-class MappingSource:
-    """A mapping given to `configure`, validated as a whole."""
-
-    def __init__(self, databases: Mapping[Any, Any]) -> None:
-        self._configs = {name: parse(name, entry) for name, entry in databases.items()}
-
-    def lookup(self, name: str) -> DatabaseConfig:
-        try:
-            return self._configs[name]
-        except (KeyError, TypeError):  # TypeError: an unhashable name
-            raise UnknownDatabase.named(name, self._configs, "Configured are") from None
-
-    def known(self) -> Iterable[str]:
-        return self._configs
-
-
-class CallableSource:
-    """A callable `name -> entry` given to `configure`. None, `{}` or LookupError from it means: unknown."""
-
-    def __init__(self, find: Callable[[str], Any]) -> None:
-        self._find = find
-        self._resolved: set[str] = set()  # only for the error's text; grows by one set operation
-
-    def lookup(self, name: str) -> DatabaseConfig:
-        try:
-            entry = self._find(name)
-        except LookupError:
-            entry = None
-        if entry is None or entry == {}:
-            raise UnknownDatabase.named(name, self._resolved, "The callable given to configure() resolved so far")
-        config = parse(name, entry)
-        self._resolved.add(name)
-        return config
-
-    def known(self) -> Iterable[str]:
-        return tuple(self._resolved)
-
-
-class EnvironmentSource:
-    """`DBSESSION_URL` (the database `default`) and `DBSESSION_<NAME>_URL`, read when a name is first used."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, str] = {}  # variable -> the name that first used it
-
-    def lookup(self, name: str) -> DatabaseConfig:
-        if not isinstance(name, str) or not name:
-            raise UnknownDatabase.named(name, self.known(), "The environment has")
-        variable = f"DBSESSION_{re.sub(r'[^A-Z0-9]', '_', name.upper())}_URL"
-        url = os.environ.get(variable)
-        if name == "default":
-            short = os.environ.get("DBSESSION_URL")
-            if short and url and short != url:
-                raise ConfigError(
-                    "Database 'default': DBSESSION_URL and DBSESSION_DEFAULT_URL are both set and differ: unset one."
-                )
-            url = short or url
-        if not url:
-            wanted = "DBSESSION_URL" if name == "default" else variable
-            raise UnknownDatabase.named(
-                name, self.known(), f"Nothing was given to configure(), and {wanted} is not set; the environment has"
-            )
-        first = self._names.setdefault(variable, name)
-        if first != name:
-            raise ConfigError(
-                f"Databases {first!r} and {name!r} are both configured by {variable}: rename one of them, or give "
-                "configure() a mapping."
-            )
-        return parse(name, url)
-
-    def known(self) -> Iterable[str]:
-        found = {"default"} if os.environ.get("DBSESSION_URL") else set()
-        for variable, value in os.environ.items():
-            match = re.fullmatch(r"DBSESSION_(.+)_URL", variable)
-            if match and value:
-                found.add(self._names.get(variable, match[1].lower()))
-        return found
-
-
-def source(databases: object) -> Source:
-    """The source that `databases` is: a mapping, a callable, or None for the environment. Raises ConfigError."""
-    if databases is None:
-        return EnvironmentSource()
-    if isinstance(databases, Mapping):
-        return MappingSource(databases)
-    if callable(databases):
-        return CallableSource(databases)
-    raise ConfigError(
-        f"configure() was given a {type(databases).__name__}: give a mapping of names to URLs, a callable that returns "
-        "the entry of a name, or nothing to read the environment."
-    )

@@ -64,7 +64,9 @@ class ConnectionLinks:
         fork.prepare()
         record.info[HOME] = home_of(connection)
         if self._config.backend == "sqlite":
-            sqlite.set_up(connection, self._config.busy_timeout_s, self._line)
+            sqlite.set_up(connection, self._config, self._line)
+        elif self._config.backend in ("mysql", "mariadb"):
+            mysql.set_up(connection, self._config)
 
     def _returned(self, connection: Any, record: Any) -> None:
         if connection is None:
@@ -96,9 +98,11 @@ class ConnectionLinks:
     def _reset(self, connection: MySQLConnection) -> None:
         connection.reset()
         engine = self._engine() if connection.open else None
-        level: Any = self._config.options.get("isolation_level")
-        if engine is not None and level is not None:
-            engine.dialect.set_isolation_level(connection, level)
+        if engine is not None:
+            level: Any = self._config.isolation_level
+            if level is not None:
+                engine.dialect.set_isolation_level(connection, level)
+            mysql.set_up(connection, self._config)
         connection.used = False
 
     def _note_write(self, connection: Connection, _cursor: Any, statement: str, *_: object) -> None:

@@ -14,12 +14,13 @@ from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import Pool, QueuePool
 
 from dbsession import ident, mysql, sqlite
-from dbsession.config import DatabaseConfig, Source, shown
+from dbsession.config import DatabaseConfig, shown
 from dbsession.connections import ConnectionLinks
 from dbsession.errors import ConfigError
 from dbsession.hub import Waiter
 from dbsession.pool import FairPool
 from dbsession.sessions import DatabaseOwner, make_factory
+from dbsession.source import Source
 
 # Every Database of this process that is still referenced, those of earlier configurations included, for the fork
 # hooks. Written when one is made.
@@ -129,6 +130,9 @@ def _defaults(config: DatabaseConfig, options: dict[str, Any]) -> dict[str, Any]
     if not isinstance(options.get("connect_args", {}), dict):
         raise ConfigError(f"Database {config.name!r}: `connect_args` in `options` must be a mapping.")
     defaults: dict[str, Any] = {}
+    if config.readonly:
+        # No transaction is ever open: nothing to roll back.
+        defaults |= {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
     if config.backend == "sqlite":
         defaults |= sqlite.engine_options(config.name, config.url, options)
     elif config.backend in ("mysql", "mariadb"):

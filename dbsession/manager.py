@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.engine import Engine
 
-from dbsession import block, config, engines, scope, sessions, teardown, transaction
+from dbsession import block, config, engines, scope, sessions, source, teardown, transaction
 from dbsession.block import SessionScope
 from dbsession.engines import Database, EngineCache
 from dbsession.errors import UnsavedWork, describe
@@ -40,7 +40,7 @@ class SessionManager:
     def __init__(self, databases: config.Databases | None = None) -> None:
         self._proxies: dict[str, ScopedSession] = {}
         self._configured = False
-        self._engines = EngineCache(config.source(None), self)
+        self._engines = EngineCache(source.source_of(None), self)
         self._units = transaction.Units(self)
         _managers.add(self)
         if databases is not None:
@@ -63,9 +63,9 @@ class SessionManager:
         Raises:
             ConfigError: [DBS-CONFIG] naming the database, the key and the fix.
         """
-        source = config.source(databases)
-        cache = EngineCache(source, self)
-        if isinstance(source, config.MappingSource):
+        found = source.source_of(databases)
+        cache = EngineCache(found, self)
+        if isinstance(found, source.MappingSource):
             cache.build_all()
         replaced, self._engines, self._configured = self._engines, cache, True
         replaced.retire()

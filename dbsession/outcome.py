@@ -33,7 +33,8 @@ class TransactionWatch:
     def __init__(self, config: DatabaseConfig) -> None:
         self._name = config.name
         self._backend = config.backend
-        self._isolation_level = config.options.get("isolation_level")
+        self._isolation_level = config.isolation_level
+        self._readonly = config.readonly
         self._is_mysql = config.backend in ("mysql", "mariadb")
         self._doomed: weakref.WeakKeyDictionary[Connection, BaseException] = weakref.WeakKeyDictionary()
 
@@ -93,6 +94,8 @@ class TransactionWatch:
         from_driver = isinstance(error, context.dialect.loaded_dbapi.Error)
         driver = connection.connection.dbapi_connection
         verdict = codes.classify(error) if from_driver and self._is_mysql else codes.Verdict.FATAL
+        if self._readonly and verdict is codes.Verdict.FAILOVER:
+            verdict = codes.Verdict.FATAL  # a write, which is refused as it should be
         if isinstance(driver, MySQLConnection) and driver.gave_up:
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from sqlalchemy.engine import URL
 
 from dbsession import fork, hub
+from dbsession.config import DatabaseConfig
 from dbsession.errors import ConfigError
 
 T = TypeVar("T")
@@ -124,10 +125,10 @@ def is_retryable(error: BaseException) -> bool:
     return isinstance(error, sqlite3.OperationalError) and code & 0xFF == sqlite3.SQLITE_BUSY
 
 
-def set_up(connection: Any, busy_timeout_s: float, line: deque[Connection]) -> None:
+def set_up(connection: Any, config: DatabaseConfig, line: deque[Connection]) -> None:
     """Prepare a connection just opened, whose writers stand in `line`. May switch greenlets."""
     if isinstance(connection, Connection):
-        connection.busy_timeout_s = busy_timeout_s
+        connection.busy_timeout_s = config.busy_timeout_s
         connection.line = line
     cursor = connection.cursor()
     try:
@@ -135,6 +136,9 @@ def set_up(connection: Any, busy_timeout_s: float, line: deque[Connection]) -> N
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_READONLY:  # a file that may only be read stays as it is
             raise
+    else:
+        if config.readonly:
+            cursor.execute("PRAGMA query_only=ON")
     finally:
         cursor.close()
 

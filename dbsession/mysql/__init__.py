@@ -49,6 +49,14 @@ def warn_of_what_is_bypassed(config: DatabaseConfig, engine: Engine) -> None:
                 )
 
 
+def set_up(connection: Any, config: DatabaseConfig) -> None:
+    """What a connection is given at connect, and again when it was reset. Does I/O for a read-only database only."""
+    if config.readonly:
+        cursor = connection.cursor()
+        cursor.execute("SET SESSION TRANSACTION READ ONLY")
+        cursor.close()
+
+
 class Connector:
     """Opens the connections of one engine, as ours. Lives as long as the engine."""
 
@@ -62,7 +70,8 @@ class Connector:
     def _connect(self, _dialect: Any, _record: Any, args: list[Any], arguments: dict[str, Any]) -> Connection:
         if self._config.kill_abandoned and self.killer is None:
             self.killer = Killer(self._config.name, side_arguments(arguments))
-        connection = Connection(*args, on_abandon=self.killer.abandon if self.killer else None, **arguments)
+        abandon = self.killer.abandon if self.killer else None
+        connection = Connection(*args, on_abandon=abandon, ping_idle_s=self._config.ping_idle_s, **arguments)
         if self._config.reset == "connection":
             try:
                 connection.note_place()

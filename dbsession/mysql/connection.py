@@ -7,18 +7,21 @@ tests/unit/test_private_names.py fails loudly when one of these names goes.
 
 from __future__ import annotations
 
+import select
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pymysql.connections
 import pymysql.cursors
+from gevent import monkey
 from pymysql import err
 from pymysql.constants import CR, SERVER_STATUS
 
 from dbsession import fork
 from dbsession.mysql.answers import LAZY, Result
 
+_poll: Callable[[], Any] = monkey.get_original("select", "poll")  # which, with 0, never waits
 _COM_RESET_CONNECTION = 0x1F  # MySQL 5.7.3, MariaDB 10.2.4; PyMySQL has no name for it
 _BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 
@@ -34,6 +37,7 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
     Args:
         on_abandon: called with this connection when nobody waits any more for a statement that may still run at the
             server. Must not wait.
+        ping_idle_s: how long after the last answer a ping() looks at the socket only.
         Others: those of PyMySQL. `connect_timeout` bounds the handshake, too.
     """
 
@@ -43,8 +47,16 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
     _current_timeout: Any
     _result: Any
 
-    def __init__(self, *args: Any, on_abandon: Callable[[Connection], None] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        on_abandon: Callable[[Connection], None] | None = None,
+        ping_idle_s: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         self._on_abandon = on_abandon
+        self._ping_idle_s = ping_idle_s
+        self._heard = 0.0  # when the last answer came
         self._epoch = fork.epoch
         self._connect_by: float | None = None
         self._settled = False  # everything sent was answered, and the last answer was no error
@@ -93,6 +105,23 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
             self._abandon()
         elif not (self.settled or (self.gave_up and not self.open)):
             super().rollback()
+
+    def commit(self) -> None:
+        """Commit, unless the server said that there is nothing to."""
+        if not self.settled:
+            super().commit()
+
+    def ping(self, reconnect: bool = False) -> None:
+        """Raise an error if the connection is gone. One used a moment ago is not asked but looked at: readable while
+        nothing was asked means that the server has closed it. By poll, since under TLS a peek sees nothing of use."""
+        if reconnect or not self._settled or time.monotonic() - self._heard >= self._ping_idle_s or self._sock is None:
+            super().ping(reconnect)
+            return
+        look = _poll()
+        look.register(self._sock.fileno(), select.POLLIN)
+        if look.poll(0):
+            self._force_close()
+            raise err.OperationalError(CR.CR_SERVER_GONE_ERROR, "MySQL server has closed the connection")
 
     def reset(self) -> None:
         """COM_RESET_CONNECTION: nothing of the session is left at the server; then what PyMySQL sets up at connect."""
@@ -229,6 +258,7 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
                 self._abandon()
             raise
         self._result = result
+        self._heard = time.monotonic()
         if result.server_status is not None:
             self.server_status = result.server_status
             self._settled = True
@@ -237,6 +267,7 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
     def _read_ok_packet(self) -> Any:
         packet = super()._read_ok_packet()
         self._settled = True
+        self._heard = time.monotonic()
         return packet
 
 

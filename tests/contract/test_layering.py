@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "dbsession"
 ORDER = (
     "errors",
     "config",
+    "source",
     "hub",
     "ident",
     "teardown",

@@ -12,6 +12,7 @@ from sqlalchemy.pool import Pool, QueuePool
 
 from dbsession import SessionManager
 from dbsession.mysql.connection import Connection
+from support.waiting import wait_until
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_every_pymysql_engine_uses_it_and_mariadb_urls_too(managed, mariadb_url)
 
 
 def test_select_and_insert_cost_two_round_trips_each(managed, questions):
-    manager = managed(options={"pool_pre_ping": False})
+    manager = managed()
     table(manager)
 
     def select():
@@ -84,6 +85,57 @@ def test_select_and_insert_cost_two_round_trips_each(managed, questions):
 
     select()
     assert (questions(select), questions(insert), questions(nothing_transactional)) == (2, 2, 1)
+
+
+def pings(mariadb):
+    """COM_PINGs that the server has had: they are no questions."""
+    with mariadb.root() as cursor:
+        cursor.execute("SHOW GLOBAL STATUS LIKE 'Com_admin_commands'")
+        return int(cursor.fetchone()["Value"])
+
+
+@pytest.mark.parametrize("reset", ["rollback", "connection"])
+def test_read_only_database_costs_one_round_trip_and_refuses_writes(managed, questions, reset):
+    table(managed())
+    manager = managed(readonly=True, reset=reset)
+
+    def select():
+        with manager.scope():
+            manager.get().execute(text("SELECT * FROM t")).all()
+
+    select()
+    if reset == "rollback":
+        assert questions(select) == 1
+    pool = manager.engine().pool
+    for _ in range(2):  # refused again after a reset, and the pool is not thrown away for it
+        with manager.scope(), pytest.raises(OperationalError) as refused:
+            manager.get().execute(text("UPDATE t SET n = 0"))
+        assert refused.value.orig.args[0] == 1792 and not refused.value.connection_invalidated
+        wait_until(lambda: pool.checkedin() == 1, 5)
+
+
+def test_busy_connection_is_not_pinged_and_an_idle_one_is(managed, mariadb):
+    for ping_idle_s, expected in ((60, 0), (0, 5)):
+        manager = managed(ping_idle_s=ping_idle_s)
+        with manager.scope():
+            manager.get().scalar(text("SELECT 1"))
+        before = pings(mariadb)
+        for _ in range(5):
+            with manager.scope():
+                manager.get().scalar(text("SELECT 1"))
+        assert pings(mariadb) - before == expected
+
+
+def test_connection_killed_at_the_server_a_moment_ago_never_fails_the_next_request(managed, mariadb):
+    manager = managed(ping_idle_s=3600)
+    for _ in range(20):
+        with manager.scope():
+            thread_id = manager.get().scalar(text("SELECT CONNECTION_ID()"))
+        with mariadb.root() as cursor:
+            cursor.execute(f"KILL {thread_id}")
+        wait_until(lambda gone=thread_id: gone not in [row["id"] for row in mariadb.processlist()], 5)
+        with manager.scope():
+            assert manager.get().scalar(text("SELECT CONNECTION_ID()")) != thread_id
 
 
 @pytest.mark.parametrize("leave", ["SELECT * FROM t", "INSERT INTO t VALUES (1, 1)", "BEGIN", "SAVEPOINT a"])

@@ -234,6 +234,8 @@ def test_knob_table_tells_the_defaults():
         "busy_timeout_s": f"{manager.database('default').config.busy_timeout_s:g}",
         **{key: f"{getattr(manager.database('default').config, key):g}" for key in TIMEOUTS},
         "reset": manager.database("default").config.reset,
+        "readonly": manager.database("default").config.readonly,
+        "ping_idle_s": f"{manager.database('default').config.ping_idle_s:g}",
         "kill_abandoned": manager.database("default").config.kill_abandoned,
         "charset": mysql.engine_options(manager.database("default").config)["connect_args"]["charset"],
         "pool_size": pool.size(),

@@ -268,3 +268,42 @@ def test_nothing_printable_shows_a_password():
     shown = [repr(parse("a", entry)), repr(manager), repr(manager.get("a")), repr(manager.database("a"))]
     assert not any(SECRET in text for text in shown)
     assert isinstance(parse("a", entry), DatabaseConfig)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"read_timeout_s": -1},
+        {"read_timeout_s": 0},
+        {"connect_timeout_s": float("nan")},
+        {"write_timeout_s": "60"},
+        {"read_timeout_s": 10**400},
+        {"read_timeout_s": 5, "url": "mysql+pymysql://h/db?read_timeout=3"},
+        {"connect_timeout_s": 5, "options": {"connect_args": {"connect_timeout": 3}}},
+        {"reset": "everything"},
+        {"reset": ["rollback"]},
+        {"kill_abandoned": "yes"},
+        {"readonly": 1},
+        {"readonly": True, "options": {"isolation_level": "READ COMMITTED"}},
+        {"readonly": True, "url": "postgresql+psycopg://h/db"},
+        {"ping_idle_s": -1},
+    ],
+    ids=repr,
+)
+def test_keys_for_mysql_are_checked_at_once(entry):
+    with pytest.raises(ConfigError, match=r"^Database 'a': .*\[DBS-CONFIG\]$"):
+        parse("a", {"url": "mysql+pymysql://h/db", **entry})
+
+
+def test_unknown_reset_lists_the_valid_ones():
+    with pytest.raises(ConfigError, match="'rollback', 'connection'"):
+        parse("a", {"url": "mysql+pymysql://h/db", "reset": "none"})
+
+
+def test_timeouts_reach_the_driver():
+    from dbsession import mysql
+
+    config = parse("a", {"url": "mysql+pymysql://h/db", "connect_timeout_s": 1, "read_timeout_s": 2.5})
+    assert mysql.engine_options(config)["connect_args"] == {
+        "charset": "utf8mb4", "connect_timeout": 1, "read_timeout": 2.5, "write_timeout": 60,
+    }  # fmt: skip

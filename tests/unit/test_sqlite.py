@@ -158,3 +158,18 @@ def test_killed_writer_leaves_the_line(manager):
         gevent.killall(jobs, timeout=5)
         assert not manager.database("default")._links._line
         manager.get().commit()
+
+
+def test_read_only_database_refuses_a_write_and_holds_no_lock(tmp_path):
+    url = f"sqlite:///{tmp_path}/a.db"
+    manager = SessionManager({"default": url, "replica": {"url": url, "readonly": True}})
+    with manager.engine().begin() as connection:
+        connection.execute(text("CREATE TABLE t (n INT)"))
+    with manager.scope():
+        assert manager.get("replica").scalar(text("SELECT count(*) FROM t")) == 0
+        with manager.engine().begin() as connection:
+            connection.execute(text("INSERT INTO t VALUES (1)"))
+        assert manager.get("replica").scalar(text("SELECT count(*) FROM t")) == 1  # no snapshot is kept
+        with pytest.raises(OperationalError, match="readonly"):
+            manager.get("replica").execute(text("INSERT INTO t VALUES (2)"))
+    manager.dispose()
