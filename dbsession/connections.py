@@ -94,6 +94,8 @@ class ConnectionLinks:
         before = connection.read_within(CLEANING_S)
         how(connection)
         connection.read_within(before)
+        if not connection.open:  # an unread stream, say
+            raise ConnectionAbortedError("the connection was given up while it was cleaned")
 
     def _reset(self, connection: MySQLConnection) -> None:
         connection.reset()

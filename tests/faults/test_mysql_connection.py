@@ -225,3 +225,15 @@ def test_pool_class_of_the_user_gets_the_same_connections(managed):
             manager.get().execute(text("SET @who = 'alice'"))
         with manager.scope():
             assert manager.get().scalar(text("SELECT @who")) == (None if reset == "connection" else "alice")
+
+
+def test_raw_connection_with_an_unread_stream_is_not_kept(managed):
+    manager = managed(options={"pool_pre_ping": False})
+    raw = manager.engine().raw_connection()
+    cursor = raw.cursor(pymysql.cursors.SSCursor)
+    cursor.execute("SELECT seq FROM seq_1_to_1000000")
+    assert cursor.fetchone() == (1,)
+    raw.close()
+    wait_until(lambda: manager.engine().pool.checkedin() + manager.engine().pool._open == 0, 5)
+    with manager.scope():
+        assert manager.get().scalar(text("SELECT 7")) == 7
