@@ -10,7 +10,7 @@ from sqlalchemy.engine import Engine
 from dbsession import block
 from dbsession.config import Databases
 from dbsession.manager import SessionManager
-from dbsession.sessions import ScopedSession
+from dbsession.registry import ScopedSession
 
 T = TypeVar("T")
 

@@ -47,6 +47,7 @@ class SessionScope:
     def __init__(self, label: str, read_timeout_s: float | None = None) -> None:
         self._label = label
         self._read_timeout_s = read_timeout_s
+        self._scope: Scope | None = None
 
     def __call__(self, func: F) -> F:
         if inspect.isgeneratorfunction(func) or inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
@@ -64,18 +65,23 @@ class SessionScope:
 
     def __enter__(self) -> Scope:
         ident.refuse_hub()
+        if self._scope is not None:
+            raise RuntimeError("This session_scope() is open already: call session_scope() for each block.")
         self._stack = stack_here()  # the opener's: a generator may be closed in another greenlet
-        self._scope = Scope(self._label, read_timeout_s=self._read_timeout_s)
-        self._stack.append(self._scope)
-        return self._scope
+        self._scope = scope = Scope(self._label, read_timeout_s=self._read_timeout_s)
+        self._stack.append(scope)
+        return scope
 
     def __exit__(self, *_: object) -> None:
+        scope, self._scope = self._scope, None
+        if scope is None:
+            return
         here = stack_here()
-        unlink(self._stack, self._scope)
-        if here is self._stack or self._scope in here:
-            unlink(here, self._scope)
-            self._scope.end()
+        unlink(self._stack, scope)
+        if here is self._stack or scope in here:
+            unlink(here, scope)
+            scope.end()
         else:
             # A generator that somebody else closes, or that the collector found in somebody else's greenlet or in the
             # Hub. Who it is cannot be told, so nobody is made to wait.
-            self._scope.end_aside()
+            scope.end_aside()

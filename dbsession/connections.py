@@ -18,8 +18,9 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from dbsession import fork, hub, mysql, sqlite
 from dbsession.config import DatabaseConfig
+from dbsession.mysql import state
 from dbsession.mysql.connection import Connection as MySQLConnection
-from dbsession.outcome import SCOPE, TransactionWatch, wrote
+from dbsession.outcome import SCOPE, TransactionWatch, is_autocommit, wrote
 from dbsession.pool import HOME, FairPool
 
 logger = logging.getLogger(__name__)
@@ -46,13 +47,16 @@ class ConnectionLinks:
     def listen(self, engine: Engine) -> None:
         event.listen(engine, "connect", self._connected)
         event.listen(engine, "checkin", self._returned)
-        event.listen(engine, "before_cursor_execute", self._note_write)
+        event.listen(engine, "before_cursor_execute", self._note_write, retval=True)
         self._watch.listen(engine)
         if self.connector is not None:
             self.connector.listen(engine)
             self._engine = weakref.ref(engine)
             if isinstance(engine.pool, FairPool):
                 engine.pool.cleaning = self._cleaning
+                # SQLAlchemy takes an isolation level back in the middle of the return, where a kill costs the place.
+                self._take_level_back = engine.dialect.reset_isolation_level
+                engine.dialect.reset_isolation_level = self._note_level  # type: ignore[assignment,method-assign]
             elif self._config.reset == "connection":
                 event.listen(engine, "reset", self._reset_in_another_pool)
 
@@ -66,7 +70,7 @@ class ConnectionLinks:
         if self._config.backend == "sqlite":
             sqlite.set_up(connection, self._config, self._line)
         elif self._config.backend in ("mysql", "mariadb"):
-            mysql.set_up(connection, self._config)
+            state.set_up(connection, self._config)
 
     def _returned(self, connection: Any, record: Any) -> None:
         if connection is None:
@@ -84,7 +88,20 @@ class ConnectionLinks:
             return None
         if self._config.reset == "connection" and connection.used:
             return partial(self._clean, connection, self._reset)
+        if connection.level_changed:
+            return partial(self._clean, connection, self._reset_level)
         return None if connection.settled else partial(self._clean, connection, MySQLConnection.rollback)
+
+    def _note_level(self, connection: Any) -> None:
+        if isinstance(connection, MySQLConnection):
+            connection.level_changed = True
+        else:
+            self._take_level_back(connection)
+
+    def _reset_level(self, connection: Any) -> None:
+        connection.rollback()
+        self._take_level_back(connection)
+        connection.level_changed = False
 
     def _reset_in_another_pool(self, connection: Any, _: ConnectionPoolEntry, state: PoolResetState) -> None:
         if isinstance(connection, MySQLConnection) and connection.open and connection.used and not state.terminate_only:
@@ -98,23 +115,30 @@ class ConnectionLinks:
             raise ConnectionAbortedError("the connection was given up while it was cleaned")
 
     def _reset(self, connection: MySQLConnection) -> None:
-        connection.reset()
+        state.reset(connection)
         engine = self._engine() if connection.open else None
         if engine is not None:
             level: Any = self._config.isolation_level
             if level is not None:
                 engine.dialect.set_isolation_level(connection, level)
-            mysql.set_up(connection, self._config)
-        connection.used = False
+            state.set_up(connection, self._config)
+        connection.level_changed = connection.used = False
 
-    def _note_write(self, connection: Connection, _cursor: Any, statement: str, *_: object) -> None:
+    def _note_write(
+        self, connection: Connection, _cursor: Any, statement: str, parameters: Any, *_: object
+    ) -> tuple[str, Any]:
         """Refuse what must not be sent, and remember that something was written, so that `release_dbsession()` does
         not throw it away."""
-        self._watch.refuse_if_doomed(connection)
+        if self._watch.is_doomed(connection):
+            if statement.startswith("ROLLBACK TO SAVEPOINT"):
+                # Of a block that the error goes through: its savepoint may be gone, and all is rolled back anyway.
+                return "DO 0", parameters
+            self._watch.refuse_if_doomed(connection)
         verb = _reading_verb(statement[:200])
         writes = not verb or (verb == "with" and _WRITES.search(statement))
-        if writes and not self._watch.is_autocommit(connection):  # there it is committed already
+        if writes and not is_autocommit(connection, self._config):  # there it is committed already
             wrote.add(connection)
+        return statement, parameters
 
     def abandon(self) -> None:
         inherited = [(connection, record()) for connection, record in self._records.items()]

@@ -47,6 +47,14 @@ def cut(connection: Any) -> None:
         os.dup2(_dead, descriptor, inheritable=False)
 
 
+def give_up(record: Any) -> None:
+    """Close a pool record's connection without its hub, for which its socket would wait even to be closed. The objects
+    are left to the collector."""
+    cut(record.dbapi_connection)
+    record.dbapi_connection = None
+    record.info.clear()
+
+
 def prepare() -> None:
     """Make the dead socket, once: in the child there may be no descriptor left to make it from."""
     global _dead

@@ -37,6 +37,13 @@ def here() -> gevent.hub.Hub | None:
     return hub
 
 
+def lasts() -> bool:
+    """Whether the calling thread's hub runs as long as the process: a greenlet spawned here gets its turn. That of a
+    thread pool's job does not, nor one in a program whose sockets block."""
+    hub = here()
+    return hub is not None and hub.main_hub and monkey.is_module_patched("socket")
+
+
 def sleep(seconds: float) -> None:
     """Sleep without stopping the hub, where there is one. Switches greenlets there."""
     if here() is None:

@@ -14,8 +14,8 @@ from dbsession import block, config, engines, scope, sessions, source, teardown,
 from dbsession.block import SessionScope
 from dbsession.engines import Database, EngineCache
 from dbsession.errors import UnsavedWork, describe
+from dbsession.registry import ScopedSession
 from dbsession.scope import Scope
-from dbsession.sessions import ScopedSession
 
 logger = logging.getLogger(__name__)
 

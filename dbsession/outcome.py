@@ -21,7 +21,12 @@ wrote: weakref.WeakSet[Connection] = weakref.WeakSet()
 """Connections on which something was written in their last transaction. Written by the engine's events."""
 
 _COMMITTING = "dbsession.committing"
-_NO_SUCH_SAVEPOINT = 1305
+
+
+def is_autocommit(connection: Connection, config: DatabaseConfig) -> bool:
+    """Whether each statement on it is a transaction of its own."""
+    level = connection.get_execution_options().get("isolation_level") or config.isolation_level
+    return level == "AUTOCOMMIT"
 
 
 class TransactionWatch:
@@ -33,7 +38,7 @@ class TransactionWatch:
     def __init__(self, config: DatabaseConfig) -> None:
         self._name = config.name
         self._backend = config.backend
-        self._isolation_level = config.isolation_level
+        self._config = config
         self._readonly = config.readonly
         self._is_mysql = config.backend in ("mysql", "mariadb")
         self._doomed: weakref.WeakKeyDictionary[Connection, BaseException] = weakref.WeakKeyDictionary()
@@ -44,21 +49,20 @@ class TransactionWatch:
         event.listen(engine, "begin", self._begin)
         event.listen(engine, "begin_twophase", self._begin)
         event.listen(engine, "commit", self._commit)
-        event.listen(engine, "commit_twophase", self._commit)
+        event.listen(engine, "commit_twophase", self._commit)  # XA COMMIT, a statement like others
         event.listen(engine, "rollback", self._rollback)
         event.listen(engine, "rollback_twophase", self._rollback)
         event.listen(engine, "savepoint", self._savepoint)
         event.listen(engine, "release_savepoint", self._savepoint)
         event.listen(engine, "handle_error", self._judge)
 
-    def is_autocommit(self, connection: Connection) -> bool:
-        """Whether each statement is a transaction of its own."""
-        level = connection.get_execution_options().get("isolation_level") or self._isolation_level
-        return level == "AUTOCOMMIT"
+    def is_doomed(self, connection: Connection) -> bool:
+        """Whether the transaction under way has lost a part of its work."""
+        return bool(self._doomed) and connection in self._doomed
 
     def refuse_if_doomed(self, connection: Connection) -> None:
         """Raise RollbackRequired if the transaction under way has lost a part of its work."""
-        if self._doomed and connection in self._doomed:
+        if self.is_doomed(connection):
             cause = self._doomed[connection]
             raise RollbackRequired(
                 f"Database {self._name!r}: {describe(cause)} has undone a part of this transaction at the server, so "
@@ -68,19 +72,24 @@ class TransactionWatch:
 
     def _begin(self, connection: Connection, *_: object) -> None:
         connection.info.pop(_COMMITTING, None)
-        if self._doomed and connection in self._doomed:
-            # A refused or failed commit() leaves a Connection that sends no ROLLBACK of its own any more.
-            connection.dialect.do_rollback(connection.connection)
-            del self._doomed[connection]
 
     def _commit(self, connection: Connection, *_: object) -> None:
-        self.refuse_if_doomed(connection)
+        try:
+            self.refuse_if_doomed(connection)
+        except RollbackRequired:
+            # After a commit() that failed, SQLAlchemy sends no ROLLBACK any more.
+            connection.dialect.do_rollback(connection.connection)
+            del self._doomed[connection]
+            raise
         connection.info[_COMMITTING] = True
 
     def _rollback(self, connection: Connection, *_: object) -> None:
         self._doomed.pop(connection, None)
         if not connection.invalidated:
             connection.info.pop(_COMMITTING, None)
+            driver = connection.connection.dbapi_connection
+            if isinstance(driver, MySQLConnection) and driver.unread:
+                connection.invalidate()  # not read on for a ROLLBACK; the server rolls back what it has lost
 
     def _savepoint(self, connection: Connection, *_: object) -> None:
         self.refuse_if_doomed(connection)
@@ -106,12 +115,14 @@ class TransactionWatch:
             context.is_disconnect = context.is_disconnect or context.cursor is not None
             context.invalidate_pool_on_disconnect = False
         # In this order: while SQLAlchemy asks a new server what it can, the connection has no `info`.
-        if context.statement is None and connection.info.get(_COMMITTING):
+        statement = context.statement
+        if (statement is None or statement.startswith("XA COMMIT")) and connection.info.get(_COMMITTING):
+            if statement is None and isinstance(driver, MySQLConnection) and not driver.commit_sent:
+                return None
             return self._judge_commit(context, connection, error, from_driver)
-        if verdict is codes.Verdict.RETRY and not self.is_autocommit(connection):
-            self._doomed[connection] = context.sqlalchemy_exception or error
-        elif connection in self._doomed and codes.number(error) == _NO_SUCH_SAVEPOINT:
-            return self._doomed[connection]  # the rollback has taken the savepoints with it; say why
+        if verdict is codes.Verdict.RETRY and not is_autocommit(connection, self._config):
+            # A copy: the error's traceback would keep everything alive that this is only to be remembered for.
+            self._doomed[connection] = type(error)(*error.args)
         return None
 
     def _judge_commit(
@@ -120,7 +131,10 @@ class TransactionWatch:
         if from_driver and self._is_mysql:
             unknown = codes.commit_may_have_happened(error)
             if codes.classify(error) is codes.Verdict.RETRY:
-                self._doomed[connection] = context.sqlalchemy_exception or error
+                try:
+                    connection.dialect.do_rollback(connection.connection)  # SQLAlchemy will not, after a commit()
+                except Exception:
+                    context.is_disconnect = True
         else:
             unknown = context.is_disconnect or not from_driver
         if not unknown:

@@ -51,7 +51,7 @@ class FairPool(QueuePool):
     dispose() puts another in its place. Its arguments are QueuePool's.
 
     `_do_get`, `_do_return_conn` and `_create_connection` are what SQLAlchemy's Pool has for its subclasses to
-    override and call; they are private by their names only (tests/unit/test_private_names.py).
+    override and call; private by their names only (tests/unit/test_private_names.py).
     """
 
     def __init__(
@@ -145,21 +145,21 @@ class FairPool(QueuePool):
             raise
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        """Hand a connection to the longest waiter, or keep it idle. Closes one that is too many; only that may
-        switch greenlets.
+        """Hand a connection to the longest waiter, or keep it idle. Closes one that is too many; only that may switch.
 
-        One that has to be cleaned first is cleaned in a greenlet of ours: its user need not wait, and a kill or timeout
-        of its user's cannot land in it, where SQLAlchemy would swallow it if it is an `Exception`.
-        """
+        One that needs cleaning is cleaned in a greenlet of ours: its user need not wait, and no kill or timeout of its
+        user's can land in it, where SQLAlchemy would swallow it if it is an `Exception`."""
         work = self.cleaning(record)
+        home = record.info.get(HOME)
+        if work is not None and home is not None and not (home is hub.here() and hub.lasts()):
+            fork.give_up(record)  # a socket that this thread may not use, or a hub that stops with its job
+            work = None
         if work is None:
             self._give_back(record)
             return
         self._being_cleaned.add(record)
-        if hub.here() is None:
-            self._clean(record, work)
-        else:
-            hub.run_aside(partial(self._clean, record, work), record.info.get(HOME))
+        clean = partial(self._clean, record, work)
+        hub.run_aside(clean) if hub.lasts() else clean()
 
     def _clean(self, record: ConnectionPoolEntry, work: Callable[[], None]) -> None:
         try:
@@ -246,10 +246,8 @@ class FairPool(QueuePool):
             record.close()
         elif not home.dead:
             hub.run_aside(record.close, home)
-        else:  # its socket would wait for that hub even to be closed: leave the objects to the collector
-            fork.cut(record.dbapi_connection)
-            record.dbapi_connection = None
-            record.info.clear()
+        else:
+            fork.give_up(record)
 
     def dispose(self) -> None:
         """Close what is idle now, and what is in use when it comes back. Whoever waits here, or holds a reference,

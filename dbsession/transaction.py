@@ -48,6 +48,7 @@ class Units:
     ) -> T:
         """See `dbsession.run_in_transaction`."""
         _check(attempts, backoff_s)
+        _refuse_what_runs_later(fn)
         session = self._manager.get(name)
         call = functools.partial(fn, session) if _takes_session(fn) else fn
         outer = scope.current()
@@ -55,10 +56,11 @@ class Units:
             return self._join(outer, name, call)
         label = label or str(getattr(fn, "__qualname__", "run_in_transaction()"))
         for attempt in range(1, attempts + 1):
+            ended: list[str] = []
             try:
-                return self._once(name, label, call)
+                return self._once(name, label, call, ended)
             except Exception as error:
-                if attempt == attempts or not _retryable(error):
+                if attempt == attempts or ended or not _retryable(error):
                     raise
                 again = error
             # Full jitter: those that met at one row must not meet there again. Ten lines of tenacity would be one
@@ -69,20 +71,32 @@ class Units:
             hub.sleep(pause_s)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _once(self, name: str, label: str, call: Callable[[], T]) -> T:
+    def _once(self, name: str, label: str, call: Callable[[], T], ended: list[str]) -> T:
+        """Run and commit it. `ended` gets what became of a transaction that `call` itself has ended, if that must not
+        be done twice."""
         with session_scope(label) as unit:
             unit.units[(self, name)] = None
-            result = call()
-            failed = unit.units[(self, name)]
-            if failed is not None:
-                raise RollbackRequired(
-                    f"Database {name!r}: {label} went on after a part of it, run in the same transaction, had failed "
-                    f"with {describe(failed)}. Nothing was committed: let the error pass, or give the part a "
-                    "session_scope() of its own."
-                ) from failed
-            self._refuse_other_work(unit, name, label)
-            self._manager.get(name).commit()
-            return result
+            try:
+                result = call()
+                self._refuse_failed_part(unit, name, label)
+                self._refuse_other_work(unit, name, label)
+                self._manager.get(name).commit()
+                return result
+            except Exception:
+                if unit.outcomes.get(name) in ("committed", "unknown"):
+                    ended.append(unit.outcomes[name])
+                raise
+            finally:
+                unit.units.clear()
+
+    def _refuse_failed_part(self, unit: Scope, name: str, label: str) -> None:
+        failed = unit.units[(self, name)]
+        if failed is not None:
+            raise RollbackRequired(
+                f"Database {name!r}: {label} went on after a part of it, run in the same transaction, had failed with "
+                f"{describe(failed)}. Nothing was committed: let the error pass, or give the part a session_scope() of "
+                "its own."
+            ) from failed
 
     def _join(self, outer: Scope, name: str, call: Callable[[], T]) -> T:
         try:
@@ -105,11 +119,7 @@ def transactional(run: Callable[..., Any], func: Callable[..., Any] | None, opti
     """The decorator over `run`, a `Units.run`; see `dbsession.transactional`."""
 
     def decorate(func: F) -> F:
-        if inspect.isgeneratorfunction(func) or inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
-            raise TypeError(
-                f"transactional cannot decorate {func.__name__}: its body runs after its call has returned, when the "
-                "transaction is over."
-            )
+        _refuse_what_runs_later(func)
         _check(options.get("attempts", 1), options.get("backoff_s", 1))
 
         @functools.wraps(func)
@@ -124,6 +134,14 @@ def transactional(run: Callable[..., Any], func: Callable[..., Any] | None, opti
     if func is not None and not callable(func):
         raise TypeError(f"transactional takes its arguments by keyword: name={func!r}, perhaps.")
     return decorate if func is None else decorate(func)
+
+
+def _refuse_what_runs_later(fn: Callable[..., Any]) -> None:
+    if inspect.isgeneratorfunction(fn) or inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
+        raise TypeError(
+            f"{fn.__name__} cannot be run in a transaction: its body runs after its call has returned, when the "
+            "transaction is over."
+        )
 
 
 def _check(attempts: object, backoff_s: object) -> None:
@@ -148,5 +166,5 @@ def _retryable(error: BaseException) -> bool:
         return False
     if isinstance(error, RollbackRequired):  # somebody went on after it
         return error.__cause__ is not None and _retryable(error.__cause__)
-    original = getattr(error, "orig", None)
-    return original is not None and (codes.is_retryable(original) or sqlite.is_retryable(original))
+    original = getattr(error, "orig", None) or error
+    return codes.is_retryable(original) or sqlite.is_retryable(original)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from dbsession.config import TIMEOUTS, DatabaseConfig
+from dbsession.mysql import state
 from dbsession.mysql.connection import Connection
 from dbsession.mysql.kill import Killer, side_arguments
 
@@ -49,14 +49,6 @@ def warn_of_what_is_bypassed(config: DatabaseConfig, engine: Engine) -> None:
                 )
 
 
-def set_up(connection: Any, config: DatabaseConfig) -> None:
-    """What a connection is given at connect, and again when it was reset. Does I/O for a read-only database only."""
-    if config.readonly:
-        cursor = connection.cursor()
-        cursor.execute("SET SESSION TRANSACTION READ ONLY")
-        cursor.close()
-
-
 class Connector:
     """Opens the connections of one engine, as ours. Lives as long as the engine."""
 
@@ -65,16 +57,20 @@ class Connector:
         self.killer: Killer | None = None  # made with the first connection, when its arguments are known
 
     def listen(self, engine: Engine) -> None:
-        event.listen(engine, "do_connect", self._connect)
+        # The last step of connecting, after every `do_connect` listener of the user's, which may change the arguments
+        # (a password that rotates, say) or open the connection itself.
+        engine.dialect.connect = self._connect  # type: ignore[method-assign]
 
-    def _connect(self, _dialect: Any, _record: Any, args: list[Any], arguments: dict[str, Any]) -> Connection:
-        if self._config.kill_abandoned and self.killer is None:
-            self.killer = Killer(self._config.name, side_arguments(arguments))
+    def _connect(self, *args: Any, **arguments: Any) -> Any:
+        if self._config.kill_abandoned:
+            if self.killer is None:
+                self.killer = Killer(self._config.name)
+            self.killer.arguments = side_arguments(arguments)
         abandon = self.killer.abandon if self.killer else None
         connection = Connection(*args, on_abandon=abandon, ping_idle_s=self._config.ping_idle_s, **arguments)
         if self._config.reset == "connection":
             try:
-                connection.note_place()
+                state.note_place(connection)
             except BaseException:
                 connection.close()
                 raise

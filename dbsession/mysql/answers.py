@@ -22,6 +22,9 @@ _StockSSDictCursor: Any = pymysql.cursors.SSDictCursor
 class Result(_StockResult):  # type: ignore[misc]
     """The answer to one statement. Lives until the next one."""
 
+    left = False
+    """Its cursor was closed before its end."""
+
     def _check_packet_is_eof(self, packet: Any) -> bool:
         if not packet.is_eof_packet():
             return False
@@ -43,12 +46,14 @@ class _LeavesUnread:
     is left, and a rollback gives the connection up instead."""
 
     connection: Any
+    _result: Any
 
     def close(self) -> None:
+        if self._result is not None:
+            self._result.left = True
         self.connection = None
 
-    def __del__(self) -> None:
-        self.connection = None
+    __del__ = close
 
 
 class _SSCursor(_LeavesUnread, _StockSSCursor):  # type: ignore[misc]

@@ -91,3 +91,18 @@ def _wraps_retryable(error: BaseException) -> bool:
 def _message(error: BaseException) -> str:
     original: Any = getattr(error, "orig", None) or error
     return str(original.args[1]) if len(original.args) > 1 else ""
+
+
+def is_from_socket(error: BaseException) -> bool:
+    """Whether the socket itself raised it. An OSError that somebody threw in here, `gevent.Timeout(1, TimeoutError)`
+    say, is of a class of theirs, or has neither a number nor the socket's words; it is theirs to catch."""
+    return (
+        isinstance(error, OSError)
+        and type(error).__module__ in ("builtins", "socket", "ssl", "gevent.ssl")
+        and (error.errno is not None or "timed out" in str(error))
+    )
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether the connection is gone, so that the server knows and has ended the statement."""
+    return is_from_socket(error) and not isinstance(error, TimeoutError)

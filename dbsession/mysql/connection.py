@@ -7,8 +7,10 @@ tests/unit/test_private_names.py fails loudly when one of these names goes.
 
 from __future__ import annotations
 
+import re
 import select
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +22,10 @@ from pymysql.constants import CR, SERVER_STATUS
 
 from dbsession import fork
 from dbsession.mysql.answers import LAZY, Result
+from dbsession.mysql.codes import is_from_socket, is_loss
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")  # which, with 0, never waits
-_COM_RESET_CONNECTION = 0x1F  # MySQL 5.7.3, MariaDB 10.2.4; PyMySQL has no name for it
+_SET_TRANSACTION = re.compile(r"\s*SET\s+TRANSACTION\b", re.IGNORECASE)
 _BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 
 
@@ -57,6 +60,13 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         self._on_abandon = on_abandon
         self._ping_idle_s = ping_idle_s
         self._heard = 0.0  # when the last answer came
+        self._next_transaction_set = False  # by SET TRANSACTION, until the next COMMIT or ROLLBACK
+        self._answering = False
+        self._killed_by: BaseException | None = None
+        self.commit_sent = False
+        """Whether the last commit() got as far as sending COMMIT."""
+        self.level_changed = False
+        """An isolation level of one checkout is to be taken back."""
         self._epoch = fork.epoch
         self._connect_by: float | None = None
         self._settled = False  # everything sent was answered, and the last answer was no error
@@ -67,8 +77,9 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         self.local: Any = None
         self.peer: Any = None
         super().__init__(*args, **kwargs)
-        self._autocommit_at_first = self.autocommit_mode
-        self._place: Any = None
+        self.autocommit_at_first = self.autocommit_mode
+        self.place: Any = None
+        """The current database and role, where they are to be kept; see mysql.state."""
         self.used = False
 
     def connect(self, sock: Any = None) -> None:
@@ -81,17 +92,19 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
                 self.local, self.peer = self._sock.getsockname(), self._sock.getpeername()
         except err.OperationalError as error:
             original = getattr(error, "original_exception", None)
-            if isinstance(original, OSError) and not _is_from_socket(original):
+            if isinstance(original, OSError) and not is_from_socket(original):
                 raise original from None  # somebody's timeout, which PyMySQL takes for the socket's
             raise
         finally:
             self._connect_by = None
             self._read_timeout, self._write_timeout = timeouts
+        self._sock.settimeout(self._read_timeout)
+        self._current_timeout = self._read_timeout
 
     @property
     def settled(self) -> bool:
         """Whether the server said that no transaction is open, and nothing was sent since."""
-        return self._settled and not self.server_status & _BUSY
+        return self._settled and not self.server_status & _BUSY and not self._next_transaction_set
 
     @property
     def unread(self) -> bool:
@@ -105,11 +118,16 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
             self._abandon()
         elif not (self.settled or (self.gave_up and not self.open)):
             super().rollback()
+            self._next_transaction_set = False
 
     def commit(self) -> None:
         """Commit, unless the server said that there is nothing to."""
+        self.commit_sent = False
         if not self.settled:
+            self._read_rest()
+            self.commit_sent = True
             super().commit()
+            self._next_transaction_set = False
 
     def ping(self, reconnect: bool = False) -> None:
         """Raise an error if the connection is gone. One used a moment ago is not asked but looked at: readable while
@@ -123,33 +141,10 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
             self._force_close()
             raise err.OperationalError(CR.CR_SERVER_GONE_ERROR, "MySQL server has closed the connection")
 
-    def reset(self) -> None:
-        """COM_RESET_CONNECTION: nothing of the session is left at the server; then what PyMySQL sets up at connect."""
-        self._execute_command(_COM_RESET_CONNECTION, b"")
+    def command(self, number: int) -> None:
+        """Send a command that has no arguments, and read its OK."""
+        self._execute_command(number, b"")
         self._read_ok_packet()
-        self.set_character_set(self.charset, self.collation)
-        with self.cursor(pymysql.cursors.Cursor) as cursor:
-            if self.sql_mode is not None:
-                cursor.execute("SET sql_mode = %s", (self.sql_mode,))
-            if self.init_command is not None:
-                cursor.execute(self.init_command)
-        if self._autocommit_at_first is not None:
-            self.autocommit(self._autocommit_at_first)
-        if self._place != self._where():
-            self.close()  # COM_RESET_CONNECTION keeps the database that USE chose, and the role
-
-    def note_place(self) -> None:
-        """Before the first reset(): remember the current database and role."""
-        self._place = self._where()
-        self.used = False
-
-    def _where(self) -> Any:
-        with self.cursor(pymysql.cursors.Cursor) as cursor:
-            try:
-                cursor.execute("SELECT DATABASE(), CURRENT_ROLE()")
-            except err.DatabaseError:  # a server without roles
-                cursor.execute("SELECT DATABASE()")
-            return cursor.fetchone()
 
     def read_within(self, timeout_s: float | None) -> float | None:
         """Set the seconds to wait for each piece of an answer; return those from before."""
@@ -158,26 +153,37 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         return before
 
     def close(self) -> None:
+        """As PyMySQL's; idempotent, since whoever gives a connection up closes it, and the pool does so, too."""
         if self.unread:
             self._abandon()
-        super().close()
+        if not self._closed:
+            super().close()
 
     def cursor(self, cursor: Any = None) -> Any:
         return super().cursor(LAZY.get(cursor or self.cursorclass, cursor))
 
     def query(self, sql: Any, unbuffered: bool = False) -> Any:
         self.used = True
-        return super().query(sql, unbuffered)
+        affected = super().query(sql, unbuffered)
+        if _SET_TRANSACTION.match(sql if isinstance(sql, str) else sql[:40].decode("latin-1")):
+            self._next_transaction_set = True
+        return affected
 
     def _execute_command(self, command: int, sql: Any) -> None:
-        if self.unread:
-            self._result._finish_unbuffered_query()
+        self._read_rest()
         super()._execute_command(command, sql)
+
+    def _read_rest(self) -> None:
+        """Read what is left of a server-side stream, which somebody has stopped reading."""
+        if self.unread:
+            if not self._result.left:
+                warnings.warn("Previous unbuffered result was left incomplete", stacklevel=2)  # as PyMySQL does
+            self._result._finish_unbuffered_query()
 
     def _write_bytes(self, data: Any) -> None:
         self._settled = False
         sock = self._sock
-        if sock is None:
+        if sock is None or self._epoch != fork.epoch:  # in a forked child it is the parent's
             raise err.InterfaceError(0, "")
         try:
             timeout_s = self._seconds_left() if self._connect_by else self._write_timeout
@@ -187,25 +193,27 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
             sock.sendall(data)
         except BaseException as error:
             # Half a packet: the server waits for the rest, so it ends what it has as soon as the socket closes.
-            self.gave_up = self.gave_up or not _is_loss(error)
+            self.gave_up = self.gave_up or not is_loss(error)
             self._force_close()
-            if _is_from_socket(error):
+            self._note_kill(error)
+            if is_from_socket(error):
                 raise err.OperationalError(
                     CR.CR_SERVER_GONE_ERROR, f"MySQL server has gone away ({error!r})"
                 ) from error
             raise
 
     def _read_bytes(self, num_bytes: int) -> bytes:
-        if self._rfile is None:
+        if self._rfile is None or self._epoch != fork.epoch:
             raise err.InterfaceError(0, "")
         try:
             data: bytes = self._read_in_time(num_bytes) if self._connect_by else self._rfile.read(num_bytes)
         except BaseException as error:
-            if _is_loss(error) or self._connect_by:
+            if is_loss(error) or self._connect_by:
                 self._force_close()
             else:
                 self._abandon()
-            if _is_from_socket(error):
+            self._note_kill(error)
+            if is_from_socket(error):
                 raise err.OperationalError(
                     CR.CR_SERVER_LOST, f"Lost connection to MySQL server during query ({error})"
                 ) from error
@@ -243,20 +251,30 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         if self._on_abandon is not None and self._epoch == fork.epoch:  # in a forked child it is the parent's
             self._on_abandon(self)
 
+    def _note_kill(self, error: BaseException) -> None:
+        if self._answering and self._killed_by is None and not is_from_socket(error):
+            self._killed_by = error
+
     def _read_query_result(self, unbuffered: bool = False) -> Any:
         self._result = None
         result = Result(self)
+        self._answering = True
         try:
             if unbuffered:
                 result.init_unbuffered_query()
             else:
                 result.read()
         except err.MySQLError:
+            if self._killed_by is not None:  # by LOAD DATA LOCAL, which goes on writing
+                raise self._killed_by from None
             raise  # an error packet, read in full
         except BaseException:
             if self.open:  # in the middle of the answer, where a converter failed, say
                 self._abandon()
             raise
+        finally:
+            self._answering = False
+            self._killed_by = None
         self._result = result
         self._heard = time.monotonic()
         if result.server_status is not None:
@@ -269,14 +287,3 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         self._settled = True
         self._heard = time.monotonic()
         return packet
-
-
-def _is_from_socket(error: BaseException) -> bool:
-    """Whether the socket itself raised it. An OSError that somebody threw in here, `gevent.Timeout(1, TimeoutError)`
-    say, has neither a number nor the socket's words, and is theirs to catch."""
-    return isinstance(error, OSError) and (error.errno is not None or "timed out" in str(error))
-
-
-def _is_loss(error: BaseException) -> bool:
-    """Whether the connection is gone, so that the server knows and has ended the statement."""
-    return _is_from_socket(error) and not isinstance(error, TimeoutError)

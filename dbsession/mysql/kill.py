@@ -36,10 +36,11 @@ class Killer:
     is a flag: it is only ever tried, never waited for, so it may be held over a switch.
     """
 
-    def __init__(self, name: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, name: str) -> None:
         self.kills = 0
+        self.arguments: dict[str, Any] = {}
+        """Of PyMySQL, for the side connection; those of the engine's latest connection."""
         self._name = name
-        self._arguments = arguments
         self._told = False
         self._forget()
         _killers.add(self)
@@ -57,7 +58,10 @@ class Killer:
             self._tell("it is not a TCP connection, so its thread at the server cannot be recognised")
             return
         self._abandoned.append((connection.thread_id(), connection.local, connection.peer))
-        hub.run_aside(self._work)
+        if hub.lasts():
+            hub.run_aside(self._work)
+        else:
+            hub.run_in_thread(self._work)
 
     @property
     def pending(self) -> bool:
@@ -65,23 +69,34 @@ class Killer:
         return bool(self._abandoned) or self._working.locked()
 
     def _work(self) -> None:
+        epoch = self._epoch
         while self._abandoned and self._working.acquire(False):
+            peer = None
             try:
-                while self._abandoned:
-                    self._kill(*self._abandoned.popleft())
+                while self._abandoned and epoch == fork.epoch:
+                    thread_id, local, peer = self._abandoned.popleft()
+                    self._kill(thread_id, local, peer)
             except Exception as error:
+                if epoch != fork.epoch:
+                    return  # a child's copy of the greenlet: whatever it was at is the parent's
                 logger.warning(
                     "Database %r: an abandoned statement could not be ended at the server, where it may run on: %s.",
                     self._name,
                     describe(error),
                 )
+                # The others at a server that does not answer would each wait as long.
+                for _ in range(len(self._abandoned)):
+                    each = self._abandoned.popleft()
+                    if each[2] != peer:
+                        self._abandoned.append(each)
             finally:
-                self._working.release()
+                if epoch == fork.epoch:
+                    self._working.release()
 
     def _kill(self, thread_id: int, local: Any, peer: Any) -> None:
         # To the same address from the same address, so that the server shows both with the same host part.
         with socket.create_connection(peer[:2], _TIMEOUT_S, source_address=(local[0], 0)) as raw:
-            side = Connection(**self._arguments)
+            side = Connection(**self.arguments)
             side.connect(raw)
             try:
                 self._look_and_kill(side, thread_id, local[1])
@@ -95,6 +110,9 @@ class Killer:
                 "SELECT ID, USER, HOST FROM information_schema.PROCESSLIST WHERE ID IN (%s, %s)", (mine, thread_id)
             )
             seen = {row[0]: (row[1], *row[2].rpartition(":")[::2]) for row in cursor.fetchall()}
+            if mine not in seen:
+                self._tell("it does not show us our own thread")
+                return
             if thread_id not in seen:
                 return  # over already
             user, host, _ = seen[mine]

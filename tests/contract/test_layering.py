@@ -30,6 +30,7 @@ ORDER = (
     "outcome",
     "connections",
     "sessions",
+    "registry",
     "engines",
     "transaction",
     "manager",

@@ -1,0 +1,130 @@
+"""The scoped_session whose registry is the current scope."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from sqlalchemy.orm import scoped_session, sessionmaker
+from sqlalchemy.util import ScopedRegistry
+
+from dbsession import hub, ident, scope, teardown
+from dbsession.errors import ScopeEnded
+from dbsession.sessions import Database, DatabaseOwner
+
+
+class ScopeRegistry(ScopedRegistry[Any]):
+    """Finds and opens the session of one database in the caller's current scope. Lives as long as its proxy."""
+
+    __slots__ = ("_database", "_name", "_owner")
+
+    def __init__(self, owner: DatabaseOwner, name: str) -> None:
+        self._owner = owner
+        self._name = name
+        # The key of this name's sessions. Set by any ident that resolves it, reset by forget(); see _current_database.
+        self._database: Database | None = None
+
+    def __call__(self) -> Any:
+        """The current scope's session. No I/O; the first use of a name may switch greenlets."""
+        try:
+            return ident.current()._dbsession_scopes[-1].sessions[self._database]
+        except (AttributeError, IndexError, KeyError):
+            return self._open()
+
+    def has(self) -> bool:
+        return self._find() is not None
+
+    def set(self, obj: Any) -> None:
+        """Make `obj`, a session of `session_factory`, the current scope's; one that was there before is closed."""
+        current = scope.current_or_implicit()
+        database = self._current_database()
+        earlier = self.take()
+        if earlier is not None:
+            teardown.close_all(dict([earlier]), current.label)
+        self._store(current, database, obj)
+
+    def clear(self) -> None:
+        self.take()
+
+    def take(self) -> tuple[Database, Any] | None:
+        """Take the session out of the current scope, if it is there; it is then the caller's to close."""
+        found = self._find()
+        if found is None:
+            return None
+        current, database = found
+        session = current.sessions.pop(database, None)
+        return None if session is None else (database, session)
+
+    def forget(self) -> None:
+        """Resolve the name anew at the next use: after configure(), after a fork."""
+        self._database = None
+
+    def _find(self) -> tuple[scope.Scope, Database] | None:
+        current = scope.current()
+        if current is not None:
+            for database in list(current.sessions):
+                if database.name == self._name and database.owner is self._owner:
+                    return current, database
+        return None
+
+    def _open(self) -> Any:
+        current = scope.current_or_implicit()
+        found = self._find()
+        if found is not None:
+            # Opened under an earlier configuration, perhaps, or before a fork. A transaction under way is finished
+            # where it began; half of it on each of two databases would be no transaction.
+            _, earlier = found
+            session = current.sessions[earlier]
+            if not earlier.inherited and (session.in_transaction() or earlier is self._current_database()):
+                return session
+            teardown.close_all({earlier: current.sessions.pop(earlier)}, current.label)
+        database = self._current_database()
+        return self._store(current, database, database.factory())
+
+    def _store(self, current: scope.Scope, database: Database, session: Any) -> Any:
+        session._scope = weakref.ref(current)
+        session._database = database
+        current.home = hub.here()
+        current.sessions[database] = session
+        if current.ended:  # by another thread, since we looked
+            current.clear()
+            raise ScopeEnded(f"{current.label} was ended by another thread while a session was opened in it.")
+        return session
+
+    def _current_database(self) -> Database:
+        while True:
+            database: Database = self._database or self._owner.database(self._name)
+            self._database = database
+            # configure() in another thread marks the old databases first and resets the registries then: whichever
+            # way the two interleave, an old one is seen either here or there.
+            if not (database.retired or database.inherited):
+                return database
+            self._database = None
+
+
+class ScopedSession(scoped_session[Any]):
+    """The `scoped_session` of one name. Lives as long as its manager; may be kept at module level and used from any
+    greenlet or thread: every use goes to the session of the caller's current scope."""
+
+    registry: ScopeRegistry
+
+    def __init__(self, owner: DatabaseOwner, name: str) -> None:
+        self.name = name
+        self.registry = ScopeRegistry(owner, name)
+
+    @property
+    def session_factory(self) -> sessionmaker[Any]:  # type: ignore[override]  # an attribute there, followed here
+        """The sessionmaker of the database as it is configured now."""
+        return self.registry._current_database().factory
+
+    def remove(self) -> None:
+        """Close the current scope's session of this name, if there is one; the next use gets a fresh one.
+
+        As `clear_dbsession()`: a session that fails to close is discarded and logged; only a kill is raised.
+        """
+        taken = self.registry.take()
+        if taken is not None:
+            teardown.close_all(dict([taken]), f"a remove() of {self.name!r}")
+
+    def __repr__(self) -> str:
+        return f"<ScopedSession {self.name!r}>"
