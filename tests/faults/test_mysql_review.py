@@ -234,3 +234,60 @@ def test_session_scope_object_cannot_be_open_twice(managed):
         block.__enter__()
     with block:
         pass
+
+
+def test_f07_kill_while_an_isolation_level_is_taken_back_costs_no_place(mariadb_url):
+    """SQLAlchemy does that in the middle of a connection's return, and forgets the place if it fails."""
+    run_python(
+        """
+        from gevent import monkey; monkey.patch_all()
+        import itertools, socket, sys
+        import gevent, greenlet, dbsession
+        from sqlalchemy import text
+        from support.waiting import wait_until
+        received = socket.socket.recv_into
+        def recv_into(self, *args):
+            gevent.sleep(0.0001)                  # by a timer: else the answer may be there before the kill is
+            return received(self, *args)
+        socket.socket.recv_into = recv_into
+        dbsession.configure({"default": sys.argv[1]})
+        session, engine, hub = dbsession.get_dbsession(), dbsession.get_engine(), gevent.get_hub()
+        levels = set()
+
+        def teardown_killed_at(nth, kill):
+            state = {"armed": False, "switches": 0}
+            def run():
+                try:
+                    with dbsession.session_scope("victim"):
+                        options = {"isolation_level": "SERIALIZABLE"}
+                        session.connection(execution_options=options).execute(text("CREATE TEMPORARY TABLE t (n INT)"))
+                        state["armed"] = True
+                except BaseException as error:
+                    return repr(error)
+                finally:
+                    state["armed"] = False
+            def trace(_, switch):
+                if state["armed"] and switch == (victim, hub):
+                    state["switches"] += 1
+                    if state["switches"] == nth:
+                        hub.loop.run_callback(victim.throw, kill)
+            victim = gevent.spawn(run)
+            greenlet.settrace(trace)
+            victim.join(5)
+            greenlet.settrace(None)
+            assert victim.dead
+            return state["switches"] >= nth
+
+        for kill in (gevent.GreenletExit(), gevent.Timeout(1), ValueError("own")):
+            for nth in itertools.count(1):
+                reached = teardown_killed_at(nth, kill)
+                wait_until(lambda: engine.pool.checkedout() == 0, 5)
+                wait_until(lambda: not engine.pool._being_cleaned, 5)
+                with dbsession.session_scope():
+                    assert session.scalar(text("SELECT @@tx_isolation")) == "REPEATABLE-READ", nth
+                    session.execute(text("DROP TEMPORARY TABLE IF EXISTS t"))
+                if not reached:
+                    break
+        """,
+        mariadb_url,
+    )

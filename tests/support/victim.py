@@ -51,7 +51,6 @@ VARIANTS = {
     "stream": Variant(stream=True),
     "no_ping": Variant(options={"pool_pre_ping": False}),
     "reset": Variant(entry={"reset": "connection"}),
-    "level": Variant(options={"execution_options": {"isolation_level": "READ COMMITTED"}}),
     "uncommitted": Variant(commit=False),
     "two": Variant(names=("a", "b")),
     "queued": Variant(holders=2),
