@@ -1,0 +1,89 @@
+"""One figure of bench_memory, in a process of its own:  python -m benchmarks.memory_child WHAT PEER N
+
+held    bytes of Private_Dirty for each of N greenlets in which a session is held
+grown   bytes for each of N cycles of get + clear in one greenlet, which were over
+left    bytes for each of N greenlets that asked for a session, never cleared it, and ended
+"""
+
+# ruff: noqa: E402  # patched first, as in a gunicorn worker
+from __future__ import annotations
+
+from gevent import monkey
+
+monkey.patch_all()
+
+import gc
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import gevent
+
+from .peers import BUILDERS, Peer, nothing
+
+
+def private_bytes() -> int:
+    for _ in range(3):
+        gc.collect()
+    found = re.search(r"^Private_Dirty: +(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)
+    assert found
+    return 1024 * int(found[1])
+
+
+def held(peer: Peer, count: int) -> float:
+    peer.unit(nothing)
+    gevent.spawn(peer.unit, nothing).join()
+    before = private_bytes()
+    greenlets = [gevent.spawn(peer.unit, gevent.get_hub().switch) for _ in range(count)]
+    gevent.sleep(0)
+    gevent.sleep(0)
+    assert not any(map(bool, (greenlet.ready() for greenlet in greenlets))), "a greenlet ended"
+    return (private_bytes() - before) / count
+
+
+def grown(peer: Peer, count: int) -> float:
+    for _ in range(20_000):
+        peer.unit(nothing)
+    before = private_bytes()
+    for _ in range(count):
+        peer.unit(nothing)
+    return (private_bytes() - before) / count
+
+
+def left(peer: Peer, count: int) -> float:
+    class Abandoned(Exception):
+        pass
+
+    def abandon() -> None:
+        raise Abandoned  # past the clear, which no `finally` guards in `unit`
+
+    def never_cleared() -> None:
+        try:
+            peer.unit(abandon)
+        except Abandoned:
+            pass
+
+    def run(greenlets: int) -> None:
+        for _ in range(greenlets // 100):
+            gevent.joinall([gevent.spawn(never_cleared) for _ in range(100)])
+        gevent.sleep(0.05)
+
+    run(2000)
+    before = private_bytes()
+    run(count)
+    return (private_bytes() - before) / count
+
+
+def main() -> None:
+    what, name, count = sys.argv[1:]
+    with tempfile.TemporaryDirectory(prefix="dbs-") as folder:
+        peer = BUILDERS[name](f"sqlite:///{folder}/never.db")
+        print({"held": held, "grown": grown, "left": left}[what](peer, int(count)))
+    sys.stdout.flush()
+    os._exit(0)  # ten thousand greenlets need not be ended one by one
+
+
+if __name__ == "__main__":
+    main()
