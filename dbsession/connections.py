@@ -38,7 +38,7 @@ class ConnectionLinks:
 
     def __init__(self, config: DatabaseConfig) -> None:
         self.closing = False
-        self.connector = mysql.Connector(config) if mysql.uses_pymysql(config) else None
+        self._connector = mysql.Connector(config) if mysql.uses_pymysql(config) else None
         self._watch = TransactionWatch(config)
         self._config = config
         self._line: deque[sqlite.Connection] = deque()
@@ -49,8 +49,8 @@ class ConnectionLinks:
         event.listen(engine, "checkin", self._returned)
         event.listen(engine, "before_cursor_execute", self._note_write, retval=True)
         self._watch.listen(engine)
-        if self.connector is not None:
-            self.connector.listen(engine)
+        if self._connector is not None:
+            self._connector.listen(engine)
             self._engine = weakref.ref(engine)
             if isinstance(engine.pool, FairPool):
                 engine.pool.cleaning = self._cleaning
@@ -84,7 +84,10 @@ class ConnectionLinks:
     def _cleaning(self, record: ConnectionPoolEntry) -> Callable[[], None] | None:
         """What a returned connection needs before somebody else gets it; None: nothing."""
         connection = record.dbapi_connection
-        if not isinstance(connection, MySQLConnection) or not connection.open:
+        if connection is not None and not isinstance(connection, MySQLConnection):
+            # A `do_connect` listener's own. (With a `creator`, SQLAlchemy's reset is on.) Its state we do not know.
+            return None if "creator" in self._config.options else connection.rollback
+        if connection is None or not connection.open:
             return None
         if self._config.reset == "connection" and connection.used:
             return partial(self._clean, connection, self._reset)
@@ -108,7 +111,7 @@ class ConnectionLinks:
             self._clean(connection, self._reset)
 
     def _clean(self, connection: MySQLConnection, how: Callable[[MySQLConnection], None]) -> None:
-        before = connection.read_within(CLEANING_S)
+        before = connection.read_within_at_most(CLEANING_S)
         how(connection)
         connection.read_within(before)
         if not connection.open:  # an unread stream, say

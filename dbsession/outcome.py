@@ -52,8 +52,6 @@ class TransactionWatch:
         event.listen(engine, "commit_twophase", self._commit)  # XA COMMIT, a statement like others
         event.listen(engine, "rollback", self._rollback)
         event.listen(engine, "rollback_twophase", self._rollback)
-        event.listen(engine, "savepoint", self._savepoint)
-        event.listen(engine, "release_savepoint", self._savepoint)
         event.listen(engine, "handle_error", self._judge)
 
     def is_doomed(self, connection: Connection) -> bool:
@@ -90,9 +88,6 @@ class TransactionWatch:
             driver = connection.connection.dbapi_connection
             if isinstance(driver, MySQLConnection) and driver.unread:
                 connection.invalidate()  # not read on for a ROLLBACK; the server rolls back what it has lost
-
-    def _savepoint(self, connection: Connection, *_: object) -> None:
-        self.refuse_if_doomed(connection)
 
     def _judge(self, context: ExceptionContext) -> BaseException | None:
         connection, error = context.connection, context.original_exception

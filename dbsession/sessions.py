@@ -65,7 +65,7 @@ class ManagedSession(Session):
         for held in connections:
             driver = _mysql_connection(held)
             if driver is not None:  # the bound of teardown, where gevent's timer is not there to keep it
-                held.info.setdefault(READ_TIMEOUT, driver.read_within(teardown.BOUND_S))
+                held.info.setdefault(READ_TIMEOUT, driver.read_within_at_most(teardown.BOUND_S))
         try:
             close()
         except BaseException as error:

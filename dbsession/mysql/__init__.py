@@ -54,7 +54,7 @@ class Connector:
 
     def __init__(self, config: DatabaseConfig) -> None:
         self._config = config
-        self.killer: Killer | None = None  # made with the first connection, when its arguments are known
+        self._killer: Killer | None = None  # made with the first connection, when its arguments are known
 
     def listen(self, engine: Engine) -> None:
         # The last step of connecting, after every `do_connect` listener of the user's, which may change the arguments
@@ -63,10 +63,10 @@ class Connector:
 
     def _connect(self, *args: Any, **arguments: Any) -> Any:
         if self._config.kill_abandoned:
-            if self.killer is None:
-                self.killer = Killer(self._config.name)
-            self.killer.arguments = side_arguments(arguments)
-        abandon = self.killer.abandon if self.killer else None
+            if self._killer is None:
+                self._killer = Killer(self._config.name)
+            self._killer.arguments = side_arguments(arguments)
+        abandon = self._killer.abandon if self._killer else None
         connection = Connection(*args, on_abandon=abandon, ping_idle_s=self._config.ping_idle_s, **arguments)
         if self._config.reset == "connection":
             try:

@@ -152,6 +152,11 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         self._read_timeout = timeout_s
         return before
 
+    def read_within_at_most(self, timeout_s: float) -> float | None:
+        """As `read_within`, but never longer than so far."""
+        before: float | None = self._read_timeout
+        return self.read_within(timeout_s if before is None else min(before, timeout_s))
+
     def close(self) -> None:
         """As PyMySQL's; idempotent, since whoever gives a connection up closes it, and the pool does so, too."""
         if self.unread:

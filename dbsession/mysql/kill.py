@@ -37,7 +37,6 @@ class Killer:
     """
 
     def __init__(self, name: str) -> None:
-        self.kills = 0
         self.arguments: dict[str, Any] = {}
         """Of PyMySQL, for the side connection; those of the engine's latest connection."""
         self._name = name
@@ -122,7 +121,6 @@ class Killer:
                 self._tell("the server shows another client under its thread id")
             else:
                 cursor.execute(f"KILL {thread_id:d}")
-                self.kills += 1
 
     def _tell(self, why: str) -> None:
         if not self._told:

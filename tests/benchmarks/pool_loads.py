@@ -81,7 +81,7 @@ class DBUtils:
 
 
 def sqlalchemy_pool(kind: type[QueuePool], size: int = SIZE, wait_s: float = WAIT_S) -> QueuePool:
-    return kind(FakeConnection, pool_size=size, max_overflow=0, timeout=wait_s)  # type: ignore[arg-type]
+    return kind(FakeConnection, pool_size=size, max_overflow=0, timeout=wait_s)
 
 
 FAIR, QUEUE = "dbsession FairPool", "QueuePool"

@@ -59,7 +59,7 @@ class Load:
         numbers: list[int] = []
         while len(numbers) < 48:
             numbers += self.send(4, pause, statement)
-            wait_until(lambda: not set(numbers) - self.rows().keys(), 10, "they are under way")  # noqa: B023
+            wait_until(lambda sent=numbers: not set(sent) - self.rows().keys(), 10, "they are under way")
             rows = self.rows()
             shares: dict[int, set[int]] = {}
             for n in numbers:

@@ -6,6 +6,7 @@ import gc
 import warnings
 import weakref
 
+import pymysql
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
@@ -223,6 +224,17 @@ def test_threadpool_jobs_do_not_wedge_the_pool_or_the_killing(mariadb_url):
         victim.kill()
         wait_until(lambda: gevent.spawn(sleeping).get() == 0, 10)
         wait_until(lambda: engine.pool.checkedout() == 0 and not engine.pool._being_cleaned, 10)
+
+        # The threads of ours that end the statements leave none of their hubs' descriptors behind.
+        import os
+        from dbsession.mysql import kill
+        def open_files():
+            kill.finish(10)
+            return len(os.listdir("/proc/self/fd"))
+        before = open_files()
+        for _ in range(10):
+            assert pool.spawn(killed_job).get() == "ended"
+        wait_until(lambda: open_files() <= before + 3, 10)
         """,
         mariadb_url,
     )
@@ -291,3 +303,14 @@ def test_f07_kill_while_an_isolation_level_is_taken_back_costs_no_place(mariadb_
         """,
         mariadb_url,
     )
+
+
+def test_stock_connection_of_a_do_connect_listener_is_rolled_back_before_the_next_user(managed):
+    manager = managed()
+    manager.dispose()
+    event.listen(manager.engine(), "do_connect", lambda d, r, args, arguments: pymysql.connect(*args, **arguments))
+    raw = manager.engine().raw_connection()
+    raw.cursor().execute("INSERT INTO t VALUES (1)")
+    raw.close()
+    with manager.scope():
+        assert manager.get().scalar(text("SELECT count(*) FROM t")) == 0

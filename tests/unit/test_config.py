@@ -18,7 +18,7 @@ FILE = "sqlite:///unused.db"
 
 def refused(databases: object) -> str:
     with pytest.raises(ConfigError) as caught:
-        SessionManager(databases)  # type: ignore[arg-type]
+        SessionManager(databases)
     text = str(caught.value)
     assert text.endswith("[DBS-CONFIG]")
     return text
