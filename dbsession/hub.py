@@ -136,14 +136,4 @@ def run_aside(work: Callable[[], object], home: gevent.hub.Hub | None = None) ->
 def run_in_thread(work: Callable[[], object]) -> None:
     """Run `work` in a native thread of its own, whatever is patched. Dropped when the interpreter is shutting down."""
     if not sys.is_finalizing():
-        _start_thread(_run_thread, (work,))
-
-
-def _run_thread(work: Callable[[], object]) -> None:
-    try:
-        work()
-    finally:
-        hub = here()
-        if hub is not None:  # in a patched process the work has made one, whose descriptors nobody else would close
-            gevent.sleep(0)  # what it has closed is closed by the loop
-            hub.destroy(destroy_loop=True)
+        _start_thread(work, ())

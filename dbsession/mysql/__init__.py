@@ -66,6 +66,7 @@ class Connector:
             if self._killer is None:
                 self._killer = Killer(self._config.name)
             self._killer.arguments = side_arguments(arguments)
+            self._killer.note_home()
         abandon = self._killer.abandon if self._killer else None
         connection = Connection(*args, on_abandon=abandon, ping_idle_s=self._config.ping_idle_s, **arguments)
         if self._config.reset == "connection":

@@ -46,6 +46,7 @@ class Killer:
 
     def _forget(self) -> None:
         self._epoch = fork.epoch
+        self._home: Any = None
         self._abandoned: deque[tuple[int, Any, Any]] = deque()
         self._working = hub.allocate_lock()
 
@@ -57,10 +58,16 @@ class Killer:
             self._tell("it is not a TCP connection, so its thread at the server cannot be recognised")
             return
         self._abandoned.append((connection.thread_id(), connection.local, connection.peer))
-        if hub.lasts():
-            hub.run_aside(self._work)
-        else:
+        self.note_home()
+        if self._home is not None:
+            hub.run_aside(self._work, self._home)
+        else:  # in a patched process the thread gets a hub, whose descriptors gevent does not close when it ends
             hub.run_in_thread(self._work)
+
+    def note_home(self) -> None:
+        """Remember the calling thread's hub, if it is one that lasts: statements of other threads are ended there."""
+        if hub.lasts():
+            self._home = hub.here()
 
     @property
     def pending(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dbsession import SessionManager
 from support.mariadb import MariaDBServer
 from support.processes import run_script
 from support.steering import steering
@@ -44,3 +45,19 @@ def with_resolving_server(mariadb):
             yield run
     finally:
         server.close()
+
+
+@pytest.fixture
+def managed(mariadb_url):
+    """Makes managers with a pool of one; `managed(**entry)`, whose keys are those of the database's entry."""
+    managers = []
+
+    def make(**entry):
+        options = {"pool_size": 1, "pool_timeout": 5, **entry.pop("options", {})}
+        managers.append(SessionManager({"default": {"url": mariadb_url, "options": options, **entry}}))
+        return managers[-1]
+
+    yield make
+    for manager in managers:
+        manager.clear()
+        manager.dispose()

@@ -16,21 +16,6 @@ from support.waiting import wait_until
 
 
 @pytest.fixture
-def managed(mariadb_url):
-    managers = []
-
-    def make(**entry):
-        options = {"pool_size": 1, "pool_timeout": 5, **entry.pop("options", {})}
-        managers.append(SessionManager({"default": {"url": mariadb_url, "options": options, **entry}}))
-        return managers[-1]
-
-    yield make
-    for manager in managers:
-        manager.clear()
-        manager.dispose()
-
-
-@pytest.fixture
 def questions(mariadb):
     """How many statements the server has had, without those that ask for it."""
 

@@ -20,22 +20,12 @@ DEADLOCK = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'Dead
 
 
 @pytest.fixture
-def managed(mariadb_url):
-    managers = []
-
-    def make(**entry):
-        options = {"pool_size": 1, "pool_timeout": 5, **entry.pop("options", {})}
-        managers.append(SessionManager({"default": {"url": mariadb_url, "options": options, **entry}}))
-        return managers[-1]
-
-    first = make()
-    with first.engine().begin() as connection:
+def managed(managed):
+    """The same, with a table and a procedure that ends in a deadlock."""
+    with managed().engine().begin() as connection:
         connection.execute(text("CREATE TABLE t (n INT) ENGINE=InnoDB"))
         connection.execute(text(f"CREATE PROCEDURE deadlock() {DEADLOCK}"))
-    yield make
-    for manager in managers:
-        manager.clear()
-        manager.dispose()
+    return managed
 
 
 def insert(manager):
