@@ -45,7 +45,10 @@ def get_dbsession(name: str = "default") -> ScopedSession:
 
     Using the session may raise UsedInHub, ScopeRequired (see `session_scope`) and ScopeEnded.
     """
-    return manager.get(name)
+    try:
+        return manager.ready[name]
+    except (KeyError, TypeError):
+        return manager.get(name)
 
 
 def clear_dbsession() -> None:

@@ -31,10 +31,8 @@ TIMEOUT_MAX = 1e6
 _sleep_thread = monkey.get_original("time", "sleep")
 
 
-def here() -> gevent.hub.Hub | None:
-    """The calling thread's hub, or None when it has none (yet)."""
-    hub: gevent.hub.Hub | None = get_hub_if_exists()
-    return hub
+here: Callable[[], gevent.hub.Hub | None] = get_hub_if_exists
+"""The calling thread's hub, or None when it has none (yet)."""
 
 
 def lasts() -> bool:

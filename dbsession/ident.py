@@ -59,25 +59,26 @@ def refuse_pool_job() -> None:
 class _ThreadEnd:
     """Held by one thread's own local storage; deleted by that thread as it ends. Lives as long as the thread."""
 
-    def __init__(self, ended: Callable[[], None]) -> None:
+    def __init__(self, ended: Callable[[object | None], None]) -> None:
         self._ended = ended
 
     def __del__(self) -> None:
         if not sys.is_finalizing():
-            self._ended()
+            self._ended(None)
 
 
-def on_end(ident: Any, ended: Callable[[bool], None]) -> None:
-    """Call `ended(dying_thread)` once, soon after `ident` has ended, in a place that must not wait.
+def on_end(ident: Any, ended: Callable[[object | None], None]) -> None:
+    """Call `ended` once, soon after `ident` has ended, in a place that must not wait.
 
-    A gevent greenlet says so by its link, in the Hub; the root greenlet of a thread by the thread's own storage, in
-    that thread as it dies (`dying_thread` is true: nothing more can run there). A raw greenlet says nothing: the
-    destructor of what hangs on it acts when its last reference goes, and `dead_idents()` finds the others.
+    A gevent greenlet says so by its link, in the Hub, and is the argument; the root greenlet of a thread by the
+    thread's own storage, in that thread as it dies (the argument is None: nothing more can run there). A raw greenlet
+    says nothing: the destructor of what hangs on it acts when its last reference goes, and `dead_idents()` finds the
+    others.
     """
     if isinstance(ident, gevent.Greenlet):
-        ident.rawlink(lambda _: ended(False))
+        ident.rawlink(ended)
     elif ident.parent is None:
-        _this_thread.end = _ThreadEnd(lambda: ended(True))
+        _this_thread.end = _ThreadEnd(ended)
     else:
         _unlinked.add(weakref.ref(ident, _unlinked.discard))
 

@@ -30,8 +30,9 @@ class SessionManager:
 
     Scopes belong to the ident and not to a manager: one unit of work may use the sessions of several.
 
-    Who writes: `_engines` is replaced by configure() in one step; `_proxies` grows by `setdefault`, one step; the
-    fork hooks run in a child that has no other thread yet.
+    Who writes: `_engines`, and after it `ready`, are replaced by configure() in one step each; `_proxies` grows by
+    `setdefault`, one step; `ready` by get(), which may write to the one that was replaced meanwhile; the fork hooks
+    run in a child that has no other thread yet.
 
     Args:
         databases: see `configure`.
@@ -39,6 +40,8 @@ class SessionManager:
 
     def __init__(self, databases: config.Databases | None = None) -> None:
         self._proxies: dict[str, ScopedSession] = {}
+        self.ready: dict[str, ScopedSession] = {}
+        """Those of `_proxies` whose names were found right under the present configuration."""
         self._configured = False
         self._engines = EngineCache(source.source_of(None), self)
         self._units = transaction.Units(self)
@@ -68,6 +71,7 @@ class SessionManager:
         if isinstance(found, source.MappingSource):
             cache.build_all()
         replaced, self._engines, self._configured = self._engines, cache, True
+        self.ready = {}
         replaced.retire()
         for proxy in list(self._proxies.values()):
             proxy.registry.forget()
@@ -76,9 +80,12 @@ class SessionManager:
 
     def get(self, name: str = "default") -> ScopedSession:
         """The scoped session of `name`; see `dbsession.get_dbsession`."""
+        ready = self.ready
         if self._configured:
             self._engines.get(name)  # raises UnknownDatabase
-        return self._proxies.get(name) or self._proxies.setdefault(name, ScopedSession(self, name))
+        proxy = self._proxies.get(name) or self._proxies.setdefault(name, ScopedSession(self, name))
+        ready[name] = proxy
+        return proxy
 
     def database(self, name: str) -> Database:
         """The named database, built on first use. Raises UnknownDatabase, ConfigError."""
@@ -99,10 +106,15 @@ class SessionManager:
         """Close this manager's sessions in the current scope; see `dbsession.clear_dbsession`."""
         current = scope.current()
         if current is not None and current.sessions:
-            teardown.close_all(self._take(current), current.label)
+            for database in list(current.sessions):
+                if database.owner is not self:
+                    teardown.close_all(self._take(current), current.label)
+                    break
+            else:
+                teardown.close_all(current.sessions, current.label)
 
     def _take(self, current: Scope) -> teardown.Sessions:
-        mine = [database for database in current.sessions if database.owner is self]
+        mine = [database for database in list(current.sessions) if database.owner is self]
         return {database: current.sessions.pop(database) for database in mine}
 
     def release(self, *names: str) -> None:

@@ -136,7 +136,7 @@ class TransactionWatch:
             return None
         scope = connection.info.get(SCOPE, _nobody)()
         if scope is not None:
-            scope.outcomes[self._name] = "unknown"
+            scope.note_outcome(self._name, "unknown")
         if from_driver:
             return CommitOutcomeUnknown(self._name, error, context.is_disconnect)
         error.add_note(f"Database {self._name!r}: {MAYBE_COMMITTED}.")

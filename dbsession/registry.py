@@ -16,23 +16,24 @@ from dbsession.sessions import Database, DatabaseOwner
 class ScopeRegistry(ScopedRegistry[Any]):
     """Finds and opens the session of one database in the caller's current scope. Lives as long as its proxy."""
 
-    __slots__ = ("_database", "_name", "_owner")
+    __slots__ = ("_name", "_owner", "database")
 
     def __init__(self, owner: DatabaseOwner, name: str) -> None:
         self._owner = owner
         self._name = name
         # The key of this name's sessions. Set by any ident that resolves it, reset by forget(); see _current_database.
-        self._database: Database | None = None
+        self.database: Database | None = None
 
     def __call__(self) -> Any:
         """The current scope's session. No I/O; the first use of a name may switch greenlets."""
         try:
-            return ident.current()._dbsession_scopes[-1].sessions[self._database]
-        except (AttributeError, IndexError, KeyError):
-            return self._open()
+            session = ident.current()._dbsession_scopes[-1].sessions.get(self.database)
+        except (AttributeError, IndexError):
+            session = None
+        return self.open() if session is None else session
 
     def has(self) -> bool:
-        return self._find() is not None
+        return self._find(scope.current()) is not None
 
     def set(self, obj: Any) -> None:
         """Make `obj`, a session of `session_factory`, the current scope's; one that was there before is closed."""
@@ -48,32 +49,32 @@ class ScopeRegistry(ScopedRegistry[Any]):
 
     def take(self) -> tuple[Database, Any] | None:
         """Take the session out of the current scope, if it is there; it is then the caller's to close."""
-        found = self._find()
-        if found is None:
+        current = scope.current()
+        database = self._find(current)
+        if current is None or database is None:
             return None
-        current, database = found
         session = current.sessions.pop(database, None)
         return None if session is None else (database, session)
 
     def forget(self) -> None:
         """Resolve the name anew at the next use: after configure(), after a fork."""
-        self._database = None
+        self.database = None
 
-    def _find(self) -> tuple[scope.Scope, Database] | None:
-        current = scope.current()
+    def _find(self, current: scope.Scope | None) -> Any:
+        """The database of this name that has a session in `current`, or None."""
         if current is not None:
             for database in list(current.sessions):
                 if database.name == self._name and database.owner is self._owner:
-                    return current, database
+                    return database
         return None
 
-    def _open(self) -> Any:
+    def open(self) -> Any:
+        """The current scope's session, opened here unless it has one. As a call, only slower."""
         current = scope.current_or_implicit()
-        found = self._find()
-        if found is not None:
+        earlier = self._find(current) if current.sessions else None
+        if earlier is not None:
             # Opened under an earlier configuration, perhaps, or before a fork. A transaction under way is finished
             # where it began; half of it on each of two databases would be no transaction.
-            _, earlier = found
             session = current.sessions[earlier]
             if not earlier.inherited and (session.in_transaction() or earlier is self._current_database()):
                 return session
@@ -93,13 +94,13 @@ class ScopeRegistry(ScopedRegistry[Any]):
 
     def _current_database(self) -> Database:
         while True:
-            database: Database = self._database or self._owner.database(self._name)
-            self._database = database
+            database: Database = self.database or self._owner.database(self._name)
+            self.database = database
             # configure() in another thread marks the old databases first and resets the registries then: whichever
             # way the two interleave, an old one is seen either here or there.
             if not (database.retired or database.inherited):
                 return database
-            self._database = None
+            self.database = None
 
 
 class ScopedSession(scoped_session[Any]):
@@ -111,6 +112,16 @@ class ScopedSession(scoped_session[Any]):
     def __init__(self, owner: DatabaseOwner, name: str) -> None:
         self.name = name
         self.registry = ScopeRegistry(owner, name)
+
+    def __call__(self, **kw: Any) -> Any:
+        """The current scope's session, opened if need be; `kw` as for SQLAlchemy's."""
+        if kw:
+            return super().__call__(**kw)
+        try:  # what the registry does, without the call
+            session = ident.current()._dbsession_scopes[-1].sessions.get(self.registry.database)
+        except (AttributeError, IndexError):
+            session = None
+        return self.registry.open() if session is None else session
 
     @property
     def session_factory(self) -> sessionmaker[Any]:  # type: ignore[override]  # an attribute there, followed here

@@ -16,7 +16,9 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from functools import partial
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import Any
 
 from dbsession import ident, teardown
@@ -24,6 +26,8 @@ from dbsession.errors import ScopeEnded
 from dbsession.hub import run_aside, run_in_thread
 
 logger = logging.getLogger(__name__)
+
+_NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 
 class Scope:
@@ -54,14 +58,15 @@ class Scope:
         self.is_request = is_request
         self.read_timeout_s = read_timeout_s
         self.ended = False
-        self.outcomes: dict[str, str] = {}
+        # These three are replaced and not added to: most scopes never need one of their own.
+        self.outcomes: Mapping[str, str] = _NOTHING
         # Units of work that began with this scope: (whose, database) -> the error of a part of it, or None.
-        self.units: dict[Any, BaseException | None] = {}
+        self.units: Mapping[Any, BaseException | None] = _NOTHING
+        # Scopes opened inside this one by generators of its body: they are suspended and resumed with it.
+        self.above: tuple[Scope, ...] = ()
         self.timer: Any = None  # a request's deadline: stopped when the scope ends
         self.sessions: teardown.Sessions = {}
         self.home: Any = None  # the hub whose sockets its sessions use, known with the first session
-        # Scopes opened inside this one by generators of its body: they are suspended and resumed with it.
-        self.above: list[Scope] = []
         self._parked_in: list[weakref.ref[Scope]] | None = None
 
     def __repr__(self) -> str:
@@ -71,15 +76,16 @@ class Scope:
     def outcome(self) -> str | None:
         """What became of the work done in this scope: "unknown" if that is so for any database, else the outcome of
         the last transaction; None before one has ended."""
-        return "unknown" if "unknown" in self.outcomes.values() else next(reversed(self.outcomes.values()), None)
+        found = list(self.outcomes.values())
+        return "unknown" if "unknown" in found else found[-1] if found else None
 
     def note_outcome(self, name: str, outcome: str, lasting: bool = True) -> None:
         """Remember what became of a transaction on the database `name`. "unknown" stays; what is not `lasting` (it
         wrote nothing) takes no other's place."""
         earlier = self.outcomes.get(name)
         if earlier is None or (lasting and earlier != "unknown"):
-            self.outcomes.pop(name, None)  # so that the last one stands last
-            self.outcomes[name] = outcome
+            others = {other: ended for other, ended in self.outcomes.items() if other != name}
+            self.outcomes = {**others, name: outcome}  # the last one stands last
 
     def clear(self) -> None:
         """Close every session of this scope, which stays usable and empty. May switch greenlets; a kill passes."""
@@ -107,6 +113,10 @@ class Scope:
                 run_in_thread(work)
             else:
                 run_aside(work, self.home)
+
+    def ident_ended(self, greenlet: object | None) -> None:
+        """What `ident.on_end` calls."""
+        self.end_aside(dying_thread=greenlet is None)
 
     def _stop_timer(self) -> None:
         timer, self.timer = self.timer, None
@@ -156,8 +166,11 @@ def unlink(stack: list[Scope], scope: Scope) -> None:
 
 def current() -> Scope | None:
     """The calling ident's current scope, or None when it has none."""
-    stack = stack_here()
-    return stack[-1] if stack else None
+    try:
+        scope: Scope = ident.current()._dbsession_scopes[-1]
+    except (AttributeError, IndexError):
+        return None
+    return scope
 
 
 def current_or_implicit() -> Scope:
@@ -168,21 +181,25 @@ def current_or_implicit() -> Scope:
         ScopeRequired: [DBS-SCOPE-REQUIRED] a job of gevent.threadpool outside any scope.
         ScopeEnded: [DBS-SCOPE-ENDED] the current scope is over: a response body read on after its scope was ended.
     """
-    stack = stack_here()
-    if not stack:
+    scope = current()
+    if scope is None:
         ident.refuse_hub()
         ident.refuse_pool_job()
         caller = ident.current()
-        implicit = Scope(f"the rest of a {type(caller).__name__}")
-        stack.append(implicit)  # at the bottom, for good; what is opened above it ends by its own token
-        ident.on_end(caller, implicit.end_aside)
-    scope = stack[-1]
-    if scope.ended:
+        scope = Scope(_implicit_label(type(caller).__name__))
+        stack_here().append(scope)  # at the bottom, for good; what is opened above it ends by its own token
+        ident.on_end(caller, scope.ident_ended)
+    elif scope.ended:
         raise ScopeEnded(
             f"{scope.label} is over and its sessions are closed, but a session was asked for in it. Something kept "
             "working after its unit of work had ended; open one of its own with `with dbsession.session_scope():`."
         )
     return scope
+
+
+@lru_cache
+def _implicit_label(kind: str) -> str:
+    return f"the rest of a {kind}"  # one text for all of them, not one for each
 
 
 def end_dead() -> None:
@@ -208,13 +225,13 @@ class running:
         stack.append(self._scope)
         if self._scope.above:
             stack.extend(scope for scope in self._scope.above if not scope.ended)
-            self._scope.above = []
+            self._scope.above = ()
 
     def __exit__(self, *_: object) -> None:
         stack = self._stack
         for index in range(len(stack) - 1, -1, -1):
             if stack[index] is self._scope:
-                self._scope.above = stack[index + 1 :]
+                self._scope.above = tuple(stack[index + 1 :])
                 del stack[index:]
                 return
 

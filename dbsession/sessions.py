@@ -10,6 +10,10 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
+# Private, and the only way to end a session without the sweep that close() is; see ManagedSession.close.
+# tests/unit/test_private_names.py fails loudly when the name goes.
+from sqlalchemy.orm.session import _SessionCloseState
+
 from dbsession import scope, teardown
 from dbsession.config import DatabaseConfig
 from dbsession.connections import READ_TIMEOUT
@@ -27,21 +31,23 @@ class ManagedSession(Session):
     """A Session that lives in one scope, at most as long as it. Used after its end it raises
     `sqlalchemy.exc.InvalidRequestError` (close_resets_only=False) instead of checking a connection out again."""
 
+    # Defaults of the class: a session that nothing is done with costs as little as SQLAlchemy's own.
     _scope: weakref.ref[scope.Scope] | None = None
     _database: Database
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._close_is_final = kwargs.get("close_resets_only") is False
-        self._open_connections: list[Connection] = []  # those of the transaction under way
-        self._committed = False  # the transaction under way
+    _open_connections: tuple[Connection, ...] = ()  # those of the transaction under way
+    _committed = False  # the transaction under way
+    _always_closes = False  # the user's class has a close() of its own
 
     def close(self) -> None:
         """Close it and drop it from its scope, so that the proxy's next use gets a fresh one. If that fails, its
         connections are discarded before the error goes on."""
-        if self._close_is_final:
-            self._leave_scope()
-        self._close_or_discard(super().close)
+        self._leave_scope()
+        if self._always_closes or self._open_connections or self.in_transaction() or len(self.identity_map):
+            self._close_or_discard(super().close)
+        elif self._close_state is _SessionCloseState.ACTIVE:
+            # Nothing to give back and no object to detach (an object comes in by a transaction, and a new one leaves
+            # with it): all that SQLAlchemy's close() would change.
+            self._close_state = _SessionCloseState.CLOSED
 
     def reset(self) -> None:
         """As `Session.reset`; if that fails, its connections are discarded before the error goes on."""
@@ -49,11 +55,12 @@ class ManagedSession(Session):
 
     def invalidate(self) -> None:
         """As `close()`, and discard its connections."""
-        if self._close_is_final:
-            self._leave_scope()
+        self._leave_scope()
         self._close_or_discard(super().invalidate)
 
     def _leave_scope(self) -> None:
+        if self._close_state is _SessionCloseState.CLOSE_IS_RESET:
+            return  # it is as good as new afterwards
         home = self._scope() if self._scope is not None else None
         if home is not None and home.sessions.get(self._database) is self:
             del home.sessions[self._database]
@@ -61,7 +68,7 @@ class ManagedSession(Session):
     def _close_or_discard(self, close: Callable[[], None]) -> None:
         # SQLAlchemy forgets its connections before it closes them (SessionTransaction.close has no try/finally), so a
         # second close() would do nothing, and the pool's places would be gone.
-        connections = list(self._open_connections)
+        connections = self._open_connections
         for held in connections:
             driver = _mysql_connection(held)
             if driver is not None:  # the bound of teardown, where gevent's timer is not there to keep it
@@ -94,6 +101,13 @@ class DatabaseOwner(Protocol):
     def database(self, name: str) -> Any: ...
 
 
+class SessionFactory(sessionmaker[Any]):
+    """A sessionmaker whose call without arguments, which every first use in a scope makes, copies none."""
+
+    def __call__(self, **arguments: Any) -> Any:
+        return super().__call__(**arguments) if arguments else self.class_(**self.kw)
+
+
 def make_factory(config: DatabaseConfig, engine: Engine) -> sessionmaker[Any]:
     """The sessionmaker of one database, bound to its engine.
 
@@ -108,8 +122,9 @@ def make_factory(config: DatabaseConfig, engine: Engine) -> sessionmaker[Any]:
         )
     managed = base if issubclass(base, ManagedSession) else ManagedSession
     if not issubclass(managed, base):
-        managed = type(f"Managed{base.__name__}", (ManagedSession, base), {})
-    factory = sessionmaker(bind=engine, class_=managed, **arguments)
+        own = {"_always_closes": base.close is not Session.close}
+        managed = type(f"Managed{base.__name__}", (ManagedSession, base), own)
+    factory = SessionFactory(bind=engine, class_=managed, **arguments)
     if config.session:
         try:
             factory().close()
@@ -135,7 +150,7 @@ def unsaved(session: Any) -> str:
 
 def _connection_in_use(session: ManagedSession, _: SessionTransaction, connection: Connection) -> None:
     if connection not in session._open_connections:
-        session._open_connections.append(connection)
+        session._open_connections += (connection,)
         session._committed = False
         wrote.discard(connection)  # it may be the user's own, from an earlier transaction
         home = session._scope() if session._scope is not None else None
@@ -179,4 +194,4 @@ def _connections_returned(session: ManagedSession, transaction: SessionTransacti
             if driver is not None and READ_TIMEOUT in held.info:  # the user's own, which goes on
                 driver.read_within(held.info.pop(READ_TIMEOUT))
         _pinned.difference_update(session._open_connections)
-        session._open_connections.clear()
+        session._open_connections = ()

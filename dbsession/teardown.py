@@ -71,7 +71,7 @@ def close_one(database: SessionKey, session: ClosableSession, label: str, end: f
     if database.inherited:
         return None  # it belongs to the parent process: not a byte on its connections
     try:
-        if hub.here() is None or not session.in_transaction():
+        if not session.in_transaction() or hub.here() is None:
             session.close()
         else:
             with hub.Bound(end - time.monotonic()):

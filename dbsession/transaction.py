@@ -75,7 +75,7 @@ class Units:
         """Run and commit it. `ended` gets what became of a transaction that `call` itself has ended, if that must not
         be done twice."""
         with session_scope(label) as unit:
-            unit.units[(self, name)] = None
+            unit.units = {(self, name): None}
             try:
                 result = call()
                 self._refuse_failed_part(unit, name, label)
@@ -87,7 +87,7 @@ class Units:
                     ended.append(unit.outcomes[name])
                 raise
             finally:
-                unit.units.clear()
+                unit.units = {}
 
     def _refuse_failed_part(self, unit: Scope, name: str, label: str) -> None:
         failed = unit.units[(self, name)]
@@ -102,7 +102,7 @@ class Units:
         try:
             return call()
         except BaseException as error:
-            outer.units[(self, name)] = error  # half of it is done: the whole must not be committed
+            outer.units = {**outer.units, (self, name): error}  # half of it is done: the whole must not be committed
             raise
 
     def _refuse_other_work(self, unit: Scope, name: str, label: str) -> None:

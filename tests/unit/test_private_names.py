@@ -91,3 +91,20 @@ def test_pymysql_sends_and_reads_through_what_our_connection_overrides():
     for used in ("_read_timeout", "_write_timeout", "_current_timeout", "_rfile", "_sock", "_result"):
         assert f"self.{used} = " in source, used
     assert source.count(".sendall(") == 1 and source.count("_rfile.read(") == 1
+
+
+def test_sqlalchemys_session_keeps_whether_it_was_closed_where_ours_says_it_too():
+    """ManagedSession.close() of an untouched session sets what Session.close() would set, and nothing else."""
+    from sqlalchemy.orm import Session
+    from sqlalchemy.orm.session import _SessionCloseState
+
+    session = Session(close_resets_only=False)
+    before = dict(vars(session))
+    assert session._close_state is _SessionCloseState.ACTIVE
+    session.close()
+    assert session._close_state is _SessionCloseState.CLOSED
+    assert Session()._close_state is _SessionCloseState.CLOSE_IS_RESET
+    changed = {
+        name for name, value in vars(session).items() if name != "identity_map" and value != before.get(name, value)
+    }
+    assert changed == {"_close_state"} and not len(session.identity_map)
