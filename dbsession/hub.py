@@ -39,7 +39,12 @@ def lasts() -> bool:
     """Whether the calling thread's hub runs as long as the process: a greenlet spawned here gets its turn. That of a
     thread pool's job does not, nor one in a program whose sockets block."""
     hub = here()
-    return hub is not None and hub.main_hub and monkey.is_module_patched("socket")
+    return hub is not None and hub.main_hub and timers_run()
+
+
+def timers_run() -> bool:
+    """Whether gevent's timers run while the calling greenlet waits for a socket."""
+    return here() is not None and monkey.is_module_patched("socket")
 
 
 def sleep(seconds: float) -> None:

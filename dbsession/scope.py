@@ -95,8 +95,10 @@ class Scope:
         """Close every session and refuse new ones. Idempotent. May switch greenlets (never in the Hub: there the
         closing is put aside); a kill that lands on the way is raised after the last session."""
         self.ended = True
-        self._stop_timer()
-        self.unpark()
+        if self.timer is not None:
+            self._stop_timer()
+        if self._parked_in is not None:
+            self.unpark()
         if self.sessions and not sys.is_finalizing():
             if ident.in_hub():  # a generator collected there, say
                 self.end_aside()
@@ -245,8 +247,9 @@ def begin_request(label: str) -> Scope:
     stack = stack_here()
     if stack and stack[-1].ended:  # an exception between two lines of ours may have left it
         stack[:] = [scope for scope in stack if not scope.ended]
-    if not any(scope.is_request for scope in stack):
-        for reference in list(getattr(ident.current(), "_dbsession_parked", ())):
+    parked = getattr(ident.current(), "_dbsession_parked", ())
+    if parked and not any(scope.is_request for scope in stack):
+        for reference in list(parked):
             abandoned = reference()
             if abandoned is not None and not abandoned.ended:
                 if abandoned.sessions:  # else nothing was lost: a test client, say, whose answers nobody closes

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 # tests/unit/test_private_names.py fails loudly when the name goes.
 from sqlalchemy.orm.session import _SessionCloseState
 
-from dbsession import scope, teardown
+from dbsession import hub, scope, teardown
 from dbsession.config import DatabaseConfig
 from dbsession.connections import READ_TIMEOUT
 from dbsession.errors import ConfigError
@@ -69,10 +69,11 @@ class ManagedSession(Session):
         # SQLAlchemy forgets its connections before it closes them (SessionTransaction.close has no try/finally), so a
         # second close() would do nothing, and the pool's places would be gone.
         connections = self._open_connections
-        for held in connections:
-            driver = _mysql_connection(held)
-            if driver is not None:  # the bound of teardown, where gevent's timer is not there to keep it
-                held.info.setdefault(READ_TIMEOUT, driver.read_within_at_most(teardown.BOUND_S))
+        if not hub.timers_run():  # the bound of teardown, where gevent's timer is not there to keep it
+            for held in connections:
+                driver = _mysql_connection(held)
+                if driver is not None:
+                    held.info.setdefault(READ_TIMEOUT, driver.read_within_at_most(teardown.BOUND_S))
         try:
             close()
         except BaseException as error:
@@ -180,9 +181,14 @@ def _committed(session: ManagedSession) -> None:
 
 def _note_outcome(session: ManagedSession, outcome: str) -> None:
     home = session._scope() if session._scope is not None else None
-    connections, config = session._open_connections, session._database.config
-    if home is not None and connections and not any(is_autocommit(held, config) for held in connections):
-        home.note_outcome(session._database.name, outcome, any(held in wrote for held in session._open_connections))
+    if home is None or not session._open_connections:
+        return
+    lasting = False
+    for held in session._open_connections:
+        if is_autocommit(held, session._database.config):
+            return
+        lasting = lasting or held in wrote
+    home.note_outcome(session._database.name, outcome, lasting)
 
 
 def _connections_returned(session: ManagedSession, transaction: SessionTransaction) -> None:

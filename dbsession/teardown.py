@@ -66,12 +66,13 @@ def close_all(sessions: Sessions, label: str) -> None:
 def close_one(database: SessionKey, session: ClosableSession, label: str, end: float) -> BaseException | None:
     """Close one session; return what went wrong, a kill before an error, and never raise it. May switch greenlets.
 
-    `end` is when it has to be over, by time.monotonic(). Off gevent the driver's own timeouts have to see to that.
+    `end` is when it has to be over, by time.monotonic(). Where gevent's timers do not run, the driver's own timeouts
+    have to see to that.
     """
     if database.inherited:
         return None  # it belongs to the parent process: not a byte on its connections
     try:
-        if not session.in_transaction() or hub.here() is None:
+        if not session.in_transaction() or not hub.timers_run():
             session.close()
         else:
             with hub.Bound(end - time.monotonic()):
