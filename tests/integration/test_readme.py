@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import dbsession
+from benchmarks import summary
 from dbsession import errors, mysql
 from dbsession.config import KEYS, TIMEOUTS
 from support.gunicorn import Gunicorn
@@ -345,3 +346,14 @@ command.downgrade(config, "base")
 assert tables("audit") == ["alembic_version"]
 """,
     )
+
+
+def test_measured_figures_are_those_that_the_benchmarks_wrote():
+    written = README.split(summary.BEGIN)[1].split(summary.END)[0].strip()
+    reports = summary.found()
+    assert [report["benchmark"] for report in reports] == list(summary.NAMES)
+    assert not any(report["quick"] for report in reports)
+    assert written == summary.some_goals()
+    assert (summary.RESULTS / "README.md").read_text() == summary.all_goals()
+    for image in re.findall(r"!\[.*\]\((.+)\)", README):
+        assert (ROOT / image).is_file(), image
