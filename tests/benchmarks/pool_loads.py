@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import time
 from bisect import bisect_right, insort
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -132,26 +133,34 @@ def closed_loop(make: Make, clients: int, window_s: float) -> Metrics:
 
 
 class WatchedFairPool(FairPool):
-    """Notes to whom it assigns a connection, and in which order: to a waiter when it is granted one, which is before
-    its greenlet runs again. (A pool that hands nothing over has assigned nothing before connect() returns.)"""
+    """Notes to whom it assigns a connection, and in which order: to a waiter when it is taken out of the line, which is
+    before its greenlet runs again. (A pool that hands nothing over has assigned nothing before connect() returns.)"""
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self.assigned: dict[Any, None] = {}
-        self.waiters: dict[Any, Any] = {}
+        self._waiting = WatchedLine(self.assigned)
 
     def _do_get(self) -> Any:
         record = super()._do_get()
         self.assigned.setdefault(gevent.getcurrent())
         return record
 
-    def _wait(self, waiter: Any) -> Any:
-        self.waiters[waiter] = gevent.getcurrent()
-        return super()._wait(waiter)
 
-    def _grant(self, record: Any) -> None:
-        self.assigned[self.waiters.pop(next(iter(self._waiting)))] = None
-        super()._grant(record)
+class WatchedLine(OrderedDict[Any, None]):
+    def __init__(self, assigned: dict[Any, None]) -> None:
+        super().__init__()
+        self.assigned = assigned
+        self.greenlets: dict[Any, Any] = {}
+
+    def __setitem__(self, waiter: Any, value: None) -> None:
+        self.greenlets[waiter] = gevent.getcurrent()
+        super().__setitem__(waiter, value)
+
+    def popitem(self, last: bool = True) -> tuple[Any, None]:
+        waiter, value = super().popitem(last)
+        self.assigned[self.greenlets.pop(waiter)] = value
+        return waiter, value
 
 
 def one_shot(make: Make, due: list[float]) -> Metrics:

@@ -134,10 +134,11 @@ def test_nothing_connects_in_recreate_and_dispose_and_settings_are_kept(driver):
     driver.down = True
     more = {"recycle": 30, "use_lifo": True, "reset_on_return": None, "pre_ping": True, "logging_name": "a"}
     pool = make(driver, 2, 3, timeout=7, **more)
+    pool.cleaning = driver.connect
     pool.dispose()
     again = pool.recreate()
     assert type(again) is FairPool and again is not pool
-    for name in ("_creator", "_recycle", "_reset_on_return", "_pre_ping", "logging_name"):
+    for name in ("_creator", "_recycle", "_reset_on_return", "_pre_ping", "logging_name", "cleaning"):
         assert getattr(again, name) == getattr(pool, name), name
     assert (again.size(), again.timeout(), again._lifo, again._limit, again._max_idle) == (2, 7, True, 5, 2)
 
