@@ -95,7 +95,7 @@ class FairPool(QueuePool):
                 pass
         waiter = victim = None
         with self._lock:
-            again = self._shared or self._idle.get(hub.here())  # it came back just now
+            again = bool(self._shared or self._idle.get(hub.here()))  # it came back just now
             if not again and self._open < self._limit:
                 self._open += 1
             elif not again:

@@ -195,3 +195,25 @@ def test_idle_connections_of_hubs_that_have_none_left_are_forgotten():
     assert counts(pool) == (0, 0, 0)
     pool.connect().close()
     assert counts(pool) == (0, 1, 0) and len(pool._idle) <= 2
+
+
+@pytest.mark.parametrize("looks", range(1, 6))
+@pytest.mark.parametrize("size, expected", [(1, (1, 0, 1)), (2, (2, 0, 0))])
+def test_newcomer_decides_by_one_look_at_what_is_idle_while_others_take_it(size, expected, looks):
+    """A connection comes back behind its first look, and is taken by another thread at some later look."""
+    truths = [False] + [True] * looks
+
+    class Idle(deque):
+        def __bool__(self):
+            return truths.pop(0) if truths else len(self) > 0
+
+    pool = make(size)
+    held = pool.connect()
+    pool._shared = Idle()
+    pool._idle = {None: pool._shared}
+    newcomer = gevent.spawn(pool.connect)
+    gevent.sleep(0)
+    assert counts(pool) == expected and pool._open == size
+    held.close()
+    newcomer.get(timeout=5).close()
+    assert counts(pool) == (0, size, 0) and pool._open == size
