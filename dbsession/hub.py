@@ -63,23 +63,23 @@ class Waiter:
     maker, so nothing here is shared but what wakes it: a callback of its hub's loop, or a native lock.
     """
 
-    __slots__ = ("_hub", "_lock", "_parked")
+    __slots__ = ("_lock", "_parked", "home")
 
     def __init__(self) -> None:
-        self._hub: Any = here()
-        if self._hub is None:
+        self.home: Any = here()
+        if self.home is None:
             self._lock = allocate_lock()
             self._lock.acquire()
         else:
-            self._parked: Any = gevent.hub.Waiter(self._hub)
+            self._parked: Any = gevent.hub.Waiter(self.home)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """True once woken, False after `timeout_s` seconds (None: never). Switches greenlets where the thread has a
         hub, blocks the thread where it has none."""
-        if self._hub is None:
+        if self.home is None:
             return bool(self._lock.acquire(timeout=-1 if timeout_s is None else min(timeout_s, TIMEOUT_MAX)))
         # A timer in any case: a loop with nothing to wait for ends, though another thread may still wake us.
-        timer = self._hub.loop.timer(TIMEOUT_MAX if timeout_s is None else timeout_s)
+        timer = self.home.loop.timer(TIMEOUT_MAX if timeout_s is None else timeout_s)
         timer.start(self._parked.switch, False)
         try:
             return bool(self._parked.get())
@@ -87,17 +87,17 @@ class Waiter:
             timer.close()
 
     def wake(self) -> None:
-        if self._hub is None:
+        if self.home is None:
             try:
                 self._lock.release()
             except RuntimeError:  # woken already
                 pass
             return
-        loop = self._hub.loop
+        loop = self.home.loop
         if loop is None:
             return  # destroyed with its thread, and so is who waited there
         try:
-            if here() is self._hub:
+            if here() is self.home:
                 loop.run_callback(self._parked.switch, True)
             else:
                 loop.run_callback_threadsafe(self._parked.switch, True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import random
 import time
 from bisect import bisect_right, insort
+from collections import OrderedDict
 from collections.abc import Callable
-from itertools import groupby
 from typing import Any
 
 import gevent
@@ -132,28 +132,52 @@ def closed_loop(make: Make, clients: int, window_s: float) -> Metrics:
     }
 
 
+class WatchedFairPool(FairPool):
+    """Notes to whom it assigns a connection, and in which order: to a waiter when it is taken out of the line, which is
+    before its greenlet runs again. (A pool that hands nothing over has assigned nothing before connect() returns.)"""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.assigned: dict[Any, None] = {}
+        self._waiting = WatchedLine(self.assigned)
+
+    def _do_get(self) -> Any:
+        record = super()._do_get()
+        self.assigned.setdefault(gevent.getcurrent())
+        return record
+
+
+class WatchedLine(OrderedDict[Any, None]):
+    def __init__(self, assigned: dict[Any, None]) -> None:
+        super().__init__()
+        self.assigned = assigned
+        self.greenlets: dict[Any, Any] = {}
+
+    def __setitem__(self, waiter: Any, value: None) -> None:
+        self.greenlets[waiter] = gevent.getcurrent()
+        super().__setitem__(waiter, value)
+
+    def popitem(self, last: bool = True) -> tuple[Any, None]:
+        waiter, value = super().popitem(last)
+        self.assigned[self.greenlets.pop(waiter)] = value
+        return waiter, value
+
+
 def one_shot(make: Make, due: list[float]) -> Metrics:
     """One greenlet for each arrival, at its time, which takes a connection once. What it waited is counted from the
     time when it was due, so that a late generator hides nothing."""
     pool = make()
     clock = time.perf_counter
     waits: list[float] = []
-    order: list[tuple[int, int]] = []
-    passes = 0
-
-    def next_pass() -> None:
-        nonlocal passes
-        passes += 1
+    returned: list[int] = []
 
     def client(number: int, at: float) -> None:
         connection = pool.connect()
         waits.append(clock() - at)
-        order.append((passes, number))
+        returned.append(number)
         gevent.sleep(HOLD_S)
         connection.close()
 
-    watcher = gevent.get_hub().loop.prepare()
-    watcher.start(next_pass)
     tasks = []
     start, cpu = clock(), time.process_time()
     for number, after in enumerate(due):
@@ -163,30 +187,28 @@ def one_shot(make: Make, due: list[float]) -> Metrics:
         tasks.append(gevent.spawn(client, number, start + after))
     gevent.joinall(tasks, timeout=120)
     elapsed, cpu = clock() - start, time.process_time() - cpu
-    watcher.stop()
-    watcher.close()
-    assert len(order) == len(due), "somebody was never served"
+    assert len(returned) == len(due), "somebody was never served"
+    numbers = {task: number for number, task in enumerate(tasks)}
+    assigned = [numbers[task] for task in pool.assigned] if isinstance(pool, WatchedFairPool) else returned
+    assert len(assigned) == len(due)
     return {
         "rate": len(due) / elapsed,
         "cpu": cpu / len(due) * 1e6,
         "p50": 1000 * percentile(waits, 50),
         "p99": 1000 * percentile(waits, 99),
         "max": 1000 * max(waits),
-        "overtaken": most_overtaken([(place, number) for place, (_, number) in enumerate(order)]),
-        "passes": most_overtaken(order),
+        "overtaken": most_overtaken(assigned),
+        "returned": most_overtaken(returned),
     }
 
 
-def most_overtaken(order: list[tuple[int, int]]) -> int:
-    """By how many who came later the unluckiest one was overtaken, where `order` is when each was served, and its
-    number. Those served at the same time have not overtaken each other."""
+def most_overtaken(order: list[int]) -> int:
+    """By how many who came later the unluckiest one was overtaken, where `order` has the number of each arrival."""
     earlier: list[int] = []
     most = 0
-    for _, together in groupby(order, lambda served: served[0]):
-        numbers = [number for _, number in together]
-        most = max(most, *(len(earlier) - bisect_right(earlier, number) for number in numbers))
-        for number in numbers:
-            insort(earlier, number)
+    for number in order:
+        most = max(most, len(earlier) - bisect_right(earlier, number))
+        insort(earlier, number)
     return most
 
 

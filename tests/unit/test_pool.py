@@ -66,7 +66,7 @@ def test_is_a_queue_pool_with_its_counts():
     pool.dispose()
     assert counts(pool) == (0, 0, 0) and Connection.opened == 0
     again = pool.recreate()
-    assert type(again) is FairPool and (again.size(), again._overflow_size) == (3, 2)
+    assert type(again) is FairPool and (again.size(), again._limit) == (3, 5)
 
 
 @pytest.mark.parametrize("lifo, expected", [(False, [0, 1]), (True, [1, 0])])
