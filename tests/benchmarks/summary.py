@@ -48,8 +48,8 @@ def all_goals() -> str:
         machine = ", ".join(f"{name} {version}" for name, version in report["machine"].items())
         noise = "".join(f"- {what}: {ratio}\n" for what, ratio in report["noise"].items())
         parts.append(
-            f"## {report['benchmark']}\n\n`{report['command']}`, {report['when']}, {report['rounds']} rounds.\n{machine}; "
-            f"load before/after {report['load']}.\n\n{table(report['goals'])}\n"
+            f"## {report['benchmark']}\n\n`{report['command']}`, {report['when']}, {report['rounds']} rounds.\n"
+            f"{machine}; load before/after {report['load']}.\n\n{table(report['goals'])}\n"
         )
         if noise:
             parts.append(f"Two identical copies of the same thing, in the same rounds (the noise):\n\n{noise}")

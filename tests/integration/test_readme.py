@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 
 import pytest
+from benchmarks import summary
 
 import dbsession
-from benchmarks import summary
 from dbsession import errors, mysql
 from dbsession.config import KEYS, TIMEOUTS
 from support.gunicorn import Gunicorn
