@@ -41,7 +41,7 @@ class Result(_StockResult):  # type: ignore[misc]
         pass  # stock reads a stream to its end here, wherever the collector found it
 
 
-class _LeavesUnread:
+class LeavesUnread:
     """A cursor over a server-side stream whose close() reads nothing: the next statement on the connection reads what
     is left, and a rollback gives the connection up instead."""
 
@@ -56,11 +56,11 @@ class _LeavesUnread:
     __del__ = close
 
 
-class _SSCursor(_LeavesUnread, _StockSSCursor):  # type: ignore[misc]
+class _SSCursor(LeavesUnread, _StockSSCursor):  # type: ignore[misc]
     pass
 
 
-class _SSDictCursor(_LeavesUnread, _StockSSDictCursor):  # type: ignore[misc]
+class _SSDictCursor(LeavesUnread, _StockSSDictCursor):  # type: ignore[misc]
     pass
 
 

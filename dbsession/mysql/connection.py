@@ -29,6 +29,10 @@ _SET_TRANSACTION = re.compile(r"\s*SET\s+TRANSACTION\b", re.IGNORECASE)
 _BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 
 
+def _nobody() -> None:
+    return None
+
+
 # Its stub leaves the private names out.
 _Connection: Any = pymysql.connections.Connection
 
@@ -74,6 +78,8 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         """Something was executed on it since it was connected or reset."""
         self.gave_up = False
         """Closed by us, while the server may be well: no reason to mistrust the pool's other connections."""
+        self.stream_of: Callable[[], Any] = _nobody
+        """Who reads the server-side stream that was begun last: the Connection of SQLAlchemy."""
         self.local: Any = None
         self.peer: Any = None
         super().__init__(*args, **kwargs)
