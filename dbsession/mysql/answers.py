@@ -7,14 +7,16 @@ the cursor is closed or collected.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import pymysql.connections
 import pymysql.cursors
-from pymysql.protocol import EOFPacketWrapper
+from pymysql.protocol import EOFPacketWrapper, FieldDescriptorPacket
 
 # Their stubs leave the private names out.
 _StockResult: Any = pymysql.connections.MySQLResult
+_StockField: Any = FieldDescriptorPacket
 _StockSSCursor: Any = pymysql.cursors.SSCursor
 _StockSSDictCursor: Any = pymysql.cursors.SSDictCursor
 
@@ -68,3 +70,18 @@ LAZY: dict[Any, Any] = {
     pymysql.cursors.SSCursor: _SSCursor,
     pymysql.cursors.SSDictCursor: _SSDictCursor,
 }
+
+
+class _Field(_StockField):  # type: ignore[misc]
+    def __init__(self, data: bytes, encoding: str) -> None:
+        super().__init__(data, encoding)
+        self._description = super().description()
+
+    def description(self) -> Any:
+        return self._description
+
+
+@lru_cache(maxsize=2048)
+def field(data: bytes, encoding: str) -> Any:
+    """A column's description. Each answer to a statement brings the same bytes: they are taken apart once."""
+    return _Field(data, encoding)
