@@ -7,12 +7,16 @@ the cursor is closed or collected.
 
 from __future__ import annotations
 
+import struct
 from functools import lru_cache
 from typing import Any
 
 import pymysql.connections
 import pymysql.cursors
-from pymysql.protocol import EOFPacketWrapper, FieldDescriptorPacket
+from pymysql.constants import SERVER_STATUS
+from pymysql.protocol import FieldDescriptorPacket
+
+_EOF = struct.Struct("<xHH")  # an EOF packet's count of warnings, and status
 
 # Their stubs leave the private names out.
 _StockResult: Any = pymysql.connections.MySQLResult
@@ -30,12 +34,11 @@ class Result(_StockResult):  # type: ignore[misc]
     def _check_packet_is_eof(self, packet: Any) -> bool:
         if not packet.is_eof_packet():
             return False
-        end = EOFPacketWrapper(packet)
-        self.warning_count = end.warning_count
-        self.has_next = end.has_next
-        self.server_status = end.server_status
+        self.warning_count, status = _EOF.unpack_from(packet.get_all_data())
+        self.has_next = status & SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
+        self.server_status = status
         if self.unbuffered_active:
-            self.connection.server_status = end.server_status
+            self.connection.server_status = status
             self.connection._settled = True
         return True
 

@@ -163,7 +163,8 @@ class Connection(Wire):
         return affected
 
     def _execute_command(self, command: int, sql: Any) -> None:
-        self._read_rest()
+        if self._result is not None:
+            self._read_rest()
         super()._execute_command(command, sql)
 
     def _read_rest(self) -> None:
