@@ -108,7 +108,7 @@ class TransactionWatch:
         self._forget(info)
         driver = proxied.dbapi_connection
         reader = driver.stream_of() if isinstance(driver, MySQLConnection) and driver.unread else None
-        if reader is not None and not (reader.closed or reader.invalidated):
+        if reader is not None and reader.in_transaction():
             reader.invalidate()  # not read on for a ROLLBACK; the server rolls back what it has lost
         else:
             self._do_rollback(proxied)

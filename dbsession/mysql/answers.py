@@ -84,7 +84,7 @@ class _Field(_StockField):  # type: ignore[misc]
         return self._description
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=1024)
 def field(data: bytes, encoding: str) -> Any:
     """A column's description. Each answer to a statement brings the same bytes: they are taken apart once."""
     return _Field(data, encoding)

@@ -19,7 +19,7 @@ from pymysql import err
 from pymysql.constants import CR
 from pymysql.protocol import FieldDescriptorPacket, MysqlPacket
 
-from dbsession import fork
+from dbsession import fork, hub
 from dbsession.mysql.answers import field
 from dbsession.mysql.codes import is_from_socket, is_loss
 
@@ -66,9 +66,10 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
 
     def _in_time(self, seconds: float | None, operation: Callable[[Any], Any], argument: Any) -> Any:
         """What `operation(argument)` on the gevent socket returns; TimeoutError if it waits longer than `seconds`."""
-        if seconds is None:
+        home: Any = hub.here()
+        if seconds is None or home is None:  # without a hub it cannot wait; a last COM_QUIT is sent all the same
             return operation(argument)
-        timer: Any = gevent.get_hub().loop.timer(seconds)
+        timer = home.loop.timer(seconds)
         try:
             # update: the loop's idea of the time is as old as the code that has run since it last waited.
             timer.start(gevent.getcurrent().throw, TimeoutError, "timed out", update=True)
