@@ -13,14 +13,15 @@ from typing import Any
 import gevent.hub
 from gevent import monkey
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Engine, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from dbsession import fork, hub, mysql, sqlite
 from dbsession.config import DatabaseConfig
 from dbsession.mysql import state
+from dbsession.mysql.answers import LeavesUnread
 from dbsession.mysql.connection import Connection as MySQLConnection
-from dbsession.outcome import SCOPE, TransactionWatch, is_autocommit, wrote
+from dbsession.outcome import COMMITTING, DOOMED, SCOPE, TransactionWatch, is_autocommit, wrote
 from dbsession.pool import HOME, FairPool
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,10 @@ class ConnectionLinks:
     def listen(self, engine: Engine) -> None:
         event.listen(engine, "connect", self._connected)
         event.listen(engine, "checkin", self._returned)
-        event.listen(engine, "before_cursor_execute", self._note_write, retval=True)
+        # Of the dialect, as why not of the connection see `outcome`.
+        event.listen(engine, "do_execute", self._executing)
+        event.listen(engine, "do_executemany", self._executing)
+        event.listen(engine, "do_execute_no_params", self._executing_without_parameters)
         self._watch.listen(engine)
         if self._connector is not None:
             self._connector.listen(engine)
@@ -75,7 +79,8 @@ class ConnectionLinks:
     def _returned(self, connection: Any, record: Any) -> None:
         if connection is None:
             return  # invalidated while it was out
-        record.info.pop(SCOPE, None)
+        for key in (SCOPE, COMMITTING, DOOMED):
+            record.info.pop(key, None)
         if READ_TIMEOUT in record.info:
             connection.read_within(record.info.pop(READ_TIMEOUT))
         if self.closing or (isinstance(connection, MySQLConnection) and not connection.open):
@@ -127,21 +132,26 @@ class ConnectionLinks:
             state.set_up(connection, self._config)
         connection.level_changed = connection.used = False
 
-    def _note_write(
-        self, connection: Connection, _cursor: Any, statement: str, parameters: Any, *_: object
-    ) -> tuple[str, Any]:
+    def _executing(self, cursor: Any, statement: str, _: Any, context: ExecutionContext) -> bool:
         """Refuse what must not be sent, and remember that something was written, so that `release_dbsession()` does
-        not throw it away."""
+        not throw it away. True: the statement is not to be executed any more."""
+        connection = context.root_connection
         if self._watch.is_doomed(connection):
             if statement.startswith("ROLLBACK TO SAVEPOINT"):
                 # Of a block that the error goes through: its savepoint may be gone, and all is rolled back anyway.
-                return "DO 0", parameters
-            self._watch.refuse_if_doomed(connection)
+                cursor.execute("DO 0")
+                return True
+            self._watch.refuse_if_doomed(connection.info)
         verb = _reading_verb(statement[:200])
         writes = not verb or (verb == "with" and _WRITES.search(statement))
         if writes and not is_autocommit(connection, self._config):  # there it is committed already
             wrote.add(connection)
-        return statement, parameters
+        if isinstance(cursor, LeavesUnread):
+            cursor.connection.stream_of = weakref.ref(connection)
+        return False
+
+    def _executing_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> bool:
+        return self._executing(cursor, statement, None, context)
 
     def abandon(self) -> None:
         inherited = [(connection, record()) for connection, record in self._records.items()]

@@ -1,8 +1,7 @@
-"""A PyMySQL connection that is never out of step with its server: closed by whatever interrupts it half-way.
+"""A PyMySQL connection that knows from its server whether a transaction is open, and gives up what nobody waits for.
 
-PyMySQL keeps its socket open when an exception ends a write, and a ROLLBACK then goes into the middle of a packet.
-This subclass overrides the private methods through which every byte and every answer goes; there is no public way.
-tests/unit/test_private_names.py fails loudly when one of these names goes.
+It overrides private methods through which every answer goes; there is no public way. tests/unit/test_private_names.py
+fails loudly when one of these names goes.
 """
 
 from __future__ import annotations
@@ -14,26 +13,25 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import pymysql.connections
-import pymysql.cursors
 from gevent import monkey
 from pymysql import err
 from pymysql.constants import CR, SERVER_STATUS
 
 from dbsession import fork
 from dbsession.mysql.answers import LAZY, Result
-from dbsession.mysql.codes import is_from_socket, is_loss
+from dbsession.mysql.codes import is_from_socket
+from dbsession.mysql.wire import Wire
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")  # which, with 0, never waits
 _SET_TRANSACTION = re.compile(r"\s*SET\s+TRANSACTION\b", re.IGNORECASE)
 _BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 
 
-# Its stub leaves the private names out.
-_Connection: Any = pymysql.connections.Connection
+def _nobody() -> None:
+    return None
 
 
-class Connection(_Connection):  # type: ignore[misc]  # of Any
+class Connection(Wire):
     """A `pymysql.connections.Connection`. Lives as long as its place in the pool, or until a read or write on it is
     ended by any exception: then its socket is closed, and the exception goes on as it is.
 
@@ -44,12 +42,6 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         Others: those of PyMySQL. `connect_timeout` bounds the handshake, too.
     """
 
-    # PyMySQL's own, whose first values say too little of their types.
-    _read_timeout: Any
-    _write_timeout: Any
-    _current_timeout: Any
-    _result: Any
-
     def __init__(
         self,
         *args: Any,
@@ -57,23 +49,19 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         ping_idle_s: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        self._epoch = fork.epoch
         self._on_abandon = on_abandon
         self._ping_idle_s = ping_idle_s
         self._heard = 0.0  # when the last answer came
         self._next_transaction_set = False  # by SET TRANSACTION, until the next COMMIT or ROLLBACK
-        self._answering = False
-        self._killed_by: BaseException | None = None
         self.commit_sent = False
         """Whether the last commit() got as far as sending COMMIT."""
         self.level_changed = False
         """An isolation level of one checkout is to be taken back."""
-        self._epoch = fork.epoch
-        self._connect_by: float | None = None
-        self._settled = False  # everything sent was answered, and the last answer was no error
         self.used = False
         """Something was executed on it since it was connected or reset."""
-        self.gave_up = False
-        """Closed by us, while the server may be well: no reason to mistrust the pool's other connections."""
+        self.stream_of: Callable[[], Any] = _nobody
+        """Who reads the server-side stream that was begun last: the Connection of SQLAlchemy."""
         self.local: Any = None
         self.peer: Any = None
         super().__init__(*args, **kwargs)
@@ -83,6 +71,7 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         self.used = False
 
     def connect(self, sock: Any = None) -> None:
+        self._cooperative = False
         timeouts = self._read_timeout, self._write_timeout
         self._read_timeout = self._write_timeout = self.connect_timeout
         self._connect_by = time.monotonic() + self.connect_timeout
@@ -98,8 +87,7 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         finally:
             self._connect_by = None
             self._read_timeout, self._write_timeout = timeouts
-        self._sock.settimeout(self._read_timeout)
-        self._current_timeout = self._read_timeout
+        self._take_over_timeouts()
 
     @property
     def settled(self) -> bool:
@@ -175,7 +163,8 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         return affected
 
     def _execute_command(self, command: int, sql: Any) -> None:
-        self._read_rest()
+        if self._result is not None:
+            self._read_rest()
         super()._execute_command(command, sql)
 
     def _read_rest(self) -> None:
@@ -184,67 +173,6 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
             if not self._result.left:
                 warnings.warn("Previous unbuffered result was left incomplete", stacklevel=2)  # as PyMySQL does
             self._result._finish_unbuffered_query()
-
-    def _write_bytes(self, data: Any) -> None:
-        self._settled = False
-        sock = self._sock
-        if sock is None or self._epoch != fork.epoch:  # in a forked child it is the parent's
-            raise err.InterfaceError(0, "")
-        try:
-            timeout_s = self._seconds_left() if self._connect_by else self._write_timeout
-            if self._connect_by or self._current_timeout != timeout_s:
-                sock.settimeout(timeout_s)
-                self._current_timeout = timeout_s
-            sock.sendall(data)
-        except BaseException as error:
-            # Half a packet: the server waits for the rest, so it ends what it has as soon as the socket closes.
-            self.gave_up = self.gave_up or not is_loss(error)
-            self._force_close()
-            self._note_kill(error)
-            if is_from_socket(error):
-                raise err.OperationalError(
-                    CR.CR_SERVER_GONE_ERROR, f"MySQL server has gone away ({error!r})"
-                ) from error
-            raise
-
-    def _read_bytes(self, num_bytes: int) -> bytes:
-        if self._rfile is None or self._epoch != fork.epoch:
-            raise err.InterfaceError(0, "")
-        try:
-            data: bytes = self._read_in_time(num_bytes) if self._connect_by else self._rfile.read(num_bytes)
-        except BaseException as error:
-            if is_loss(error) or self._connect_by:
-                self._force_close()
-            else:
-                self._abandon()
-            self._note_kill(error)
-            if is_from_socket(error):
-                raise err.OperationalError(
-                    CR.CR_SERVER_LOST, f"Lost connection to MySQL server during query ({error})"
-                ) from error
-            raise
-        if len(data) < num_bytes:
-            self._force_close()
-            raise err.OperationalError(CR.CR_SERVER_LOST, "Lost connection to MySQL server during query")
-        return data
-
-    def _read_in_time(self, num_bytes: int) -> bytes:
-        """For the handshake, whose time is counted as a whole, however small the pieces are in which it comes."""
-        self._current_timeout = None
-        data = b""
-        while len(data) < num_bytes:
-            self._sock.settimeout(self._seconds_left())
-            piece = self._rfile.read1(num_bytes - len(data))
-            if not piece:
-                break
-            data += piece
-        return data
-
-    def _seconds_left(self) -> float:
-        left = (self._connect_by or 0.0) - time.monotonic()
-        if left <= 0:
-            raise TimeoutError(f"timed out: no connection within {self.connect_timeout} s, the handshake included")
-        return left
 
     def _abandon(self) -> None:
         """Nobody waits for the answer any more: close the socket, and have the statement ended at the server."""
@@ -255,10 +183,6 @@ class Connection(_Connection):  # type: ignore[misc]  # of Any
         self._force_close()
         if self._on_abandon is not None and self._epoch == fork.epoch:  # in a forked child it is the parent's
             self._on_abandon(self)
-
-    def _note_kill(self, error: BaseException) -> None:
-        if self._answering and self._killed_by is None and not is_from_socket(error):
-            self._killed_by = error
 
     def _read_query_result(self, unbuffered: bool = False) -> Any:
         self._result = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 import weakref
@@ -12,6 +13,7 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
 from dbsession import CommitOutcomeUnknown, RollbackRequired, SessionManager
+from dbsession.outcome import COMMITTING
 from support.processes import run_python
 from support.proxy import Proxy
 from support.waiting import wait_until
@@ -304,3 +306,36 @@ def test_stock_connection_of_a_do_connect_listener_is_rolled_back_before_the_nex
     raw.close()
     with manager.scope():
         assert manager.get().scalar(text("SELECT count(*) FROM t")) == 0
+
+
+def test_f16_every_way_to_execute_on_every_engine_of_the_dialect_is_refused(managed):
+    manager = managed()
+    with manager.engine().execution_options(logging_token="copy").connect() as connection:
+        connection.exec_driver_sql("CREATE TABLE w (n INT)")
+        with pytest.raises(OperationalError, match="1213"):
+            connection.execute(text(DEADLOCK))
+        plain = connection.execution_options(no_parameters=True)
+        for refused in (
+            lambda: connection.execute(text("SELECT 1")),
+            lambda: connection.execute(text("INSERT INTO w VALUES (:n)"), [{"n": 1}, {"n": 2}]),
+            lambda: plain.exec_driver_sql("SELECT '%'"),
+            connection.commit,
+        ):
+            with pytest.raises(RollbackRequired):
+                refused()
+        connection.rollback()
+        assert connection.scalar(text("SELECT COUNT(*) FROM w")) == 0
+        connection.exec_driver_sql("INSERT INTO w VALUES (1)")
+        connection.commit()
+
+
+@pytest.mark.parametrize("answer", ["DO 0", "SIGNAL SQLSTATE '45000'"])
+def test_f18_commit_is_under_way_until_its_answer_is_judged_and_no_longer(managed, monkeypatch, answer):
+    """Else an error in the next transaction on that Connection, of a fetch say, would leave a commit in doubt."""
+    with managed().engine().connect() as connection:
+        connection.execute(text("SELECT 1"))
+        driver = connection.connection.dbapi_connection
+        monkeypatch.setattr(driver, "commit", lambda: driver.query(answer))
+        with contextlib.suppress(OperationalError):
+            connection.commit()
+        assert connection.info and COMMITTING not in connection.info

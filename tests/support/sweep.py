@@ -242,7 +242,7 @@ class Sweep:
 
     def _slow_down_the_victim(self) -> None:
         cls: Any = socket.socket
-        receive, send = cls.recv_into, cls.sendall
+        receive, send = cls.recv_into, cls.send  # which gevent's sendall() calls, too
 
         def pass_turn() -> None:
             """Comes back when the loop has done what it has to do by now, a kill given at this very switch included."""
@@ -257,16 +257,14 @@ class Sweep:
             pass_turn()
             return int(receive(sock, buffer, min(nbytes or len(buffer), RECV_MAX), flags))
 
-        def sendall(sock: Any, data: Any, flags: int = 0) -> None:
-            if greenlet.getcurrent() is not self._victim:
-                send(sock, data, flags)
-                return
-            size = min(SEND_MAX, (len(data) + 1) // 2)
-            for start in range(0, len(data), size):
+        def send_a_part(sock: Any, data: Any, *args: Any, **kwargs: Any) -> int:
+            if greenlet.getcurrent() is self._victim:
                 pass_turn()
-                send(sock, data[start : start + size], flags)
+                # A packet at first; then what is left of it, in a memoryview of sendall().
+                data = data[: min(SEND_MAX, (len(data) + 1) // 2 if isinstance(data, bytes) else len(data))]
+            return int(send(sock, data, *args, **kwargs))
 
-        cls.recv_into, cls.sendall = recv_into, sendall
+        cls.recv_into, cls.send = recv_into, send_a_part
 
 
 def main() -> None:

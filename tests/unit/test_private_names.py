@@ -78,6 +78,7 @@ def test_pymysql_sends_and_reads_through_what_our_connection_overrides():
         "_execute_command": ["self", "command", "sql"],
         "_write_bytes": ["self", "data"],
         "_read_bytes": ["self", "num_bytes"],
+        "_read_packet": ["self", "packet_type"],
         "_read_query_result": ["self", "unbuffered"],
         "_read_ok_packet": ["self"],
         "_force_close": ["self"],
@@ -91,6 +92,10 @@ def test_pymysql_sends_and_reads_through_what_our_connection_overrides():
     for used in ("_read_timeout", "_write_timeout", "_current_timeout", "_rfile", "_sock", "_result"):
         assert f"self.{used} = " in source, used
     assert source.count(".sendall(") == 1 and source.count("_rfile.read(") == 1
+    # mysql.wire.Wire._read_packet() does what this does, for packets that came whole.
+    packets = inspect.getsource(stock._read_packet)
+    assert "self._next_seq_id = (self._next_seq_id + 1) % 256" in packets and "packet_type(" in packets
+    assert "_read_packet(FieldDescriptorPacket)" in inspect.getsource(pymysql.connections.MySQLResult._get_descriptions)
 
 
 def test_sqlalchemys_session_keeps_whether_it_was_closed_where_ours_says_it_too():

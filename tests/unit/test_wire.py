@@ -1,0 +1,189 @@
+"""dbsession.mysql.wire: what it reads and sends is what stock PyMySQL does, however the bytes come; and its timers."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pymysql
+import pytest
+from pymysql.constants import CLIENT
+from sqlalchemy.engine import make_url
+
+from dbsession.mysql.connection import Connection
+from support.processes import run_python
+from support.proxy import Proxy
+
+STATEMENTS = [
+    "SELECT 1",
+    "SELECT 1 AS n, 'text' AS s, NULL AS nothing, x'00ff' AS b, 1.5 AS d, CAST('2026-01-02' AS DATE) AS day, '' AS e",
+    "SELECT seq, REPEAT('x', seq) FROM seq_1_to_20",
+    "SELECT seq FROM seq_1_to_3 WHERE seq > 3",
+    "SET @a = 1",
+    "DO 0",
+]
+# Round what is read at once: 8 KiB, 256 KiB, and the protocol's own limit of a packet.
+LENGTHS = [8187, 8188, 8189, 8192, 8193, 2**18 - 5, 2**18, 2**18 + 1, 2**24 - 6, 2**24 - 5, 2**24 - 4, 2**24]
+
+
+@contextlib.contextmanager
+def connected(to, url, **more):
+    parts = make_url(url)
+    login = {"host": "127.0.0.1", "user": parts.username, "password": parts.password, "database": parts.database}
+    connection = to(port=more.pop("port", parts.port), **login, **more)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def answer(connection, statement):
+    with connection.cursor() as cursor:
+        count = cursor.execute(statement)
+        return count, cursor.description, cursor.fetchall(), cursor.rowcount
+
+
+@pytest.mark.parametrize("size", [None, 2, 50])
+def test_answers_are_those_of_stock_pymysql_in_whatever_pieces_they_come(mariadb, mariadb_url, size):
+    with (
+        Proxy(mariadb.port) as proxy,
+        connected(pymysql.connect, mariadb_url) as stock,
+        connected(Connection, mariadb_url, port=proxy.port) as ours,
+    ):
+        if size:
+            proxy.dribble(size)
+        for statement in STATEMENTS * 2:  # the second time the columns are known
+            assert answer(ours, statement) == answer(stock, statement)
+        with pytest.raises(pymysql.ProgrammingError):
+            answer(ours, "SELECT * FROM nothing")
+        assert answer(ours, "SELECT 2")[2] == ((2,),) and ours.settled
+
+
+def test_error_that_comes_with_an_answer_is_raised(mariadb_url):
+    with connected(Connection, mariadb_url, client_flag=CLIENT.MULTI_STATEMENTS) as connection:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1; SELECT * FROM nothing")
+            assert cursor.fetchall() == ((1,),)
+            with pytest.raises(pymysql.ProgrammingError):
+                cursor.nextset()
+        assert answer(connection, "SELECT 2")[2] == ((2,),)
+
+
+@pytest.mark.parametrize("cursorclass", [pymysql.cursors.Cursor, pymysql.cursors.SSCursor])
+def test_rows_of_any_length_are_read_whole(mariadb, mariadb_url, cursorclass):
+    with mariadb.root() as cursor:
+        cursor.execute("SELECT @@global.max_allowed_packet AS bytes")
+        before = cursor.fetchone()["bytes"]
+        cursor.execute("SET GLOBAL max_allowed_packet = 64 * 1024 * 1024")
+    try:
+        with connected(Connection, mariadb_url, cursorclass=cursorclass, max_allowed_packet=2**26) as connection:
+            for length in LENGTHS:
+                with connection.cursor() as cursor:
+                    cursor.execute(f"SELECT REPEAT('x', {length}), 'end' UNION ALL SELECT 'next', 'row'")
+                    (first, end), second = cursor.fetchall()
+                    assert (len(first), set(first), end, second) == (length, {"x"}, "end", ("next", "row"))
+            sent = "y" * (2**24 + 10)
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT LENGTH(%s), 1", (sent,))
+                assert list(cursor.fetchall()) == [(len(sent), 1)]
+    finally:
+        with mariadb.root() as cursor:
+            cursor.execute("SET GLOBAL max_allowed_packet = %s", (before,))
+
+
+def test_a_columns_description_follows_its_table(mariadb_url):
+    # autocommit: a transaction that has read the table would keep the ALTER waiting
+    with (
+        connected(Connection, mariadb_url, autocommit=True) as ours,
+        connected(pymysql.connect, mariadb_url, autocommit=True) as stock,
+    ):
+        answer(ours, "CREATE TABLE t (c INT)")
+        for change in ("TEXT", "BLOB", "DATETIME NOT NULL", "DECIMAL(9, 3)"):
+            answer(ours, f"ALTER TABLE t MODIFY c {change}")
+            assert answer(ours, "SELECT c, c AS d FROM t") == answer(stock, "SELECT c, c AS d FROM t")
+
+
+def test_nothing_of_an_old_answer_is_left_when_it_connects_again(mariadb_url):
+    with connected(Connection, mariadb_url, cursorclass=pymysql.cursors.SSCursor) as connection:
+        cursor = connection.cursor()
+        cursor.execute("SELECT seq FROM seq_1_to_5000")
+        assert cursor.fetchone() == (1,)
+        connection.close()
+        connection.connect()
+        with connection.cursor() as again:
+            again.execute("SELECT 'new'")
+            assert list(again.fetchall()) == [("new",)]
+
+
+def test_timers_end_what_waits_too_long_and_nothing_else(mariadb_url):
+    """In a patched process the sockets have no timeout of their own."""
+    run_python(
+        """
+        from gevent import monkey; monkey.patch_all()
+        import sys, gevent, pymysql
+        from sqlalchemy.engine import make_url
+        from dbsession.mysql.connection import Connection
+        url = make_url(sys.argv[1])
+        def connect():
+            return Connection(host=url.host, port=url.port, user=url.username, password=url.password,
+                              read_timeout=0.3, write_timeout=0.3)
+        def one(connection, statement):
+            with connection.cursor() as cursor:
+                cursor.execute(statement)
+                return cursor.fetchone()[0]
+        connection = connect()
+        assert one(connection, "SELECT LENGTH('" + "x" * 15_000_000 + "')") == 15_000_000  # more than one send takes
+        for _ in range(4):                        # longer together than one may take
+            assert one(connection, "SELECT SLEEP(0.1)") == 0
+        try:
+            gevent.sleep(0.5)                     # no timer is left that would fire in here
+            one(connection, "SELECT SLEEP(30)")
+        except pymysql.OperationalError as error:
+            assert error.args[0] == 2013 and "timed out" in error.args[1], error
+            assert isinstance(error.__cause__, TimeoutError)
+        else:
+            raise AssertionError("waited for ever")
+        assert connection.gave_up and not connection.open
+        connection = connect()
+        for level in (0.05, 30):                  # as a scope sets it, and back
+            before = connection.read_within(level)
+            try:
+                one(connection, "SELECT SLEEP(0.4)")
+                assert level == 30
+            except pymysql.OperationalError:
+                assert level == 0.05
+                connection = connect()
+        connection = connect()
+        with gevent.Timeout(0.05, TimeoutError):  # somebody's own timeout goes on as it is
+            try:
+                one(connection, "SELECT SLEEP(0.25)")
+                raise AssertionError("not ended")
+            except TimeoutError as error:
+                assert not isinstance(error, pymysql.Error)
+        """,
+        mariadb_url,
+    )
+
+
+def test_write_that_nobody_takes_is_ended(mariadb, mariadb_url):
+    run_python(
+        """
+        from gevent import monkey; monkey.patch_all()
+        import sys, gevent, pymysql
+        from sqlalchemy.engine import make_url
+        from dbsession.mysql.connection import Connection
+        from support.proxy import Proxy
+        url = make_url(sys.argv[1])
+        with Proxy(url.port) as proxy:
+            connection = Connection(host=url.host, port=proxy.port, user=url.username, password=url.password,
+                                    read_timeout=30, write_timeout=0.5)
+            proxy.stall("to_server")
+            try:
+                connection.query("SELECT '" + "x" * 15_000_000 + "'")
+            except pymysql.OperationalError as error:
+                assert error.args[0] == 2006 and "timed out" in error.args[1], error
+            else:
+                raise AssertionError("sent to nobody")
+            assert not connection.open and connection.gave_up
+        """,
+        mariadb_url,
+    )
