@@ -12,6 +12,7 @@ from typing import Any
 from flask import Flask, g, request, request_finished
 from flask.signals import appcontext_pushed
 from flask.wrappers import Response
+from werkzeug.wsgi import ClosingIterator
 
 from dbsession import api, block, scope
 from dbsession.wsgi import DBSessionMiddleware
@@ -42,8 +43,9 @@ def init_app(app: Flask) -> None:
 
 
 def _response_made(_: Flask, response: Response, **__: Any) -> None:
-    # The signal comes after the last after_request function, any of which may put another response in its place.
-    request.environ["dbsession.body_complete"] = response.is_sequence
+    # The signal comes after the last after_request function, any of which may put another response in its place. The
+    # class is that of the body which Werkzeug makes; a wrapper that somebody puts round it may run code of its own.
+    request.environ["dbsession.body_complete"] = ClosingIterator if response.is_sequence else False
 
 
 def _context_pushed(_: Flask, **__: Any) -> None:

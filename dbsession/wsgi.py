@@ -31,7 +31,8 @@ class DBSessionMiddleware:
         passed on as they are;
       - else at the body's `close()`, from whichever greenlet or thread the server calls it, or when the body is
         garbage collected. If `environ["dbsession.body_complete"]` is true at the return, the sessions are closed
-        there and only the empty scope stays, so that a slow reader holds no connection.
+        there and only the empty scope stays, so that a slow reader holds no connection. If it is the body's very
+        class, that says, too, that nothing of the application runs while the body is read.
 
     Put it outermost, so that nothing of the application runs outside it. Teardown never changes a response already
     made; only a kill or timeout that lands in it is raised. Switches greenlets in teardown.
@@ -78,9 +79,11 @@ class DBSessionMiddleware:
                 _close(body)
                 raise
             return body
-        scope.park()
-        wrapped = ScopedBody(body, scope)
-        if environ.get("dbsession.body_complete"):
+        complete = environ.get("dbsession.body_complete")
+        wrapped = ReadyBody(body, scope) if complete is type(body) else ScopedBody(body, scope)
+        if not isinstance(wrapped, ReadyBody):
+            scope.park()
+        if complete:
             scope.clear()
         return wrapped
 
@@ -142,7 +145,7 @@ class ScopedBody:
         self._iterator: Iterator[bytes] | None = None
         self._closed = False
 
-    def __iter__(self) -> ScopedBody:
+    def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
@@ -172,6 +175,13 @@ class ScopedBody:
             if scope.timer is not None:
                 scope.timer.close()
             run_aside(lambda: _end_dropped(body, scope), scope.home)
+
+
+class ReadyBody(ScopedBody):
+    """A body in which nothing of the application runs but its `close()`."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._body)
 
 
 class TimedRequest:

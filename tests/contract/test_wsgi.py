@@ -324,6 +324,49 @@ def test_body_complete_gives_the_connection_back_before_a_slow_reader_reads(mana
     assert [read(body) for body in slow] == [b"1"] * 5
 
 
+class Finished:
+    """What a framework makes of a finished body; its callbacks run in close()."""
+
+    def __init__(self, manager):
+        self.manager, self.scopes, self.closed = manager, [], 0
+
+    def __iter__(self):
+        for chunk in (b"1", b"2"):
+            self.scopes.append(scopes.current())
+            yield chunk
+
+    def close(self):
+        self.closed += 1
+        query(self.manager)
+
+
+@pytest.mark.parametrize("flag", [Finished, True])
+def test_scope_is_current_while_a_complete_body_is_read_unless_its_very_class_is_named(manager, flag):
+    bodies = []
+
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        query(manager)
+        bodies.append(Finished(manager))
+        environ["dbsession.body_complete"] = flag
+        return bodies[-1]
+
+    environ = environ_of()
+    body, _ = call(DBSessionMiddleware(app), environ)
+    assert in_use(manager) == 0
+    assert list(body) == [b"1", b"2"]
+    expected = None if flag is Finished else environ["dbsession.scope"]
+    assert bodies[0].scopes == [expected, expected]
+    body.close()
+    body.close()
+    assert bodies[0].closed == 1 and in_use(manager) == 0 and environ["dbsession.scope"].ended
+    assert scopes.current() is None
+    dropped, _ = call(DBSessionMiddleware(app), environ_of(path="/dropped"))
+    del dropped
+    gevent.sleep(0)
+    assert bodies[1].closed == 1 and in_use(manager) == 0
+
+
 def test_abandoned_request_is_ended_when_the_next_one_starts(manager, caplog):
     streaming = DBSessionMiddleware(plain(lambda: (query(manager, n) for n in range(3))))
     abandoned, _ = call(streaming)
