@@ -12,6 +12,7 @@ from typing import Any
 
 import gevent.hub
 from gevent import monkey
+from pymysql.cursors import SSCursor
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
@@ -19,7 +20,6 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 from dbsession import fork, hub, mysql, sqlite
 from dbsession.config import DatabaseConfig
 from dbsession.mysql import state
-from dbsession.mysql.answers import LeavesUnread
 from dbsession.mysql.connection import Connection as MySQLConnection
 from dbsession.outcome import COMMITTING, DOOMED, SCOPE, TransactionWatch, is_autocommit, wrote
 from dbsession.pool import HOME, FairPool
@@ -146,7 +146,7 @@ class ConnectionLinks:
         writes = not verb or (verb == "with" and _WRITES.search(statement))
         if writes and not is_autocommit(connection, self._config):  # there it is committed already
             wrote.add(connection)
-        if isinstance(cursor, LeavesUnread):
+        if isinstance(cursor, SSCursor) and isinstance(cursor.connection, MySQLConnection):
             cursor.connection.stream_of = weakref.ref(connection)
         return False
 

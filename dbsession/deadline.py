@@ -15,7 +15,7 @@ from gevent import monkey
 from dbsession import ident
 from dbsession.config import positive_seconds
 from dbsession.errors import ConfigError
-from dbsession.hub import TIMEOUT_MAX, here
+from dbsession.hub import TIMEOUT_MAX, here, start_timer
 
 _numbers = itertools.count()  # the order in which deadlines began; one step of the interpreter each
 
@@ -61,9 +61,7 @@ class _Timer:
 
     def __init__(self, seconds: float, fired: Callable[..., object], *arguments: object) -> None:
         self._hub: Any = gevent.get_hub()
-        self._timer = self._hub.loop.timer(min(seconds, TIMEOUT_MAX))
-        # update: the loop's idea of the time is as old as the code that has run since it last waited.
-        self._timer.start(fired, *arguments, update=True)
+        self._timer = start_timer(self._hub, min(seconds, TIMEOUT_MAX), fired, *arguments)
 
     def close(self) -> None:
         """Never waits. From another thread it takes effect with the next pass of the hub's loop: a loop belongs to

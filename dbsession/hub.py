@@ -56,6 +56,15 @@ def sleep(seconds: float) -> None:
         gevent.sleep(seconds)
 
 
+def start_timer(hub: Any, seconds: float, function: Callable[..., object], *arguments: object) -> Any:
+    """A timer of `hub`, running; the caller closes it. As gevent.Timeout's own: its time begins now and not when the
+    loop last waited, which CPU work may have made long ago (update); and what has come by its end is handled first
+    (priority), so that a hub that stood still takes no answer for a missing one."""
+    timer = hub.loop.timer(seconds, priority=-1)
+    timer.start(function, *arguments, update=True)
+    return timer
+
+
 class Waiter:
     """Parks its maker until somebody calls `wake()`, or its time is over. Lives for one wait.
 
@@ -79,8 +88,7 @@ class Waiter:
         if self.home is None:
             return bool(self._lock.acquire(timeout=-1 if timeout_s is None else min(timeout_s, TIMEOUT_MAX)))
         # A timer in any case: a loop with nothing to wait for ends, though another thread may still wake us.
-        timer = self.home.loop.timer(TIMEOUT_MAX if timeout_s is None else timeout_s)
-        timer.start(self._parked.switch, False)
+        timer = start_timer(self.home, TIMEOUT_MAX if timeout_s is None else timeout_s, self._parked.switch, False)
         try:
             return bool(self._parked.get())
         finally:
@@ -119,8 +127,7 @@ class Bound:
         self._seconds = max(seconds, 0.001)
 
     def __enter__(self) -> None:
-        self._timer = gevent.get_hub().loop.timer(self._seconds)
-        self._timer.start(greenlet.getcurrent().throw, BoundExceeded)
+        self._timer = start_timer(gevent.get_hub(), self._seconds, greenlet.getcurrent().throw, BoundExceeded)
 
     def __exit__(self, *_: object) -> None:
         self._timer.close()

@@ -79,23 +79,23 @@ class TransactionWatch:
 
     def _commit(self, proxied: Any) -> None:
         info = proxied.info
-        self._begin_commit(info, proxied)
+        self._begin_commit(info, self._do_rollback, proxied)
         self._do_commit(proxied)
         info.pop(COMMITTING, None)
 
     def _commit_twophase(self, connection: Connection, *arguments: Any, **more: Any) -> None:
         info = connection.info
-        self._begin_commit(info, connection.connection)
+        self._begin_commit(info, self._do_rollback_twophase, connection, *arguments, **more)
         self._do_commit_twophase(connection, *arguments, **more)  # XA COMMIT, a statement like others
         info.pop(COMMITTING, None)
 
-    def _begin_commit(self, info: dict[Any, Any], proxied: Any) -> None:
+    def _begin_commit(self, info: dict[Any, Any], roll_back: Any, *arguments: Any, **more: Any) -> None:
         try:
             self.refuse_if_doomed(info)
         except RollbackRequired:
             # After a commit() that failed, SQLAlchemy sends no ROLLBACK any more.
-            self._do_rollback(proxied)
-            del info[DOOMED]
+            del info[DOOMED]  # or the XA statements would be refused, too
+            roll_back(*arguments, **more)
             raise
         info[COMMITTING] = True
 
@@ -143,7 +143,9 @@ class TransactionWatch:
             context.is_disconnect = True
         elif not from_driver and not isinstance(driver, MySQLConnection):
             # Whether a driver that we do not know is still in step with its server, nobody can say.
-            context.is_disconnect = context.is_disconnect or context.cursor is not None
+            context.is_disconnect = context.is_disconnect or (
+                context.execution_context is not None and not isinstance(error, RollbackRequired)
+            )
             context.invalidate_pool_on_disconnect = False
         # In this order: while SQLAlchemy asks a new server what it can, the connection has no `info`.
         statement = context.statement

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 # tests/unit/test_private_names.py fails loudly when the name goes.
 from sqlalchemy.orm.session import _SessionCloseState
 
-from dbsession import hub, scope, teardown
+from dbsession import scope, teardown
 from dbsession.config import DatabaseConfig
 from dbsession.connections import READ_TIMEOUT
 from dbsession.errors import ConfigError
@@ -36,7 +36,7 @@ class ManagedSession(Session):
     _database: Database
     _open_connections: tuple[Connection, ...] = ()  # those of the transaction under way
     _committed = False  # the transaction under way
-    _always_closes = False  # the user's class has a close() of its own
+    _always_closes = False  # the user's class has a close() or an expunge_all() of its own
 
     def close(self) -> None:
         """Close it and drop it from its scope, so that the proxy's next use gets a fresh one. If that fails, its
@@ -69,11 +69,10 @@ class ManagedSession(Session):
         # SQLAlchemy forgets its connections before it closes them (SessionTransaction.close has no try/finally), so a
         # second close() would do nothing, and the pool's places would be gone.
         connections = self._open_connections
-        if not hub.timers_run():  # the bound of teardown, where gevent's timer is not there to keep it
-            for held in connections:
-                driver = _mysql_connection(held)
-                if driver is not None:
-                    held.info.setdefault(READ_TIMEOUT, driver.read_within_at_most(teardown.BOUND_S))
+        for held in connections:
+            driver = _mysql_connection(held)
+            if driver is not None:  # the bound of teardown, for a close() of the user's own and where no timer runs
+                held.info.setdefault(READ_TIMEOUT, driver.read_within_at_most(teardown.BOUND_S))
         try:
             close()
         except BaseException as error:
@@ -123,7 +122,8 @@ def make_factory(config: DatabaseConfig, engine: Engine) -> sessionmaker[Any]:
         )
     managed = base if issubclass(base, ManagedSession) else ManagedSession
     if not issubclass(managed, base):
-        own = {"_always_closes": base.close is not Session.close}
+        stock = base.close is Session.close and base.expunge_all is Session.expunge_all
+        own = {"_always_closes": not stock}
         managed = type(f"Managed{base.__name__}", (ManagedSession, base), own)
     factory = SessionFactory(bind=engine, class_=managed, **arguments)
     if config.session:

@@ -71,6 +71,7 @@ class Connection(Wire):
         self.used = False
 
     def connect(self, sock: Any = None) -> None:
+        self._ahead, self._at = b"", 0
         self._cooperative = False
         timeouts = self._read_timeout, self._write_timeout
         self._read_timeout = self._write_timeout = self.connect_timeout
@@ -125,7 +126,7 @@ class Connection(Wire):
             return
         look = _poll()
         look.register(self._sock.fileno(), select.POLLIN)
-        if look.poll(0):
+        if self._at < len(self._ahead) or look.poll(0):
             self._force_close()
             raise err.OperationalError(CR.CR_SERVER_GONE_ERROR, "MySQL server has closed the connection")
 

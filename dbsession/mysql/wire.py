@@ -69,10 +69,8 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
         home: Any = hub.here()
         if seconds is None or home is None:  # without a hub it cannot wait; a last COM_QUIT is sent all the same
             return operation(argument)
-        timer = home.loop.timer(seconds)
+        timer = hub.start_timer(home, seconds, gevent.getcurrent().throw, TimeoutError, "timed out")
         try:
-            # update: the loop's idea of the time is as old as the code that has run since it last waited.
-            timer.start(gevent.getcurrent().throw, TimeoutError, "timed out", update=True)
             return operation(argument)
         finally:
             timer.close()
@@ -86,6 +84,9 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
         self._settled = False
         if self._sock is None or self._epoch != fork.epoch:  # in a forked child it is the parent's
             raise err.InterfaceError(0, "")
+        if self._at < len(self._ahead):
+            self._force_close()
+            raise err.OperationalError(CR.CR_SERVER_LOST, "Lost connection to MySQL server: it said what nobody asked")
         try:
             if self._cooperative:
                 self._in_time(self._write_timeout, self._send, data)
@@ -154,7 +155,8 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
         if len(data) < num_bytes:
             pieces, missing = [data], num_bytes - len(data)
             while missing > 0:
-                piece = self._read_piece(min(max(missing, _AHEAD), _PIECE))
+                # Nothing is read ahead of the TLS handshake: whoever stands between may have added it.
+                piece = self._read_piece(missing if self._connect_by else min(max(missing, _AHEAD), _PIECE))
                 if not piece:
                     break
                 pieces.append(piece)

@@ -118,7 +118,7 @@ def main() -> None:
             cursor.execute("USE bench")
             for statement in SCHEMA:
                 cursor.execute(statement)
-        measured = measure_all(report, url, 1 if given.quick else 3)
+        measured = measure_all(report, url, 1 if given.quick else 2)
     finally:
         database.close()
     goals(report, measured)

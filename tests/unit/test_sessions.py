@@ -20,11 +20,17 @@ class Item(Base):
 
 
 class Noted(Session):
-    closed = 0
+    calls = ()
 
     def close(self):
-        Noted.closed += 1
+        Noted.calls += ("close",)
         super().close()
+
+
+class Expunging(Session):
+    def expunge_all(self):
+        Noted.calls += ("expunge_all",)
+        super().expunge_all()
 
 
 @pytest.fixture
@@ -35,6 +41,7 @@ def manager(tmp_path):
             "default": url,
             "resets": {"url": url, "session": {"close_resets_only": True}},
             "noted": {"url": url, "session": {"class_": Noted}},
+            "expunging": {"url": url, "session": {"class_": Expunging}},
         }
     )
     Base.metadata.create_all(manager.engine())
@@ -94,11 +101,12 @@ def test_session_whose_close_is_a_reset_stays_usable_when_it_was_untouched(manag
     session.close()
 
 
-def test_close_of_a_class_of_the_users_own_is_called_though_the_session_is_untouched(manager):
-    Noted.closed = 0
-    manager.get("noted")()
-    manager.clear()
-    assert Noted.closed == 1
+def test_what_a_class_of_the_users_own_does_in_close_is_done_though_the_session_is_untouched(manager):
+    Noted.calls = ()
+    for name in ("noted", "expunging"):
+        manager.get(name)()
+        manager.clear()
+    assert Noted.calls == ("close", "expunge_all")
 
 
 def test_factory_gives_what_configure_and_its_callers_say(manager):
