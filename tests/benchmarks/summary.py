@@ -1,18 +1,21 @@
 """What the benchmarks found, from the JSON that they wrote:  python -m benchmarks.summary
 
-Writes results/README.md (every goal, met or not) and the table of README.md's section "What it costs" (some of them).
-tests/integration/test_readme.py holds both to the JSON.
+Writes results/README.md (every goal, met or not, and the profile) and the table of README.md's section "What it costs"
+(some of the goals). tests/integration/test_readme.py holds both to the JSON.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
+from .common import figure
+
 RESULTS = Path(__file__).with_name("results")
 README = RESULTS.parents[2] / "README.md"
-NAMES = ("round_trips", "pool", "http", "micro", "memory")
+NAMES = ("round_trips", "pool", "http", "profile", "micro", "memory")
 BEGIN, END = "<!-- written by tests/benchmarks/run -->", "<!-- end of what tests/benchmarks/run writes -->"
 
 SHOWN = [
@@ -41,6 +44,14 @@ def table(goals: list[dict[str, Any]]) -> str:
     return "\n".join(["| measured | result | goal | met |", "|---|---|---|---|", *rows])
 
 
+def medians(samples: dict[str, dict[str, list[float]]], title: str) -> str:
+    columns = list(dict.fromkeys(metric for measured in samples.values() for metric in measured))
+    rows = [f"| {title} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for case, measured in samples.items():
+        rows.append(f"| {case} | {' | '.join(figure(statistics.median(measured[name])) for name in columns)} |")
+    return "\n".join(rows)
+
+
 def all_goals() -> str:
     """results/README.md."""
     parts = ["# Results\n\nWritten by `tests/benchmarks/run`; the single rounds are in the JSON files.\n"]
@@ -49,8 +60,12 @@ def all_goals() -> str:
         noise = "".join(f"- {what}: {ratio}\n" for what, ratio in report["noise"].items())
         parts.append(
             f"## {report['benchmark']}\n\n`{report['command']}`, {report['when']}, {report['rounds']} rounds.\n"
-            f"{machine}; load before/after {report['load']}.\n\n{table(report['goals'])}\n"
+            f"{machine}; load before/after {report['load']}.\n"
         )
+        if report["goals"]:
+            parts.append(f"{table(report['goals'])}\n")
+        else:
+            parts += [f"{medians(samples, title)}\n" for title, samples in report["samples"].items()]
         if noise:
             parts.append(f"Two identical copies of the same thing, in the same rounds (the noise):\n\n{noise}")
     return "\n".join(parts)
