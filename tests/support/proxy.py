@@ -137,6 +137,8 @@ class Connection:
             # Else the kernel would put dribbled bytes together again.
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.pumps = [threading.Thread(target=self._pump, args=(d,), daemon=True) for d in DIRECTIONS]
+
+    def start(self) -> None:
         for pump in self.pumps:
             pump.start()
         threading.Thread(target=self._close, daemon=True).start()
@@ -239,6 +241,7 @@ def serve(target_port: int) -> None:
                 reset(client)
                 continue
             connections.append(Connection(client, server, gates))
+            connections[-1].start()  # who has had an answer through it, finds it counted
 
     threading.Thread(target=accept, daemon=True).start()
     print(listener.getsockname()[1], control.server_address[1], flush=True)
