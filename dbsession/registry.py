@@ -85,7 +85,8 @@ class ScopeRegistry(ScopedRegistry[Any]):
     def _store(self, current: scope.Scope, database: Database, session: Any) -> Any:
         session._scope = weakref.ref(current)
         session._database = database
-        current.home = hub.here()
+        if current.home is None:
+            current.home = hub.here()
         current.sessions[database] = session
         if current.ended:  # by another thread, since we looked
             current.clear()

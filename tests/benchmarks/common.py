@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -66,13 +67,16 @@ def quotient(a: float, b: float) -> float:
 
 
 def interleave(cases: Mapping[str, Callable[[], Metrics]], rounds: int, samples: Samples | None = None) -> Samples:
-    """Measure A B C, A B C, ...: what the machine does meanwhile hits every case alike."""
+    """Measure every case in each round: what the machine does meanwhile hits all of them alike. In another order each
+    time, so that none always comes after the same, whose heat it would feel."""
     samples = samples or Samples()
+    for name in cases:
+        samples.values.setdefault(name, {})  # the tables' order
     for number in range(rounds):
-        for name, measure in cases.items():
+        for name in random.Random(number).sample(list(cases), len(cases)):
             progress(f"round {number + 1}/{rounds}: {name}")
             gc.collect()
-            samples.add(name, measure())
+            samples.add(name, cases[name]())
     progress("")
     return samples
 
