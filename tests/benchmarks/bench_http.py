@@ -16,11 +16,11 @@ from collections.abc import Callable
 from functools import partial
 
 from support.gunicorn import Gunicorn
-from support.mariadb import MariaDBServer
 
 from . import plots
-from .apps import APPS, SCHEMA
+from .apps import APPS
 from .common import Metrics, Report, Samples, interleave, options
+from .database import database
 from .wrk import load, server
 
 OURS, READONLY, PATTERN = "dbsession", "dbsession read-only", "the pattern"
@@ -111,16 +111,8 @@ def main() -> None:
     given = options(__doc__, quick_rounds=1)
     report = Report("http", __doc__, given)
     # Eight servers with two workers and 20 connections each, and the control.
-    database = MariaDBServer("--max-connections=1000")
-    try:
-        url = database.create_database("bench")
-        with database.root() as cursor:
-            cursor.execute("USE bench")
-            for statement in SCHEMA:
-                cursor.execute(statement)
+    with database("--max-connections=1000") as (url, _):
         measured = measure_all(report, url, 1 if given.quick else 2)
-    finally:
-        database.close()
     goals(report, measured)
     draw(report, measured)
     report.finish()

@@ -23,11 +23,10 @@ from typing import Any
 
 import gevent
 
-from support.mariadb import MariaDBServer
-
-from .apps import APPS, SCHEMA
+from .apps import APPS
 from .bench_round_trips import request
 from .common import RESULTS, Metrics, Report, interleave, options
+from .database import database
 
 NAMES = ["dbsession", "dbsession read-only", "the pattern"]
 NAMES += ["Flask: dbsession", "Flask: the pattern", "Flask: Flask-SQLAlchemy"]
@@ -95,13 +94,7 @@ def cpu(app: Any, times: int) -> Metrics:
 def main() -> None:
     given = options(__doc__)
     report = Report("profile", __doc__, given)
-    server = MariaDBServer()
-    try:
-        url = server.create_database("bench")
-        with server.root() as cursor:
-            cursor.execute("USE bench")
-            for statement in SCHEMA:
-                cursor.execute(statement)
+    with database() as (url, _):
         apps = {name: APPS[name](url) for name in NAMES}
         for app in apps.values():
             cpu(app, 200)  # connects, and fills SQLAlchemy's caches
@@ -110,8 +103,6 @@ def main() -> None:
         times = 1000 if given.quick else 6000
         used = interleave({name: functools.partial(cpu, app, times) for name, app in apps.items()}, given.rounds)
         report.table("CPU us of a SELECT request", used, COLUMNS)
-    finally:
-        server.close()
     report.finish()
 
 

@@ -15,11 +15,10 @@ monkey.patch_all()
 import warnings
 from typing import Any
 
-from support.mariadb import MariaDBServer
-
 from . import plots
-from .apps import APPS, SCHEMA
+from .apps import APPS
 from .common import Metrics, Report, Samples, options
+from .database import database
 
 COUNTERS = {
     "Questions": "queries",
@@ -92,24 +91,16 @@ def main() -> None:
     report = Report("round_trips", __doc__, given)
     times = 20 if given.quick else 200
     warnings.simplefilter("ignore")  # Flask-SQLAlchemy-Lite's asyncio
-    server = MariaDBServer()
-    try:
-        url = server.create_database("bench")
-        with server.root() as cursor:
-            cursor.execute("USE bench")
-            for statement in SCHEMA:
-                cursor.execute(statement)
-            counters = Counters(cursor)
-            apps = {name: make(url) for name, make in APPS.items() if name != "hello"}
-            measured: dict[str, Samples] = {}
-            for path in ("/select", "/insert", "/nothing"):
-                samples = measured[path] = Samples()
-                for name, app in apps.items():
-                    if name not in SKIPPED.get(path, ()):
-                        samples.add(name, measure(app, path, counters, times))
-                report.table(f"{path} x {times}", samples, {"trips": "round trips", **COUNTERS})
-    finally:
-        server.close()
+    with database() as (url, cursor):
+        counters = Counters(cursor)
+        apps = {name: make(url) for name, make in APPS.items() if name != "hello"}
+        measured: dict[str, Samples] = {}
+        for path in ("/select", "/insert", "/nothing"):
+            samples = measured[path] = Samples()
+            for name, app in apps.items():
+                if name not in SKIPPED.get(path, ()):
+                    samples.add(name, measure(app, path, counters, times))
+            report.table(f"{path} x {times}", samples, {"trips": "round trips", **COUNTERS})
     for text, path, name, goal in (
         ("SELECT", "/select", "dbsession", 2),
         ("SELECT, read-only database", "/select", "dbsession read-only", 1),
