@@ -12,38 +12,14 @@ from sqlalchemy import exc
 from sqlalchemy.pool import QueuePool
 
 from dbsession.pool import FairPool
+from support.pools import Connection, counts, make
 from support.processes import run_python
 from support.waiting import wait_until
-
-
-class Connection:
-    """A DBAPI connection that can be opened, rolled back and closed."""
-
-    opened = 0
-
-    def __init__(self):
-        Connection.opened += 1
-        self.closed = False
-
-    def rollback(self):
-        pass
-
-    def close(self):
-        self.closed = True
-        Connection.opened -= 1
 
 
 @pytest.fixture(autouse=True)
 def none_open():
     Connection.opened = 0
-
-
-def make(size=1, overflow=0, timeout=5.0, creator=Connection, **more):
-    return FairPool(creator, pool_size=size, max_overflow=overflow, timeout=timeout, **more)
-
-
-def counts(pool):
-    return pool.checkedout(), pool.checkedin(), pool.waiting()
 
 
 def take(pool, order, name):

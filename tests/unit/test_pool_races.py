@@ -10,22 +10,8 @@ import gevent
 import pytest
 from sqlalchemy import exc
 
-from dbsession.pool import HOME, FairPool
-
-
-class Connection:
-    """A DBAPI connection that can be opened, rolled back and closed."""
-
-    opened = 0
-
-    def __init__(self):
-        Connection.opened += 1
-
-    def rollback(self):
-        pass
-
-    def close(self):
-        Connection.opened -= 1
+from dbsession.pool import HOME
+from support.pools import Connection, counts, make
 
 
 class Slow(Connection):
@@ -37,14 +23,6 @@ class Slow(Connection):
 @pytest.fixture(autouse=True)
 def none_open():
     Connection.opened = 0
-
-
-def make(size=1, overflow=0, timeout=5.0, creator=Connection, **more):
-    return FairPool(creator, pool_size=size, max_overflow=overflow, timeout=timeout, **more)
-
-
-def counts(pool):
-    return pool.checkedout(), pool.checkedin(), pool.waiting()
 
 
 def take(pool, order, name):
