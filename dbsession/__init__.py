@@ -24,6 +24,7 @@ from dbsession.errors import (
     CommitOutcomeUnknown,
     ConfigError,
     DBSessionError,
+    PoolTimeout,
     RollbackRequired,
     ScopeEnded,
     ScopeRequired,
@@ -32,6 +33,7 @@ from dbsession.errors import (
     UsedInHub,
 )
 from dbsession.manager import SessionManager
+from dbsession.watch.snapshot import Snapshot, snapshot
 from dbsession.wsgi import DBSessionMiddleware
 
 __version__ = "0.1.0"
@@ -42,10 +44,12 @@ __all__ = [
     "DBSessionError",
     "DBSessionMiddleware",
     "DeadlineExceeded",
+    "PoolTimeout",
     "RollbackRequired",
     "ScopeEnded",
     "ScopeRequired",
     "SessionManager",
+    "Snapshot",
     "UnknownDatabase",
     "UnsavedWork",
     "UsedInHub",
@@ -58,5 +62,6 @@ __all__ = [
     "release_dbsession",
     "run_in_transaction",
     "session_scope",
+    "snapshot",
     "transactional",
 ]

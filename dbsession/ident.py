@@ -8,6 +8,7 @@ attribute, so it dies with it and nothing of ours keeps a dead greenlet alive.
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -92,3 +93,20 @@ def dead_idents() -> list[Any]:
             _unlinked.discard(reference)
             dead.append(ident)
     return dead
+
+
+def name_of(greenlet: Any, thread: int) -> str:
+    """What people call this ident: its function and its name, or its thread's, whose native number is `thread`. None
+    is one that has gone."""
+    if greenlet is None:
+        return "a greenlet that is gone"
+    if isinstance(greenlet, gevent.Greenlet):
+        run = getattr(greenlet, "_run", None)  # gone once it has ended; a subclass may override it
+        function = getattr(run, "__qualname__", None) or getattr(getattr(run, "func", None), "__qualname__", None)
+        return f"{function} in {greenlet.name}" if function else str(greenlet.name)
+    if greenlet.parent is not None:
+        return f"a {type(greenlet).__name__} at {id(greenlet):#x}"
+    for known in threading.enumerate():
+        if known.ident == thread:
+            return f"thread {known.name}"
+    return "the main greenlet of a thread"

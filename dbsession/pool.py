@@ -20,6 +20,7 @@ its own hub, and its place is used here.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,15 +28,14 @@ from functools import partial
 from typing import Any
 
 import gevent.hub
-from sqlalchemy import exc
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from dbsession import fork, hub, scope
+from dbsession.errors import PoolTimeout
+from dbsession.holders import HeldConnections
+from dbsession.homes import HOME, discard
 
 Cleaning = Callable[[ConnectionPoolEntry], Callable[[], None] | None]
-
-HOME = "dbsession.home"
-"""Key in a connection's `info`: the hub that it belongs to."""
 
 
 class _PoolWaiter(hub.Waiter):
@@ -83,6 +83,7 @@ class FairPool(QueuePool):
         self._being_cleaned: set[ConnectionPoolEntry] = set()  # one set operation at a time
         self.cleaning: Cleaning | None = None
         """Asked for each returned connection; what it gives does I/O, and runs aside before the next one gets it."""
+        self.held: HeldConnections | None = None
 
     def _do_get(self) -> ConnectionPoolEntry:
         """An idle connection of this hub, or a new one; or wait until it is our turn. Switches greenlets where it
@@ -118,6 +119,7 @@ class FairPool(QueuePool):
 
     def _wait(self, waiter: _PoolWaiter) -> ConnectionPoolEntry | None:
         """A record, or None: the right to open one."""
+        began = time.monotonic()
         try:
             self._settle()
             scope.end_dead()  # what dead raw greenlets hold is given back while we wait, and by nobody else ever
@@ -130,10 +132,14 @@ class FairPool(QueuePool):
                 if waiter.granted:
                     self._give_back(waiter.record)  # it goes to the next one
             raise
+        waited_s = time.monotonic() - began
+        if self.held is not None:
+            self.held.waited(waited_s, in_vain=not waiter.granted)
         if waiter.granted:
             return waiter.record
-        limit = f"QueuePool limit of size {self._size} overflow {self.overflow()} reached"
-        raise exc.TimeoutError(f"{limit}, connection timed out, timeout {self._timeout:.2f}", code="3o7r")
+        if self.held is not None:
+            raise self.held.timeout(self, self.waiting(), waited_s)
+        raise PoolTimeout(None, self._size, self.overflow(), self.checkedout(), self.waiting(), waited_s)
 
     def _leave(self, waiter: _PoolWaiter) -> None:
         """Leave the line, in which one is no more once `granted`."""
@@ -145,7 +151,7 @@ class FairPool(QueuePool):
         """A new connection, in the place that we have, after closing what was there."""
         try:
             if victim is not None:
-                self._discard(victim)
+                discard(victim)
             self._settle()
             return self._create_connection()
         except BaseException:
@@ -257,16 +263,6 @@ class FairPool(QueuePool):
         waiter.granted = True  # last: it is read without the lock
         waiter.wake()
 
-    def _discard(self, record: Any) -> None:
-        """Close the idle connection of another hub: in that hub, or at its descriptor when the hub is gone."""
-        home = record.info.get(HOME)
-        if home is None or home is hub.here():
-            record.close()
-        elif not home.dead:
-            hub.run_aside(record.close, home)
-        else:
-            fork.give_up(record)
-
     def dispose(self) -> None:
         """Close what is idle now, and what is in use when it comes back. Whoever waits here, or holds a reference,
         is still served; nothing is kept."""
@@ -277,12 +273,12 @@ class FairPool(QueuePool):
             self._open -= len(records)
         self._settle()
         for record in records:
-            self._discard(record)
+            discard(record)
 
     def recreate(self) -> FairPool:
         successor = super().recreate()
         assert isinstance(successor, FairPool)
-        successor.cleaning = self.cleaning
+        successor.cleaning, successor.held = self.cleaning, self.held
         return successor
 
     def checkedin(self) -> int:
@@ -293,6 +289,10 @@ class FairPool(QueuePool):
 
     def overflow(self) -> int:
         return self._open - self._size if self._size else 0
+
+    def limit(self) -> int | None:
+        """How many connections there may be; None: any number."""
+        return None if self._limit == float("inf") else int(self._limit)
 
     def waiting(self) -> int:
         """How many wait for a connection."""

@@ -18,8 +18,9 @@ from dbsession import scope, teardown
 from dbsession.config import DatabaseConfig
 from dbsession.connections import READ_TIMEOUT
 from dbsession.errors import ConfigError
+from dbsession.holders import SCOPE
 from dbsession.mysql.connection import Connection as MySQLConnection
-from dbsession.outcome import SCOPE, is_autocommit, wrote
+from dbsession.outcome import is_autocommit, wrote
 
 # The connections of the transactions under way in scopes. SQLAlchemy's own finalizer would roll one back wherever the
 # collector happens to find it, in the Hub or in somebody else's request; pinned here it stays for the scope's end.

@@ -96,6 +96,11 @@ class Connection(Wire):
         return self._settled and not self.server_status & _BUSY and not self._next_transaction_set
 
     @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open, by the server's last answer."""
+        return bool(self.server_status & SERVER_STATUS.SERVER_STATUS_IN_TRANS)
+
+    @property
     def unread(self) -> bool:
         """Whether a server-side stream has not been read to its end."""
         return self._result is not None and bool(self._result.unbuffered_active)

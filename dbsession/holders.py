@@ -1,0 +1,261 @@
+"""Who holds the connections: since when, in which unit of work, taken at which line, and with what they are busy.
+
+    HeldConnections ── _held ──> {pool record: Checkout}      what is in use now
+    Checkout, the note made at the checkout ──> Holder, the picture of it for people and programs
+
+Most notes are never read, so a note costs little and keeps nothing alive: code objects with an offset in place of
+frames, a weak reference to the greenlet, the text of the statement that SQLAlchemy has anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import sqlalchemy
+from gevent import monkey
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+
+from dbsession import ident
+from dbsession.errors import PoolTimeout
+from dbsession.masking import masked
+from dbsession.stats import Stats
+
+_thread: Callable[[], int] = monkey.get_original("_thread", "get_ident")
+
+COMMITTING = "dbsession.committing"
+"""Key in a connection's `info`: a commit was begun that has not succeeded."""
+
+CHECKOUT = "dbsession.checkout"
+"""Key in a connection's `info`: its Checkout while it is in use."""
+
+SCOPE = "dbsession.scope"
+"""Key in a connection's `info`: a weak reference to the scope of the session that uses it."""
+
+STACK_FRAMES = 5
+"""How many frames of the user's own are noted at a checkout: all of them would cost more than the rest of it."""
+
+_WHOLE_STACK = 200
+
+_OURS = tuple(os.path.dirname(os.path.abspath(package)) + os.sep for package in (sqlalchemy.__file__, __file__))
+# Files of SQLAlchemy and of ours, and others: a lookup for each frame instead of a comparison. Written by anybody, a
+# step each; they grow no further than the program's files.
+_inside: set[str] = set()
+_outside: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """One connection in use, at one moment.
+
+    `scope` is what holds it (`GET /orders/7`, the label of a `session_scope()`, or the greenlet's function),
+    `greenlet` who. `state` is "executing", "idle in transaction" or "idle", for `state_s` seconds. `place` is
+    `file:line in function` of the innermost frame outside SQLAlchemy and dbsession at the checkout, and `stack` begins
+    with it and goes outwards. `statement` is the last one, its literals masked, cut at 120 characters.
+    """
+
+    database: str
+    scope: str
+    greenlet: str
+    held_s: float
+    state: str
+    state_s: float
+    place: str
+    stack: tuple[str, ...]
+    statement: str | None
+
+    def __str__(self) -> str:
+        last = f", last statement: {self.statement}" if self.statement else ""
+        return (
+            f"{self.scope} ({self.greenlet}) for {self.held_s:.1f} s, {self.state} for {self.state_s:.1f} s, "
+            f"checked out at {self.place}{last}"
+        )
+
+
+class Checkout:
+    """The note of one checkout. Lives until the connection is given back; written by whoever uses the connection."""
+
+    __slots__ = (
+        "changed",
+        "connection",
+        "executing",
+        "greenlet",
+        "info",
+        "label",
+        "reported",
+        "since",
+        "stack",
+        "statement",
+        "thread",
+    )
+
+    connection: Any
+    info: dict[Any, Any]
+    stack: list[Any]  # code, offset, code, offset ...: innermost first
+    greenlet: weakref.ref[Any] | None
+    thread: int
+    label: str | None  # of the scope in which it was checked out
+    statement: str | None
+    executing: bool
+    since: float  # by time.monotonic(), as `changed`: when `executing` became what it is
+    changed: float
+    reported: tuple[str, ...]  # what the leak watch has said of it
+
+    def state(self) -> str:
+        """What it is busy with: "executing", "committing", "idle in transaction" or "idle"."""
+        if self.executing:
+            return "executing"
+        if COMMITTING in self.info:
+            return "committing"
+        return "idle in transaction" if _in_transaction(self.connection) else "idle"
+
+
+class HeldConnections:
+    """The connections of one engine that are in use. Lives as long as the engine, through forks.
+
+    `_held` is written by the pool's events, one dict operation each; who reads it takes a copy.
+    """
+
+    def __init__(self, name: str, backend: str, stats: Stats) -> None:
+        self.name = name
+        self._is_mysql = backend in ("mysql", "mariadb")
+        self._stats = stats
+        self._held: dict[ConnectionPoolEntry, Checkout] = {}
+        self._frames = STACK_FRAMES
+
+    def checked_out(self, connection: Any, record: ConnectionPoolEntry, _: object) -> None:
+        """The pool's `checkout` event. Called for each: all that is not needed to look at it later is left out."""
+        note = Checkout()
+        note.connection = connection
+        note.info = info = record.info
+        note.statement = None
+        note.executing = False
+        note.reported = ()
+        # Not from the very innermost frame: below Pool.connect() there is nobody else's, and each costs its time.
+        frame: FrameType | None = sys._getframe(3)
+        while frame is not None:
+            file = frame.f_code.co_filename
+            if file not in _inside and (file in _outside or not _is_inside(file)):
+                break
+            frame = frame.f_back
+        stack: list[Any] = []
+        note.stack = stack
+        count = self._frames
+        while frame is not None and count:
+            stack.append(frame.f_code)
+            stack.append(frame.f_lasti)
+            frame = frame.f_back
+            count -= 1
+        note.thread = _thread()
+        try:
+            caller = ident.current()
+            note.greenlet = weakref.ref(caller)
+            note.label = caller._dbsession_scopes[-1].label
+        except RuntimeError:  # the interpreter is shutting down
+            note.greenlet = note.label = None
+        except (AttributeError, IndexError):
+            note.label = None
+        note.since = note.changed = time.monotonic()
+        self._stats.checkouts += 1
+        info[CHECKOUT] = note
+        self._held[record] = note
+
+    def checked_in(self, record: ConnectionPoolEntry) -> Checkout | None:
+        """It was given back, or was lost to the pool in another way; its note, if there was one."""
+        note = self._held.pop(record, None)
+        if note is not None:
+            record.info.pop(CHECKOUT, None)
+            self._stats.holds.add(time.monotonic() - note.since)
+        return note
+
+    def waited(self, seconds: float, in_vain: bool) -> None:
+        """Somebody has waited for a connection."""
+        self._stats.waits.add(seconds)
+        if in_vain:
+            self._stats.timeouts += 1
+
+    def timeout(self, pool: QueuePool, waiting: int, waited_s: float) -> PoolTimeout:
+        """The error for whoever has waited in vain."""
+        sizes = pool.size(), pool.overflow(), pool.checkedout()
+        return PoolTimeout(self.name, *sizes, waiting, waited_s, self.holders())
+
+    def note_whole_stacks(self) -> None:
+        """From now on: after a leak was seen, it is worth its time."""
+        self._frames = _WHOLE_STACK
+
+    def forget(self) -> None:
+        """In a forked child: what was in use belongs to the parent."""
+        self._held = {}
+
+    def notes(self) -> list[Checkout]:
+        """Those in use now, longest first."""
+        while True:
+            try:
+                return sorted(self._held.copy().values(), key=lambda note: note.since)
+            except RuntimeError:  # another thread changed it while it was being copied
+                continue
+
+    def holders(self) -> tuple[Holder, ...]:
+        """The same, as pictures."""
+        now = time.monotonic()
+        return tuple(self.picture(note, now) for note in self.notes())
+
+    def picture(self, note: Checkout, now: float) -> Holder:
+        """`note` for people and programs, at `now` by time.monotonic()."""
+        stack = tuple(_places(note.stack))
+        greenlet = ident.name_of(note.greenlet() if note.greenlet is not None else None, note.thread)
+        home = note.info.get(SCOPE, _nobody)()
+        label = note.label if home is None else home.label
+        implicit = label is None or (home is not None and home.kind == "implicit")
+        return Holder(
+            database=self.name,
+            scope=greenlet if implicit or label is None else label,
+            greenlet=greenlet,
+            held_s=max(0.0, now - note.since),
+            state=note.state(),
+            state_s=max(0.0, now - note.changed),
+            place=stack[0] if stack else "an unknown place",
+            stack=stack,
+            statement=None if note.statement is None else masked(note.statement, self._is_mysql),
+        )
+
+
+def _nobody() -> Any:
+    return None
+
+
+def _is_inside(file: str) -> bool:
+    """Whether code of this file is SQLAlchemy's or ours; some of SQLAlchemy's is generated, and says so in its name."""
+    if file.startswith(_OURS) or (file.startswith("<") and "sqlalchemy." in file):
+        _inside.add(file)
+        return True
+    _outside.add(file)
+    return False
+
+
+def _places(stack: list[Any]) -> Iterator[str]:
+    for code, offset in zip(stack[::2], stack[1::2], strict=True):
+        yield place_of(code, offset)
+
+
+def place_of(code: CodeType, offset: int) -> str:
+    """`file:line in function` of an instruction."""
+    for index, (line, *_) in enumerate(code.co_positions()):
+        if index == offset // 2 and line is not None:
+            return f"{code.co_filename}:{line} in {code.co_qualname}"
+    return f"{code.co_filename}:{code.co_firstlineno} in {code.co_qualname}"
+
+
+def _in_transaction(connection: Any) -> bool:
+    """Whether a transaction is open on this DBAPI connection, as far as its driver tells; else probably."""
+    try:
+        known = getattr(connection, "in_transaction", None)
+        return bool(known) if known is not None else getattr(connection, "autocommit", False) is not True
+    except Exception:  # closed just now
+        return False
