@@ -60,6 +60,12 @@ class ScopeEnded(DBSessionError, RuntimeError):
     code = "DBS-SCOPE-ENDED"
 
 
+class ForeignSession(DBSessionError, RuntimeError):
+    """A session was used by another greenlet or thread than the one whose unit of work it is of (`guard="raise"`)."""
+
+    code = "DBS-FOREIGN"
+
+
 class UnsavedWork(DBSessionError, RuntimeError):
     """`release_dbsession()` would have thrown away work that was not committed. Nothing was changed."""
 

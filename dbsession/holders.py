@@ -9,25 +9,18 @@ frames, a weak reference to the greenlet, the text of the statement that SQLAlch
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import CodeType, FrameType
 from typing import Any
 
-import sqlalchemy
-from gevent import monkey
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
-from dbsession import ident
+from dbsession import ident, places
 from dbsession.errors import PoolTimeout
 from dbsession.masking import masked
 from dbsession.stats import Stats
-
-_thread: Callable[[], int] = monkey.get_original("_thread", "get_ident")
 
 COMMITTING = "dbsession.committing"
 """Key in a connection's `info`: a commit was begun that has not succeeded."""
@@ -42,12 +35,6 @@ STACK_FRAMES = 5
 """How many frames of the user's own are noted at a checkout: all of them would cost more than the rest of it."""
 
 _WHOLE_STACK = 200
-
-_OURS = tuple(os.path.dirname(os.path.abspath(package)) + os.sep for package in (sqlalchemy.__file__, __file__))
-# Files of SQLAlchemy and of ours, and others: a lookup for each frame instead of a comparison. Written by anybody, a
-# step each; they grow no further than the program's files.
-_inside: set[str] = set()
-_outside: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +84,7 @@ class Checkout:
 
     connection: Any
     info: dict[Any, Any]
-    stack: list[Any]  # code, offset, code, offset ...: innermost first
+    stack: places.Noted
     greenlet: weakref.ref[Any] | None
     thread: int
     label: str | None  # of the scope in which it was checked out
@@ -138,21 +125,8 @@ class HeldConnections:
         note.executing = False
         note.reported = ()
         # Not from the very innermost frame: below Pool.connect() there is nobody else's, and each costs its time.
-        frame: FrameType | None = sys._getframe(3)
-        while frame is not None:
-            file = frame.f_code.co_filename
-            if file not in _inside and (file in _outside or not _is_inside(file)):
-                break
-            frame = frame.f_back
-        stack: list[Any] = []
-        note.stack = stack
-        count = self._frames
-        while frame is not None and count:
-            stack.append(frame.f_code)
-            stack.append(frame.f_lasti)
-            frame = frame.f_back
-            count -= 1
-        note.thread = _thread()
+        note.stack = places.noted(sys._getframe(3), self._frames)
+        note.thread = ident.thread()
         try:
             caller = ident.current()
             note.greenlet = weakref.ref(caller)
@@ -208,7 +182,7 @@ class HeldConnections:
 
     def picture(self, note: Checkout, now: float) -> Holder:
         """`note` for people and programs, at `now` by time.monotonic()."""
-        stack = tuple(_places(note.stack))
+        stack = places.written(note.stack)
         greenlet = ident.name_of(note.greenlet() if note.greenlet is not None else None, note.thread)
         home = note.info.get(SCOPE, _nobody)()
         label = note.label if home is None else home.label
@@ -220,7 +194,7 @@ class HeldConnections:
             held_s=max(0.0, now - note.since),
             state=note.state(),
             state_s=max(0.0, now - note.changed),
-            place=stack[0] if stack else "an unknown place",
+            place=stack[0],
             stack=stack,
             statement=None if note.statement is None else masked(note.statement, self._is_mysql),
         )
@@ -228,28 +202,6 @@ class HeldConnections:
 
 def _nobody() -> Any:
     return None
-
-
-def _is_inside(file: str) -> bool:
-    """Whether code of this file is SQLAlchemy's or ours; some of SQLAlchemy's is generated, and says so in its name."""
-    if file.startswith(_OURS) or (file.startswith("<") and "sqlalchemy." in file):
-        _inside.add(file)
-        return True
-    _outside.add(file)
-    return False
-
-
-def _places(stack: list[Any]) -> Iterator[str]:
-    for code, offset in zip(stack[::2], stack[1::2], strict=True):
-        yield place_of(code, offset)
-
-
-def place_of(code: CodeType, offset: int) -> str:
-    """`file:line in function` of an instruction."""
-    for index, (line, *_) in enumerate(code.co_positions()):
-        if index == offset // 2 and line is not None:
-            return f"{code.co_filename}:{line} in {code.co_qualname}"
-    return f"{code.co_filename}:{code.co_firstlineno} in {code.co_qualname}"
 
 
 def _in_transaction(connection: Any) -> bool:

@@ -23,6 +23,9 @@ from dbsession.errors import ScopeRequired, UsedInHub
 # Raises RuntimeError once the interpreter tears greenlets down (greenlet 3.5.1): destructors guard against it.
 current: Callable[[], Any] = greenlet.getcurrent
 
+thread: Callable[[], int] = monkey.get_original("_thread", "get_ident")
+"""The number of the native thread, whatever is patched."""
+
 # The interpreter's own thread-local, patched or not: what it holds is dropped by the thread that ends, while it ends.
 _this_thread: Any = monkey.get_original("_thread", "_local")()
 
@@ -95,9 +98,9 @@ def dead_idents() -> list[Any]:
     return dead
 
 
-def name_of(greenlet: Any, thread: int) -> str:
-    """What people call this ident: its function and its name, or its thread's, whose native number is `thread`. None
-    is one that has gone."""
+def name_of(greenlet: Any, thread_number: int) -> str:
+    """What people call this ident: its function and its name, or the name of its thread, whose native number is
+    `thread_number`. None is one that has gone."""
     if greenlet is None:
         return "a greenlet that is gone"
     if isinstance(greenlet, gevent.Greenlet):
@@ -107,6 +110,6 @@ def name_of(greenlet: Any, thread: int) -> str:
     if greenlet.parent is not None:
         return f"a {type(greenlet).__name__} at {id(greenlet):#x}"
     for known in threading.enumerate():
-        if known.ident == thread:
+        if known.ident == thread_number:
             return f"thread {known.name}"
     return "the main greenlet of a thread"

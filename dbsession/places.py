@@ -1,0 +1,56 @@
+"""Where in the user's own code something happened: noted cheaply, written out when somebody asks."""
+
+from __future__ import annotations
+
+import os
+from types import CodeType, FrameType
+from typing import Any
+
+import sqlalchemy
+
+Noted = list[Any]
+"""Code, offset, code, offset ...: innermost first. It keeps no frame, and so nothing that a frame refers to."""
+
+_OURS = tuple(os.path.dirname(os.path.abspath(package)) + os.sep for package in (sqlalchemy.__file__, __file__))
+# Files of SQLAlchemy and of ours, and others: a lookup for each frame instead of a comparison. Written by anybody, a
+# step each; they grow no further than the program's files.
+_inside: set[str] = set()
+_outside: set[str] = set()
+
+
+def noted(frame: FrameType | None, count: int) -> Noted:
+    """`frame` and its callers, from the first outside SQLAlchemy and dbsession on, `count` at most."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file not in _inside and (file in _outside or not _is_inside(file)):
+            break
+        frame = frame.f_back
+    stack: Noted = []
+    while frame is not None and count:
+        stack.append(frame.f_code)
+        stack.append(frame.f_lasti)
+        frame = frame.f_back
+        count -= 1
+    return stack
+
+
+def _is_inside(file: str) -> bool:
+    """Whether code of this file is SQLAlchemy's or ours; some of SQLAlchemy's is generated, and says so in its name."""
+    if file.startswith(_OURS) or (file.startswith("<") and "sqlalchemy." in file):
+        _inside.add(file)
+        return True
+    _outside.add(file)
+    return False
+
+
+def written(stack: Noted) -> tuple[str, ...]:
+    """Each place as `file:line in function`; at least one."""
+    places = tuple(_place(code, offset) for code, offset in zip(stack[::2], stack[1::2], strict=True))
+    return places or ("an unknown place",)
+
+
+def _place(code: CodeType, offset: int) -> str:
+    for index, (line, *_) in enumerate(code.co_positions()):
+        if index == offset // 2 and line is not None:
+            return f"{code.co_filename}:{line} in {code.co_qualname}"
+    return f"{code.co_filename}:{code.co_firstlineno} in {code.co_qualname}"
