@@ -42,9 +42,9 @@ class Holder:
     """One connection in use, at one moment.
 
     `scope` is what holds it (`GET /orders/7`, the label of a `session_scope()`, or the greenlet's function),
-    `greenlet` who. `state` is "executing", "idle in transaction" or "idle", for `state_s` seconds. `place` is
-    `file:line in function` of the innermost frame outside SQLAlchemy and dbsession at the checkout, and `stack` begins
-    with it and goes outwards. `statement` is the last one, its literals masked, cut at 120 characters.
+    `greenlet` who. `state` is "executing", "committing", "idle in transaction" or "idle", for `state_s` seconds.
+    `place` is `file:line in function` of the innermost frame outside SQLAlchemy and dbsession at the checkout, and
+    `stack` begins with it and goes outwards. `statement` is the last one, its literals masked, cut at 120 characters.
     """
 
     database: str
@@ -58,10 +58,10 @@ class Holder:
     statement: str | None
 
     def __str__(self) -> str:
+        who = self.scope if self.scope == self.greenlet else f"{self.scope} ({self.greenlet})"
         last = f", last statement: {self.statement}" if self.statement else ""
         return (
-            f"{self.scope} ({self.greenlet}) for {self.held_s:.1f} s, {self.state} for {self.state_s:.1f} s, "
-            f"checked out at {self.place}{last}"
+            f"{who} for {self.held_s:.1f} s, {self.state} for {self.state_s:.1f} s, checked out at {self.place}{last}"
         )
 
 
@@ -76,6 +76,7 @@ class Checkout:
         "info",
         "label",
         "reported",
+        "reported_as",
         "since",
         "stack",
         "statement",
@@ -93,6 +94,7 @@ class Checkout:
     since: float  # by time.monotonic(), as `changed`: when `executing` became what it is
     changed: float
     reported: tuple[str, ...]  # what the leak watch has said of it
+    reported_as: str  # whose it was then
 
     def state(self) -> str:
         """What it is busy with: "executing", "committing", "idle in transaction" or "idle"."""
@@ -111,7 +113,7 @@ class HeldConnections:
 
     def __init__(self, name: str, backend: str, stats: Stats) -> None:
         self.name = name
-        self._is_mysql = backend in ("mysql", "mariadb")
+        self._backend = backend
         self._stats = stats
         self._held: dict[ConnectionPoolEntry, Checkout] = {}
         self._frames = STACK_FRAMES
@@ -196,7 +198,7 @@ class HeldConnections:
             state_s=max(0.0, now - note.changed),
             place=stack[0],
             stack=stack,
-            statement=None if note.statement is None else masked(note.statement, self._is_mysql),
+            statement=None if note.statement is None else masked(note.statement, self._backend),
         )
 
 

@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 STATEMENT_CHARS = 120
 _READ_CHARS = 4096  # of what may be megabytes of INSERT
 
-_NUMBER = r"(?<![\w.%:@$?])(?:0x[0-9a-f]+|(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)(?!\w)"
+_NUMBER = r"""(?<![\w.:@$?])
+    (?:0x[0-9a-f_]+|0b[01_]+|0o[0-7_]+|(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:e[-+]?\d+)?)(?!\w)"""
 
-# Read from left to right, so that a quote in a comment or in a name begins no text. Each text may lack its end, where
-# the statement was cut. Group 1 is a name, which stays.
-_MYSQL = re.compile(
-    r"""(`[^`]*(?:`|\Z)) | /\*.*?(?:\*/|\Z) | \#[^\n]* | --(?:\s[^\n]*|\Z)
-    | '(?:[^'\\]|\\.|'')*(?:'|\\?\Z) | "(?:[^"\\]|\\.|"")*(?:"|\\?\Z)
-    | """
-    + _NUMBER,
-    re.IGNORECASE | re.DOTALL | re.VERBOSE,
-)
-_STANDARD = re.compile(
-    r"""("[^"]*(?:"|\Z)|`[^`]*`|\[\w+\]) | /\*.*?(?:\*/|\Z) | --[^\n]*
-    | \be'(?:[^'\\]|\\.|'')*(?:'|\\?\Z) | '[^']*(?:'|\Z) | \$(\w*)\$.*?(?:\$\2\$|\Z)
-    | """
-    + _NUMBER,
-    re.IGNORECASE | re.DOTALL | re.VERBOSE,
-)
+# Comments: one in another is one more or not, by the backend.
+_COMMENT = r"/\*(?:(?!/\*|\*/).)*(?:\*/|/\*.*|\Z)"
+# Texts: whether a backslash before a quote escapes it, a setting of the server's decides.
+_SINGLE = r"'(?:[^'\\]|\\[^']|'')*(?:'|\\'.*|\\?\Z)"
+_DOUBLE = r'"(?:[^"\\]|\\[^"]|"")*(?:"|\\".*|\\?\Z)'
+_BACKTICKS = r"`[^`]*(?:`|\Z)"
 
 
-def masked(statement: str, is_mysql: bool) -> str:
+def _pattern(names: str, *values: str) -> re.Pattern[str]:
+    parts = (f"({names})", _COMMENT, *values, _SINGLE, _NUMBER)
+    return re.compile("|".join(parts), re.IGNORECASE | re.DOTALL | re.VERBOSE)
+
+
+# Each is read from left to right, so that a quote in a comment or in a name begins no text. What may end in two ways
+# hides the rest, and each text may lack its end, where the statement was cut. Group 1 is a name, which stays; what a
+# backend takes for a name or for a text as it pleases, is a text.
+_MYSQL = _pattern(_BACKTICKS, r"\#[^\n]*", r"--(?=[\s\x00-\x1f]|\Z)[^\n]*", _DOUBLE)
+_DOUBLE_IS_TEXT = _pattern(_BACKTICKS, r"--[^\n]*", r"""\[[^]['"]*['"][^]]*\]""", _DOUBLE)
+_STANDARD = _pattern(r'"[^"]*(?:"|\Z)', r"--[^\n\r]*", r"\$((?:[^\W\d]\w*)?)\$.*?(?:\$\2\$|\Z)", r"\bn?q'.*")
+_PATTERNS = {"mysql": _MYSQL, "mariadb": _MYSQL, "sqlite": _DOUBLE_IS_TEXT, "mssql": _DOUBLE_IS_TEXT}
+
+
+def masked(statement: str, backend: str) -> str:
     """`statement` on one line and cut at 120 characters, with `?` for each value in its text, without its comments.
 
     Args:
-        is_mysql: whether a backslash escapes and double quotes hold text, as in MySQL and MariaDB.
+        backend: whose SQL it is: "mysql", "sqlite", "postgresql" ...
     """
-    pattern = _MYSQL if is_mysql else _STANDARD
-    text = " ".join(pattern.sub(_replacement, statement[:_READ_CHARS]).split())
+    return _masked(statement[:_READ_CHARS], backend)
+
+
+@lru_cache(256)  # a pool that is used up is told of to each who waited for it
+def _masked(beginning: str, backend: str) -> str:
+    pattern = _PATTERNS.get(backend, _STANDARD)
+    text = " ".join(pattern.sub(_replacement, beginning).split())
     return text if len(text) <= STATEMENT_CHARS else f"{text[: STATEMENT_CHARS - 1]}…"
 
 

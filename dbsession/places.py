@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
+from itertools import islice
 from types import CodeType, FrameType
 from typing import Any
 
@@ -45,12 +47,12 @@ def _is_inside(file: str) -> bool:
 
 def written(stack: Noted) -> tuple[str, ...]:
     """Each place as `file:line in function`; at least one."""
-    places = tuple(_place(code, offset) for code, offset in zip(stack[::2], stack[1::2], strict=True))
+    pairs = zip(stack[::2], stack[1::2], strict=True)
+    places = tuple(f"{code.co_filename}:{_line(code, offset)} in {code.co_qualname}" for code, offset in pairs)
     return places or ("an unknown place",)
 
 
-def _place(code: CodeType, offset: int) -> str:
-    for index, (line, *_) in enumerate(code.co_positions()):
-        if index == offset // 2 and line is not None:
-            return f"{code.co_filename}:{line} in {code.co_qualname}"
-    return f"{code.co_filename}:{code.co_firstlineno} in {code.co_qualname}"
+@lru_cache(1024)  # a pool that is used up is told of to each who waited for it. (Equal code may be of another file.)
+def _line(code: CodeType, offset: int) -> int:
+    line = next(islice(code.co_positions(), offset // 2, None))[0]
+    return code.co_firstlineno if line is None else line
