@@ -22,9 +22,9 @@ from dbsession.pool import FairPool
 from dbsession.sessions import DatabaseOwner, make_factory
 from dbsession.source import Source
 
-# Every Database of this process that is still referenced, those of earlier configurations included, for the fork
-# hooks. Written when one is made.
-_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+# Every Database of this process that is still referenced, those of earlier configurations included, by weak references.
+# Written when one is made or goes, one set operation each: a WeakSet cannot be read while another thread adds to it.
+_databases: set[weakref.ref[Database]] = set()
 
 
 class Database:
@@ -52,7 +52,7 @@ class Database:
         self.stats = links.stats
         self.held = links.held
         self._links = links
-        _databases.add(self)
+        _databases.add(weakref.ref(self, _databases.discard))
 
     def dispose(self) -> None:
         """Close the idle connections; those in use finish, and are closed on their return (by our own pool; another
@@ -76,7 +76,8 @@ class Database:
 
 
 def all_databases() -> list[Database]:
-    return list(_databases)
+    """Those of this process, in no order."""
+    return [each for each in (reference() for reference in list(_databases)) if each is not None]
 
 
 def close_idle_sqlite_files() -> None:

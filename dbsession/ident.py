@@ -16,7 +16,7 @@ from typing import Any
 import gevent
 import greenlet
 from gevent import monkey
-from gevent.hub import Hub
+from gevent.hub import MAIN_THREAD_IDENT, Hub  # type: ignore[attr-defined]  # tests/unit/test_private_names.py
 
 from dbsession.errors import ScopeRequired, UsedInHub
 
@@ -109,7 +109,9 @@ def name_of(greenlet: Any, thread_number: int) -> str:
         return f"{function} in {greenlet.name}" if function else str(greenlet.name)
     if greenlet.parent is not None:
         return f"a {type(greenlet).__name__} at {id(greenlet):#x}"
+    if monkey.is_module_patched("threading"):  # its threads are greenlets, and its lock may wait
+        return "the main thread" if thread_number == MAIN_THREAD_IDENT else "a thread"
     for known in threading.enumerate():
         if known.ident == thread_number:
             return f"thread {known.name}"
-    return "the main greenlet of a thread"
+    return "a thread"

@@ -8,8 +8,6 @@ import weakref
 from functools import partial
 from typing import Any
 
-import gevent
-
 from dbsession import fork, hub
 from dbsession.config import DatabaseConfig
 from dbsession.holders import Checkout, HeldConnections
@@ -18,8 +16,9 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_S, _SHORTEST_S = 1.0, 0.05  # between two looks
 
-# Every LeakWatch of this process. Written when one is made.
-_watches: weakref.WeakSet[LeakWatch] = weakref.WeakSet()
+# Every LeakWatch of this process, by weak references, one set operation at a time: a WeakSet cannot be read while
+# another thread adds to it.
+_watches: set[weakref.ref[LeakWatch]] = set()
 
 # The epochs in which a watcher was started: one for each process. Written by `setdefault`, one step.
 _started: dict[int, object] = {}
@@ -34,7 +33,7 @@ class LeakWatch:
         self._config = config
         self._held = held
         if config.leak_after_s or config.idle_in_transaction_s:
-            _watches.add(self)
+            _watches.add(weakref.ref(self, _watches.discard))
 
     def look(self) -> float:
         """Report what is held too long now; return when to look again, by time.monotonic(), at the latest."""
@@ -50,38 +49,42 @@ class LeakWatch:
                 if now < since + limit_s:
                     soonest = min(soonest, since + limit_s)
                 elif what == "leak" or note.state() == "idle in transaction":
-                    note.reported += (what,)
                     self._report(what, note, now)
         return soonest
 
     def _report(self, what: str, note: Checkout, now: float) -> None:
+        # Aside, one by one: a log handler may wait, or fail, and that is to cost no other report and no look.
         holder = self._held.picture(note, now)
+        note.reported_as = holder.scope
+        note.reported += (what,)  # last: whoever returns it now reads the other
         if what == "idle":
-            logger.warning(
-                "Database %r: a transaction is open and no statement has run in it for more than "
-                "idle_in_transaction_s=%g s: %s. Commit, roll back or release_dbsession() before slow other work.",
-                holder.database,
-                self._config.idle_in_transaction_s,
-                holder,
+            hub.run_aside(
+                lambda: logger.warning(
+                    "Database %r: a transaction is open and no statement has run in it for more than "
+                    "idle_in_transaction_s=%g s: %s. Commit, roll back or release_dbsession() before slow other work.",
+                    holder.database,
+                    self._config.idle_in_transaction_s,
+                    holder,
+                )
             )
             return
         self._held.note_whole_stacks()
-        logger.warning(
-            "Database %r: a connection has been held for more than leak_after_s=%g s: %s. The stack of its checkout, "
-            "innermost first:\n%s",
-            holder.database,
-            self._config.leak_after_s,
-            holder,
-            "\n".join(f"    {place}" for place in holder.stack),
+        hub.run_aside(
+            lambda: logger.warning(
+                "Database %r: a connection has been held for more than leak_after_s=%g s: %s. The stack of its "
+                "checkout, innermost first:\n%s",
+                holder.database,
+                self._config.leak_after_s,
+                holder,
+                "\n".join(f"    {place}" for place in holder.stack),
+            )
         )
 
     def returned(self, note: Checkout) -> None:
         """A connection that was reported came back. Never waits: it is called in the middle of the return, where a
         kill would cost the connection's place."""
-        now = time.monotonic()
-        scope, held_s = self._held.picture(note, now).scope, now - note.since
-        text = "Database %r: the connection of %s was returned after %.1f s."
-        hub.run_aside(partial(logger.info, text, self._held.name, scope, held_s))
+        text, held_s = "Database %r: the connection of %s was returned after %.1f s.", time.monotonic() - note.since
+        hub.run_aside(partial(logger.info, text, self._held.name, note.reported_as, held_s))
 
 
 def watch() -> None:
@@ -98,21 +101,22 @@ def watch() -> None:
 
 def _look_all() -> float:
     """Look at every database; return the seconds until the next look."""
-    soonest = min((each.look() for each in list(_watches)), default=time.monotonic() + _LONGEST_S)
+    watches = [each for each in (reference() for reference in list(_watches)) if each is not None]
+    soonest = min((each.look() for each in watches), default=time.monotonic() + _LONGEST_S)
     return max(_SHORTEST_S, min(_LONGEST_S, soonest - time.monotonic()))
 
 
 def _look_later(home: Any, epoch: int, seconds: float) -> None:
     global _timer
     _timer = home.loop.timer(seconds, ref=False)
-    _timer.start(gevent.spawn, _look_in_hub, home, epoch)  # in a greenlet: a log handler may wait
+    _timer.start(_look_in_hub, home, epoch)
 
 
 def _look_in_hub(home: Any, epoch: int) -> None:
     pause_s = _LONGEST_S
     try:
         pause_s = _look_all()
-    finally:  # a log handler that fails ends nothing
+    finally:  # Control-C, say, ends what the Hub is doing
         if epoch == fork.epoch:
             _look_later(home, epoch, pause_s)
 

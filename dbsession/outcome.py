@@ -10,6 +10,7 @@ one of those makes SQLAlchemy join two dispatchers, event by event, for each Con
 
 from __future__ import annotations
 
+import time
 import weakref
 from typing import Any
 
@@ -18,7 +19,7 @@ from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
 from dbsession.config import DatabaseConfig
 from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, describe
-from dbsession.holders import COMMITTING, SCOPE
+from dbsession.holders import CHECKOUT, COMMITTING, SCOPE
 from dbsession.mysql import codes
 from dbsession.mysql.connection import Connection as MySQLConnection
 
@@ -96,6 +97,9 @@ class TransactionWatch:
             roll_back(*arguments, **more)
             raise
         info[COMMITTING] = True
+        note = info.get(CHECKOUT)
+        if note is not None:
+            note.changed = time.monotonic()
 
     def _rollback(self, proxied: Any) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import lru_cache
 from itertools import islice
@@ -13,7 +14,10 @@ import sqlalchemy
 Noted = list[Any]
 """Code, offset, code, offset ...: innermost first. It keeps no frame, and so nothing that a frame refers to."""
 
-_OURS = tuple(os.path.dirname(os.path.abspath(package)) + os.sep for package in (sqlalchemy.__file__, __file__))
+_OURS = (
+    *(os.path.dirname(os.path.abspath(package)) + os.sep for package in (sqlalchemy.__file__, __file__)),
+    contextlib.__file__,  # stands between `with engine.begin():` and SQLAlchemy
+)
 # Files of SQLAlchemy and of ours, and others: a lookup for each frame instead of a comparison. Written by anybody, a
 # step each; they grow no further than the program's files.
 _inside: set[str] = set()

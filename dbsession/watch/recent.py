@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from dataclasses import dataclass
 
@@ -28,11 +29,21 @@ class _Keep(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         _kept.append(Warned(record.created, record.levelname, record.name, record.getMessage()))
         last = logging.lastResort
-        if last is not None and not logging.getLogger().handlers and record.levelno >= last.level:
+        if last is not None and record.levelno >= last.level and not _is_handled(logging.getLogger(record.name)):
             last.handle(record)  # which logging would have called, had it found no handler
 
 
+def _is_handled(logger: logging.Logger | None) -> bool:
+    """Whether a handler other than ours gets what this logger is told."""
+    while logger is not None:
+        if any(handler is not _handler for handler in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
+
+
 _handler = _Keep(logging.WARNING)
+os.register_at_fork(after_in_child=_kept.clear)  # they are the parent's
 
 
 def keep() -> None:

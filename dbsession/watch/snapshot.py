@@ -96,7 +96,7 @@ class Snapshot:
     warnings: tuple[Warned, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as dicts, lists, strings and numbers, for `json.dumps`; with the version of this shape."""
+        """The same as dicts, tuples, strings and numbers, for `json.dumps`; with the version of this shape."""
         return {"version": 1, **asdict(self)}
 
 
@@ -132,7 +132,8 @@ def _database(database: Database) -> DatabaseSnapshot:
         backend=database.config.backend,
         size=pool.size() if sized else None,
         limit=pool.limit() if ours else None,
-        in_use=pool.checkedout() if sized else len(database.held.notes()),
+        # Another thread may open one and give it back between the two numbers that this is the difference of.
+        in_use=max(0, pool.checkedout()) if sized else len(database.held.notes()),
         idle=pool.checkedin() if sized else 0,
         waiting=pool.waiting() if ours else 0,
         **{count: getattr(database.stats, count) for count in Stats.COUNTS},
