@@ -31,7 +31,6 @@ import gevent.hub
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from dbsession import fork, hub, scope
-from dbsession.errors import PoolTimeout
 from dbsession.holders import HeldConnections
 from dbsession.homes import HOME, discard
 
@@ -83,9 +82,14 @@ class FairPool(QueuePool):
         self._being_cleaned: set[ConnectionPoolEntry] = set()  # one set operation at a time
         self.cleaning: Cleaning | None = None
         """Asked for each returned connection; what it gives does I/O, and runs aside before the next one gets it."""
-        self.held: HeldConnections | None = None
+        self.held = HeldConnections()
 
     def _do_get(self) -> ConnectionPoolEntry:
+        record = self._take()
+        self.held.taken(record)
+        return record
+
+    def _take(self) -> ConnectionPoolEntry:
         """An idle connection of this hub, or a new one; or wait until it is our turn. Switches greenlets where it
         waits or opens."""
         idle = self._shared or self._idle.get(hub.here())
@@ -106,9 +110,8 @@ class FairPool(QueuePool):
                     self._waiting[waiter] = None
         if again:
             self._settle()
-            return self._do_get()
-        record = None if waiter is None else self._wait(waiter)
-        return record or self._connect(victim)
+            return self._take()
+        return (None if waiter is None else self._wait(waiter)) or self._connect(victim)
 
     def _take_any(self) -> ConnectionPoolEntry | None:
         """The record that was idle longest in some hub."""
@@ -133,13 +136,10 @@ class FairPool(QueuePool):
                     self._give_back(waiter.record)  # it goes to the next one
             raise
         waited_s = time.monotonic() - began
-        if self.held is not None:
-            self.held.waited(waited_s, in_vain=not waiter.granted)
+        self.held.waited(waited_s, in_vain=not waiter.granted)
         if waiter.granted:
             return waiter.record
-        if self.held is not None:
-            raise self.held.timeout(self, self.waiting(), waited_s)
-        raise PoolTimeout(None, self._size, self.overflow(), self.checkedout(), self.waiting(), waited_s)
+        raise self.held.timeout(self, self.waiting(), waited_s)
 
     def _leave(self, waiter: _PoolWaiter) -> None:
         """Leave the line, in which one is no more once `granted`."""
@@ -160,6 +160,7 @@ class FairPool(QueuePool):
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         """Hand a connection to the longest waiter, or keep it idle. Closes one too many; only that may switch."""
+        self.held.returned(record)
         work = None if self.cleaning is None else self.cleaning(record)
         if work is not None:
             self._clean_aside(record, work)
