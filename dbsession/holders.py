@@ -44,9 +44,11 @@ class Holder:
     """One connection in use, at one moment.
 
     `scope` is what holds it (`GET /orders/7`, the label of a `session_scope()`, or the greenlet's function),
-    `greenlet` who. `state` is "executing", "idle in transaction" or "idle", for `state_s` seconds. `place` is
-    `file:line in function` of the innermost frame outside SQLAlchemy and dbsession at the checkout, and `stack` begins
-    with it and goes outwards. `statement` is the last one, its literals masked, cut at 120 characters.
+    `greenlet` who. `state` is "executing", "committing", "idle in transaction" or "idle", and on MySQL and MariaDB
+    "pinging" (the server has not answered yet whether the connection lives) or "streaming" (a server-side cursor is
+    not read to its end); `state_s` how long no statement began or ended. `place` is `file:line in function` of the
+    innermost frame outside SQLAlchemy and dbsession at the checkout, and `stack` begins with it and goes outwards.
+    `statement` is the last one, its literals masked, cut at 120 characters.
     """
 
     database: str
@@ -99,7 +101,7 @@ class Checkout:
     reported: tuple[str, ...]  # what the leak watch has said of it
 
     def state(self) -> str:
-        """What it is busy with: "executing", "committing", "idle in transaction" or "idle"."""
+        """What it is busy with: see `Holder`."""
         if self.executing:
             return "executing"
         record = self.record()
@@ -107,7 +109,12 @@ class Checkout:
             return "idle"
         if COMMITTING in record.info:
             return "committing"
-        return "idle in transaction" if _in_transaction(record.dbapi_connection) else "idle"
+        driver: Any = record.dbapi_connection
+        if getattr(driver, "pinging", False):
+            return "pinging"
+        if getattr(driver, "unread", False):
+            return "streaming"
+        return "idle in transaction" if _in_transaction(driver) else "idle"
 
 
 class HeldConnections:
