@@ -106,6 +106,8 @@ def name_of(greenlet: Any, thread_number: int) -> str:
     if isinstance(greenlet, gevent.Greenlet):
         run = getattr(greenlet, "_run", None)  # gone once it has ended; a subclass may override it
         function = getattr(run, "__qualname__", None) or getattr(getattr(run, "func", None), "__qualname__", None)
+        if function == "Greenlet._run":  # it has ended
+            return str(greenlet.name)
         return f"{function} in {greenlet.name}" if function else str(greenlet.name)
     if greenlet.parent is not None:
         return f"a {type(greenlet).__name__} at {id(greenlet):#x}"

@@ -32,6 +32,7 @@ class LeakWatch:
     def __init__(self, config: DatabaseConfig, held: HeldConnections) -> None:
         self._config = config
         self._held = held
+        held.tell = self._returned
         if config.leak_after_s or config.idle_in_transaction_s:
             _watches.add(weakref.ref(self, _watches.discard))
 
@@ -80,7 +81,7 @@ class LeakWatch:
             )
         )
 
-    def returned(self, note: Checkout) -> None:
+    def _returned(self, note: Checkout) -> None:
         """A connection that was reported came back. Never waits: it is called in the middle of the return, where a
         kill would cost the connection's place."""
         text, held_s = "Database %r: the connection of %s was returned after %.1f s.", time.monotonic() - note.since

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from functools import lru_cache
 from itertools import islice
 from types import CodeType, FrameType
@@ -24,12 +25,45 @@ _inside: set[str] = set()
 _outside: set[str] = set()
 
 
+# A frame object costs as much to make as to be rid of, so those between the pool and the user's code, which are nearly
+# always the same, are skipped: code at the first of these depths -> code at the second -> at the third, wherever all
+# between was SQLAlchemy's and ours. All that are passed are looked at: code at one depth alone may have a listener of
+# the user's below it the next time. Written by anybody, a step each; it grows no further than SQLAlchemy has methods
+# that begin to use a connection.
+_FIRST = 4  # below it there is only the pool
+_DEPTHS = (8, 12, 15)
+_known: dict[int, Any] = {}  # id(code) -> the same, one depth further
+_known_codes: list[CodeType] = []  # so that they keep their ids
+
+
+def noted_from_pool(count: int) -> Noted:
+    """As `noted`, for what is called two calls below SQLAlchemy's `_ConnectionFairy._checkout()`, as it takes a
+    connection."""
+    depth, frame, known = _FIRST, None, _known
+    for next_depth in _DEPTHS:
+        try:
+            next_frame = sys._getframe(next_depth)
+        except ValueError:  # a short stack
+            break
+        deeper = known.get(id(next_frame.f_code))
+        if deeper is None:
+            break
+        depth, frame, known = next_depth, next_frame, deeper
+    else:
+        return noted(frame, count)
+    frame = (frame or sys._getframe(_FIRST)).f_back
+    while frame is not None and is_inside(frame.f_code.co_filename):
+        depth += 1
+        if depth in _DEPTHS:
+            _known_codes.append(frame.f_code)
+            known = known.setdefault(id(frame.f_code), {})
+        frame = frame.f_back
+    return noted(frame, count)
+
+
 def noted(frame: FrameType | None, count: int) -> Noted:
     """`frame` and its callers, from the first outside SQLAlchemy and dbsession on, `count` at most."""
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file not in _inside and (file in _outside or not _is_inside(file)):
-            break
+    while frame is not None and is_inside(frame.f_code.co_filename):
         frame = frame.f_back
     stack: Noted = []
     while frame is not None and count:
@@ -40,13 +74,15 @@ def noted(frame: FrameType | None, count: int) -> Noted:
     return stack
 
 
-def _is_inside(file: str) -> bool:
+def is_inside(file: str) -> bool:
     """Whether code of this file is SQLAlchemy's or ours; some of SQLAlchemy's is generated, and says so in its name."""
-    if file.startswith(_OURS) or (file.startswith("<") and "sqlalchemy." in file):
-        _inside.add(file)
+    if file in _inside:
         return True
-    _outside.add(file)
-    return False
+    if file in _outside:
+        return False
+    inside = file.startswith(_OURS) or (file.startswith("<") and "sqlalchemy." in file)
+    (_inside if inside else _outside).add(file)
+    return inside
 
 
 def written(stack: Noted) -> tuple[str, ...]:

@@ -250,7 +250,7 @@ def test_process_ends_in_silence_while_the_watch_runs(patched, ends, tmp_path):
             global held
             held = dbsession.get_engine().connect()
             held.execute(text("SELECT 1"))
-            wait_until(lambda: not reported or held.info["dbsession.checkout"].reported)
+            wait_until(lambda: not reported or held.connection.record_info["dbsession.checkout"].reported)
         assert leaks._started
         {ends}
         """,
