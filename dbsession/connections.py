@@ -41,6 +41,8 @@ class ConnectionLinks:
 
     def __init__(self, config: DatabaseConfig) -> None:
         self.closing = False
+        self.database: object = None
+        """Kept alive as long as the engine: after configure() somebody may still hold a connection of it."""
         self.stats = Stats()
         self.held = HeldConnections(config.name, config.backend, self.stats)
         self._leaks = leaks.LeakWatch(config, self.held)  # for its life only

@@ -52,6 +52,7 @@ class Database:
         self.stats = links.stats
         self.held = links.held
         self._links = links
+        links.database = self
         _databases.add(weakref.ref(self, _databases.discard))
 
     def dispose(self) -> None:

@@ -142,6 +142,7 @@ class HeldConnections:
         except KeyError:
             note = info[CHECKOUT] = Checkout()
             note.record = weakref.ref(record)
+            note.in_use = False  # until the rest is there, too
             self._notes.add(note)
         note.statement = None
         note.executing = False

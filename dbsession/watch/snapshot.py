@@ -127,13 +127,14 @@ def _database(database: Database) -> DatabaseSnapshot:
     pool: Any = database.engine.pool
     ours = isinstance(pool, FairPool)
     sized = isinstance(pool, QueuePool)
+    # The pool knows of those being opened, the notes of those of the pool before a dispose().
+    in_use = max(len(database.held.notes()), pool.checkedout() if sized else 0)
     return DatabaseSnapshot(
         name=database.name,
         backend=database.config.backend,
         size=pool.size() if sized else None,
         limit=pool.limit() if ours else None,
-        # Another thread may open one and give it back between the two numbers that this is the difference of.
-        in_use=max(0, pool.checkedout()) if sized else len(database.held.notes()),
+        in_use=in_use,
         idle=pool.checkedin() if sized else 0,
         waiting=pool.waiting() if ours else 0,
         **{count: getattr(database.stats, count) for count in Stats.COUNTS},
@@ -152,7 +153,9 @@ def _scopes(now: float) -> Iterable[ScopeSnapshot]:
     for reference in list(_sessions.valuerefs()):
         session: Any = reference()
         scope = session._scope() if isinstance(session, ManagedSession) and session._scope is not None else None
-        if session is not None and scope is not None and session in list(scope.sessions.values()):
+        if scope is None or session._database.inherited:  # the parent's, in a forked child
+            continue
+        if session in list(scope.sessions.values()):
             sessions.setdefault(scope, []).append(SessionSnapshot(session._database.name, session.in_transaction()))
     for scope in sorted(sessions, key=lambda scope: scope.since):
         yield ScopeSnapshot(scope.label, scope.kind, max(0.0, now - scope.since), tuple(sessions[scope]))
