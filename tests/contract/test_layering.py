@@ -38,6 +38,7 @@ ORDER = (
     "api",
     "reply",
     "wsgi",
+    "watch",
     "__init__",
     "flask",
     "gunicorn_hooks",
