@@ -24,6 +24,8 @@ from dbsession.errors import (
     CommitOutcomeUnknown,
     ConfigError,
     DBSessionError,
+    ForeignSession,
+    PoolTimeout,
     RollbackRequired,
     ScopeEnded,
     ScopeRequired,
@@ -32,6 +34,7 @@ from dbsession.errors import (
     UsedInHub,
 )
 from dbsession.manager import SessionManager
+from dbsession.watch.snapshot import Snapshot, snapshot
 from dbsession.wsgi import DBSessionMiddleware
 
 __version__ = "0.1.0"
@@ -42,10 +45,13 @@ __all__ = [
     "DBSessionError",
     "DBSessionMiddleware",
     "DeadlineExceeded",
+    "ForeignSession",
+    "PoolTimeout",
     "RollbackRequired",
     "ScopeEnded",
     "ScopeRequired",
     "SessionManager",
+    "Snapshot",
     "UnknownDatabase",
     "UnsavedWork",
     "UsedInHub",
@@ -58,5 +64,6 @@ __all__ = [
     "release_dbsession",
     "run_in_transaction",
     "session_scope",
+    "snapshot",
     "transactional",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,12 @@ Entry = str | URL | Mapping[str, Any]
 Databases = Mapping[str, Entry] | Callable[[str], Entry | None]
 
 TIMEOUTS = ("connect_timeout_s", "read_timeout_s", "write_timeout_s")
-KEYS = ("url", "options", "session", "busy_timeout_s", "readonly", *TIMEOUTS, "reset", "kill_abandoned", "ping_idle_s")
+WATCH = ("leak_after_s", "idle_in_transaction_s")
+KEYS = (
+    *("url", "options", "session", "busy_timeout_s", "readonly", *TIMEOUTS, "reset", "kill_abandoned", "ping_idle_s"),
+    *(*WATCH, "guard"),
+)
+GUARDS = ("off", "warn", "raise")
 RESETS = ("rollback", "connection")
 
 _LARGEST_S = 31_536_000  # a year, which is also PyMySQL's limit
@@ -31,6 +37,10 @@ class DatabaseConfig:
         options: keyword arguments for `sqlalchemy.create_engine`.
         session: keyword arguments for `sqlalchemy.orm.sessionmaker`.
         busy_timeout_s: seconds that a statement waits for SQLite's write lock.
+        leak_after_s: a connection held longer is reported, once; 0: none is.
+        idle_in_transaction_s: so is one whose transaction is open while no statement has run for so long; 0: none is.
+        guard: what becomes of a Session object used by another greenlet or thread than the one whose scope owns it:
+            "off", "warn" (logged, once a session) or "raise". Without the key the environment's DBSESSION_GUARD.
         readonly: each statement is a transaction of its own, and a write is refused (MySQL, MariaDB, SQLite).
 
     The rest is for MySQL and MariaDB through PyMySQL:
@@ -57,6 +67,9 @@ class DatabaseConfig:
     kill_abandoned: bool = True
     ping_idle_s: float = 1.0
     readonly: bool = False
+    leak_after_s: float = 60.0
+    idle_in_transaction_s: float = 0.0
+    guard: str = "off"
 
     @property
     def isolation_level(self) -> str | None:
@@ -84,7 +97,7 @@ def parse(name: object, entry: object) -> DatabaseConfig:
     if "://" in name:
         raise ConfigError("A database's name looks like a URL: give a mapping of names to URLs, and not the reverse.")
     if isinstance(entry, (str, URL)):
-        return DatabaseConfig(name, _url(name, entry))
+        entry = {"url": entry}
     if not isinstance(entry, Mapping):
         raise ConfigError(
             f"Database {name!r} is configured with a {type(entry).__name__}: give a URL string, a sqlalchemy.URL or a "
@@ -108,7 +121,7 @@ def parse(name: object, entry: object) -> DatabaseConfig:
             )
     url = _url(name, entry["url"])
     rest: dict[str, Any] = {}
-    for key in ("busy_timeout_s", "ping_idle_s"):
+    for key in ("busy_timeout_s", "ping_idle_s", *WATCH):
         if key in entry:
             rest[key] = seconds(name, key, entry[key])
     for key in TIMEOUTS:
@@ -123,6 +136,10 @@ def parse(name: object, entry: object) -> DatabaseConfig:
             if not isinstance(entry[key], bool):
                 raise ConfigError(f"Database {name!r}: `{key}` must be True or False.")
             rest[key] = entry[key]
+    rest["guard"] = entry.get("guard", os.environ.get("DBSESSION_GUARD") or "off")
+    if rest["guard"] not in GUARDS:
+        whose = "`guard`" if "guard" in entry else "DBSESSION_GUARD"
+        raise ConfigError(f"Database {name!r}: {whose} is {shown(rest['guard'])}: give one of {GUARDS}.")
     if rest.get("readonly"):
         _check_readonly(name, url, options)
     return DatabaseConfig(name, url, options, session, **rest)

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
-import gevent.hub
-from gevent import monkey
 from pymysql.cursors import SSCursor
 from sqlalchemy import event
-from sqlalchemy.engine import Engine, ExecutionContext
+from sqlalchemy.engine import Connection, Engine, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
-from dbsession import fork, hub, mysql, sqlite
+from dbsession import fork, leaks, mysql, sqlite
 from dbsession.config import DatabaseConfig
+from dbsession.holders import CHECKOUT, COMMITTING, SCOPE, HeldConnections
+from dbsession.homes import HOME, home_of
 from dbsession.mysql import state
 from dbsession.mysql.connection import Connection as MySQLConnection
-from dbsession.outcome import COMMITTING, DOOMED, SCOPE, TransactionWatch, is_autocommit, wrote
-from dbsession.pool import HOME, FairPool
+from dbsession.outcome import DOOMED, TransactionWatch, is_autocommit, wrote
+from dbsession.pool import FairPool
+from dbsession.stats import Stats
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,10 @@ class ConnectionLinks:
 
     def __init__(self, config: DatabaseConfig) -> None:
         self.closing = False
-        self._connector = mysql.Connector(config) if mysql.uses_pymysql(config) else None
+        self.stats = Stats()
+        self.held = HeldConnections(config.name, config.backend, self.stats)
+        self._leaks = leaks.LeakWatch(config, self.held)  # for its life only
+        self._connector = mysql.Connector(config, self.stats) if mysql.uses_pymysql(config) else None
         self._watch = TransactionWatch(config)
         self._config = config
         self._line: deque[sqlite.Connection] = deque()
@@ -48,10 +53,16 @@ class ConnectionLinks:
     def listen(self, engine: Engine) -> None:
         event.listen(engine, "connect", self._connected)
         event.listen(engine, "checkin", self._returned)
-        # Of the dialect, as why not of the connection see `outcome`.
-        event.listen(engine, "do_execute", self._executing)
-        event.listen(engine, "do_executemany", self._executing)
-        event.listen(engine, "do_execute_no_params", self._executing_without_parameters)
+        event.listen(engine, "invalidate", self._invalidated)
+        # Not by events: they tell of the beginning only, and those that tell of the end cost too much (see `outcome`).
+        dialect: Any = engine.dialect
+        dialect.do_execute = self._watched(dialect.do_execute)
+        dialect.do_executemany = self._watched(dialect.do_executemany)
+        dialect.do_execute_no_params = self._watched(dialect.do_execute_no_params)
+        if isinstance(engine.pool, FairPool):
+            engine.pool.held = self.held
+        else:
+            self.held.listen(engine)
         self._watch.listen(engine)
         if self._connector is not None:
             self._connector.listen(engine)
@@ -69,6 +80,8 @@ class ConnectionLinks:
             self._records[connection] = weakref.ref(record)
         except TypeError:
             pass  # a driver without weak references: after a fork its pool is replaced, and that is all
+        self.stats.connects += 1
+        leaks.watch()
         fork.prepare()
         record.info[HOME] = home_of(connection)
         if self._config.backend == "sqlite":
@@ -85,6 +98,9 @@ class ConnectionLinks:
             connection.read_within(record.info.pop(READ_TIMEOUT))
         if self.closing or (isinstance(connection, MySQLConnection) and not connection.open):
             record.close()
+
+    def _invalidated(self, *_: object) -> None:
+        self.stats.invalidated += 1
 
     def _cleaning(self, record: ConnectionPoolEntry) -> Callable[[], None] | None:
         """What a returned connection needs before somebody else gets it; None: nothing."""
@@ -132,10 +148,36 @@ class ConnectionLinks:
             state.set_up(connection, self._config)
         connection.level_changed = connection.used = False
 
-    def _executing(self, cursor: Any, statement: str, _: Any, context: ExecutionContext) -> bool:
+    def _watched(self, execute: Callable[..., None]) -> Callable[..., None]:
+        """One of the dialect's methods that execute a statement, with a look at it before and after."""
+
+        def watched(cursor: Any, statement: str, *arguments: Any) -> None:
+            context = arguments[-1] if arguments else None  # it stands last, where there is one
+            if not isinstance(context, ExecutionContext):
+                execute(cursor, statement, *arguments)
+                return
+            connection = context.root_connection
+            if self._executing(connection, cursor, statement):
+                return
+            record = connection.connection.record_info
+            note = None if record is None else record.get(CHECKOUT)
+            if note is None:  # SQLAlchemy asks a new server what it can; or it was detached from the pool
+                execute(cursor, statement, *arguments)
+                return
+            note.statement = statement
+            note.executing = True
+            note.changed = time.monotonic()
+            try:
+                execute(cursor, statement, *arguments)
+            finally:
+                note.executing = False
+                note.changed = time.monotonic()
+
+        return watched
+
+    def _executing(self, connection: Connection, cursor: Any, statement: str) -> bool:
         """Refuse what must not be sent, and remember that something was written, so that `release_dbsession()` does
         not throw it away. True: the statement is not to be executed any more."""
-        connection = context.root_connection
         if self._watch.is_doomed(connection):
             if statement.startswith("ROLLBACK TO SAVEPOINT"):
                 # Of a block that the error goes through: its savepoint may be gone, and all is rolled back anyway.
@@ -150,21 +192,13 @@ class ConnectionLinks:
             cursor.connection.stream_of = weakref.ref(connection)
         return False
 
-    def _executing_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> bool:
-        return self._executing(cursor, statement, None, context)
-
     def abandon(self) -> None:
         inherited = [(connection, record()) for connection, record in self._records.items()]
         self._records = weakref.WeakKeyDictionary()
         self._line = deque()
+        self.held.forget()
+        self.stats.reset()
         fork.abandon(inherited)
-
-
-def home_of(connection: Any) -> gevent.hub.Hub | None:
-    """The hub that a DBAPI connection just opened belongs to; None if it has no socket, or one that is not gevent's."""
-    if monkey.is_module_patched("socket") and fork.descriptor_of(connection) is not None:
-        return hub.here()
-    return None
 
 
 _READS = re.compile(

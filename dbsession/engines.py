@@ -49,6 +49,8 @@ class Database:
         self.factory = factory
         self.inherited = False
         self.retired = False
+        self.stats = links.stats
+        self.held = links.held
         self._links = links
         _databases.add(self)
 

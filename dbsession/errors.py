@@ -3,7 +3,7 @@ and ends in a stable code, so that it can be searched for whatever the wording b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -60,6 +60,12 @@ class ScopeEnded(DBSessionError, RuntimeError):
     code = "DBS-SCOPE-ENDED"
 
 
+class ForeignSession(DBSessionError, RuntimeError):
+    """A session was used by another greenlet or thread than the one whose unit of work it is of (`guard="raise"`)."""
+
+    code = "DBS-FOREIGN"
+
+
 class UnsavedWork(DBSessionError, RuntimeError):
     """`release_dbsession()` would have thrown away work that was not committed. Nothing was changed."""
 
@@ -97,6 +103,60 @@ class CommitOutcomeUnknown(exc.OperationalError, DBSessionError):
     def __reduce__(self) -> Any:
         return CommitOutcomeUnknown, self._arguments
 
+
+class PoolTimeout(DBSessionError, exc.TimeoutError):
+    """No connection came free in time. Says who holds those there are, longest first.
+
+    Raised where SQLAlchemy would raise its own TimeoutError. `holders` has a `holders.Holder` for each connection in
+    use, of which the text shows the first 10; `database` is None for a pool that no SessionManager made.
+    """
+
+    code = "DBS-POOL-TIMEOUT"
+
+    def __init__(
+        self,
+        database: str | None,
+        size: int,
+        overflow: int,
+        in_use: int,
+        waiting: int,
+        waited_s: float,
+        holders: Sequence[Any] = (),
+    ) -> None:
+        self._arguments = (database, size, overflow, in_use, waiting, waited_s, tuple(holders))
+        self.database = database
+        self.size = size
+        self.in_use = in_use
+        self.waiting = waiting
+        self.waited_s = waited_s
+        self.holders = tuple(holders)
+        whose = "A pool" if database is None else f"Database {database!r}"
+        lines = [
+            f"{whose}: QueuePool limit of size {size} overflow {overflow} reached, connection timed out after "
+            f"{waited_s:.2f} s with {in_use} in use and {waiting} others waiting."
+        ]
+        if holders:
+            lines[0] += " Held, longest first:"
+            lines += [f"  {holder}" for holder in holders[:SHOWN_HOLDERS]]
+            if len(holders) > SHOWN_HOLDERS:
+                lines.append(f"  and {len(holders) - SHOWN_HOLDERS} more")
+        others = in_use - len(holders)
+        if others > 0 and database is not None:
+            lines.append(f"  {others} more being opened at this moment")
+        lines.append(
+            "Give connections back earlier (commit, release_dbsession(), a shorter session_scope()), or raise "
+            f"`pool_size` or `pool_timeout` in `options`. [{self.code}]"
+        )
+        super().__init__("\n".join(lines))
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    def __reduce__(self) -> Any:
+        return PoolTimeout, self._arguments
+
+
+SHOWN_HOLDERS = 10
 
 MAYBE_COMMITTED = (
     "COMMIT was under way and its answer did not come, so the transaction may have been committed or not: look in the "

@@ -51,7 +51,7 @@ def _response_made(_: Flask, response: Response, **__: Any) -> None:
 def _context_pushed(_: Flask, **__: Any) -> None:
     current = scope.current()
     # A context may be pushed again (`with context:` inside itself); it is popped for good only once.
-    if (current is None or not current.is_request) and "_dbsession_scope" not in g:
+    if (current is None or current.kind != "request") and "_dbsession_scope" not in g:
         opened = block.session_scope("a Flask app context")
         opened.__enter__()
         g._dbsession_scope = opened

@@ -29,7 +29,8 @@ allocate_lock: Callable[[], Any] = monkey.get_original("_thread", "allocate_lock
 TIMEOUT_MAX = 1e6
 """Seconds that count as for ever; below what both kinds of timer take."""
 
-_sleep_thread = monkey.get_original("time", "sleep")
+sleep_thread: Callable[[float], None] = monkey.get_original("time", "sleep")
+"""Stops the whole thread, whatever is patched: for threads of ours."""
 
 
 here: Callable[[], gevent.hub.Hub | None] = get_hub_if_exists
@@ -51,7 +52,7 @@ def timers_run() -> bool:
 def sleep(seconds: float) -> None:
     """Sleep without stopping the hub, where there is one. Switches greenlets there."""
     if here() is None:
-        _sleep_thread(seconds)
+        sleep_thread(seconds)
     else:
         gevent.sleep(seconds)
 

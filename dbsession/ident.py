@@ -8,6 +8,7 @@ attribute, so it dies with it and nothing of ours keeps a dead greenlet alive.
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,9 @@ from dbsession.errors import ScopeRequired, UsedInHub
 
 # Raises RuntimeError once the interpreter tears greenlets down (greenlet 3.5.1): destructors guard against it.
 current: Callable[[], Any] = greenlet.getcurrent
+
+thread: Callable[[], int] = monkey.get_original("_thread", "get_ident")
+"""The number of the native thread, whatever is patched."""
 
 # The interpreter's own thread-local, patched or not: what it holds is dropped by the thread that ends, while it ends.
 _this_thread: Any = monkey.get_original("_thread", "_local")()
@@ -92,3 +96,20 @@ def dead_idents() -> list[Any]:
             _unlinked.discard(reference)
             dead.append(ident)
     return dead
+
+
+def name_of(greenlet: Any, thread_number: int) -> str:
+    """What people call this ident: its function and its name, or the name of its thread, whose native number is
+    `thread_number`. None is one that has gone."""
+    if greenlet is None:
+        return "a greenlet that is gone"
+    if isinstance(greenlet, gevent.Greenlet):
+        run = getattr(greenlet, "_run", None)  # gone once it has ended; a subclass may override it
+        function = getattr(run, "__qualname__", None) or getattr(getattr(run, "func", None), "__qualname__", None)
+        return f"{function} in {greenlet.name}" if function else str(greenlet.name)
+    if greenlet.parent is not None:
+        return f"a {type(greenlet).__name__} at {id(greenlet):#x}"
+    for known in threading.enumerate():
+        if known.ident == thread_number:
+            return f"thread {known.name}"
+    return "the main greenlet of a thread"

@@ -18,14 +18,12 @@ from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
 from dbsession.config import DatabaseConfig
 from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, describe
+from dbsession.holders import COMMITTING, SCOPE
 from dbsession.mysql import codes
 from dbsession.mysql.connection import Connection as MySQLConnection
 
 wrote: weakref.WeakSet[Connection] = weakref.WeakSet()
 """Connections on which something was written in their last transaction. Written by the engine's events."""
-
-COMMITTING = "dbsession.committing"
-"""Key in a connection's `info`: a commit was begun that has not succeeded."""
 
 DOOMED = "dbsession.doomed"
 """Key in a connection's `info`: the error that has undone a part of the transaction under way."""
@@ -184,10 +182,6 @@ class TransactionWatch:
             return CommitOutcomeUnknown(self._name, error, context.is_disconnect)
         error.add_note(f"Database {self._name!r}: {MAYBE_COMMITTED}.")
         return None
-
-
-SCOPE = "dbsession.scope"
-"""Key in a connection's `info`: a weak reference to the scope of the session that uses it."""
 
 
 def _nobody() -> None:

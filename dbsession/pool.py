@@ -13,13 +13,13 @@ that was killed or timed out meanwhile is handed on by that waiter.
 One thing is done without the lock: an idle record is popped, which is one step. It breaks none of this, as it only
 takes away from what is idle; who holds the lock must expect it to go. Nobody adds to `_idle` without the lock.
 
-Under gevent a socket belongs to the hub in which it was opened: another thread that used it would switch to a hub
-that is not its own. So connections are kept per hub, and where only another hub has an idle one it is discarded, in
-its own hub, and its place is used here.
+Connections are kept per hub (see `homes`): where only another hub has an idle one, it is discarded, in its own hub,
+and its place is used here.
 """
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,15 +27,14 @@ from functools import partial
 from typing import Any
 
 import gevent.hub
-from sqlalchemy import exc
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from dbsession import fork, hub, scope
+from dbsession.holders import HeldConnections
+from dbsession.homes import HOME, discard
 
+# Asked for each returned connection; what it gives does I/O, and runs aside before the next one gets it.
 Cleaning = Callable[[ConnectionPoolEntry], Callable[[], None] | None]
-
-HOME = "dbsession.home"
-"""Key in a connection's `info`: the hub that it belongs to."""
 
 
 class _PoolWaiter(hub.Waiter):
@@ -70,21 +69,28 @@ class FairPool(QueuePool):
         **kw: Any,
     ) -> None:
         super().__init__(creator, pool_size, max_overflow, timeout, use_lifo, **kw)
-        self._lock = hub.allocate_lock()
-        self._size = pool_size
-        self._lifo = use_lifo
+        self._size, self._lifo = pool_size, use_lifo
         self._limit = float("inf") if pool_size == 0 or max_overflow < 0 else pool_size + max_overflow
         self._max_idle = pool_size or float("inf")  # 0: disposed, nothing is kept
         self._shared: deque[ConnectionPoolEntry] = deque()
         self._idle: dict[gevent.hub.Hub | None, deque[ConnectionPoolEntry]] = {None: self._shared}
         self._waiting: OrderedDict[_PoolWaiter, None] = OrderedDict()
-        self._open = 0
+        self._open, self._lock = 0, hub.allocate_lock()
         self._returned: deque[ConnectionPoolEntry | None] = deque()
         self._being_cleaned: set[ConnectionPoolEntry] = set()  # one set operation at a time
         self.cleaning: Cleaning | None = None
-        """Asked for each returned connection; what it gives does I/O, and runs aside before the next one gets it."""
+        self.held = HeldConnections()
 
     def _do_get(self) -> ConnectionPoolEntry:
+        record = self._take()
+        try:
+            self.held.taken(record)
+        except BaseException:  # the stack's end, a signal
+            self._give_back(record)
+            raise
+        return record
+
+    def _take(self) -> ConnectionPoolEntry:
         """An idle connection of this hub, or a new one; or wait until it is our turn. Switches greenlets where it
         waits or opens."""
         idle = self._shared or self._idle.get(hub.here())
@@ -105,9 +111,8 @@ class FairPool(QueuePool):
                     self._waiting[waiter] = None
         if again:
             self._settle()
-            return self._do_get()
-        record = None if waiter is None else self._wait(waiter)
-        return record or self._connect(victim)
+            return self._take()
+        return (None if waiter is None else self._wait(waiter)) or self._connect(victim)
 
     def _take_any(self) -> ConnectionPoolEntry | None:
         """The record that was idle longest in some hub."""
@@ -118,6 +123,7 @@ class FairPool(QueuePool):
 
     def _wait(self, waiter: _PoolWaiter) -> ConnectionPoolEntry | None:
         """A record, or None: the right to open one."""
+        began = time.monotonic()
         try:
             self._settle()
             scope.end_dead()  # what dead raw greenlets hold is given back while we wait, and by nobody else ever
@@ -130,10 +136,11 @@ class FairPool(QueuePool):
                 if waiter.granted:
                     self._give_back(waiter.record)  # it goes to the next one
             raise
+        waited_s = time.monotonic() - began
+        self.held.waited(waited_s, in_vain=not waiter.granted)
         if waiter.granted:
             return waiter.record
-        limit = f"QueuePool limit of size {self._size} overflow {self.overflow()} reached"
-        raise exc.TimeoutError(f"{limit}, connection timed out, timeout {self._timeout:.2f}", code="3o7r")
+        raise self.held.timeout(self, self.waiting(), waited_s)
 
     def _leave(self, waiter: _PoolWaiter) -> None:
         """Leave the line, in which one is no more once `granted`."""
@@ -145,7 +152,7 @@ class FairPool(QueuePool):
         """A new connection, in the place that we have, after closing what was there."""
         try:
             if victim is not None:
-                self._discard(victim)
+                discard(victim)
             self._settle()
             return self._create_connection()
         except BaseException:
@@ -154,6 +161,7 @@ class FairPool(QueuePool):
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         """Hand a connection to the longest waiter, or keep it idle. Closes one too many; only that may switch."""
+        self.held.returned(record)
         work = None if self.cleaning is None else self.cleaning(record)
         if work is not None:
             self._clean_aside(record, work)
@@ -237,15 +245,14 @@ class FairPool(QueuePool):
             return True
         home = record.info.get(HOME)
         if self._waiting and self._max_idle:
-            if home is None or next(iter(self._waiting)).home is home:
-                self._grant(record)
-                return True
-            return False
+            if home is not None and next(iter(self._waiting)).home is not home:
+                return False
+            self._grant(record)
+            return True
         if self._open > self._max_idle and self.checkedin() >= self._max_idle:
             return False
         idle = self._idle.get(home)
-        if idle is None:
-            # A hub that is new here: forget those that have nothing left, whose threads may be gone.
+        if idle is None:  # a hub that is new here: forget those that have nothing left, whose threads may be gone
             idle = deque()
             self._idle = {one: kept for one, kept in self._idle.items() if kept or one is None} | {home: idle}
         idle.append(record)
@@ -257,16 +264,6 @@ class FairPool(QueuePool):
         waiter.granted = True  # last: it is read without the lock
         waiter.wake()
 
-    def _discard(self, record: Any) -> None:
-        """Close the idle connection of another hub: in that hub, or at its descriptor when the hub is gone."""
-        home = record.info.get(HOME)
-        if home is None or home is hub.here():
-            record.close()
-        elif not home.dead:
-            hub.run_aside(record.close, home)
-        else:
-            fork.give_up(record)
-
     def dispose(self) -> None:
         """Close what is idle now, and what is in use when it comes back. Whoever waits here, or holds a reference,
         is still served; nothing is kept."""
@@ -277,12 +274,12 @@ class FairPool(QueuePool):
             self._open -= len(records)
         self._settle()
         for record in records:
-            self._discard(record)
+            discard(record)
 
     def recreate(self) -> FairPool:
         successor = super().recreate()
         assert isinstance(successor, FairPool)
-        successor.cleaning = self.cleaning
+        successor.cleaning, successor.held = self.cleaning, self.held
         return successor
 
     def checkedin(self) -> int:
@@ -293,6 +290,10 @@ class FairPool(QueuePool):
 
     def overflow(self) -> int:
         return self._open - self._size if self._size else 0
+
+    def limit(self) -> int | None:
+        """How many connections there may be; None: any number."""
+        return None if self._limit == float("inf") else int(self._limit)
 
     def waiting(self) -> int:
         """How many wait for a connection."""

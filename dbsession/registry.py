@@ -10,6 +10,7 @@ from sqlalchemy.util import ScopedRegistry
 
 from dbsession import hub, ident, scope, teardown
 from dbsession.errors import ScopeEnded
+from dbsession.guard import Opened
 from dbsession.sessions import Database, DatabaseOwner
 
 
@@ -85,6 +86,8 @@ class ScopeRegistry(ScopedRegistry[Any]):
     def _store(self, current: scope.Scope, database: Database, session: Any) -> Any:
         session._scope = weakref.ref(current)
         session._database = database
+        if database.config.guard != "off":
+            session._opened = Opened()
         if current.home is None:
             current.home = hub.here()
         current.sessions[database] = session

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import weakref
 from collections.abc import Mapping
 from functools import lru_cache, partial
@@ -34,8 +35,10 @@ class Scope:
     """One unit of work: a request, a job, or the rest of a greenlet or thread. Ended by `end()`, by the end of its
     greenlet or thread (an implicit one), or when the last reference to it goes.
 
-    `label` is what reports call it, `ended` whether it is over, `outcomes` what became of the last transaction that
-    wrote something to each database: "committed", "rolled back", or "unknown" when the connection was lost at COMMIT.
+    `label` is what reports call it, `kind` what it is: a "request", the "block" of a `session_scope()`, or "implicit";
+    `since` when it began, by time.monotonic(), `ended` whether it is over, `outcomes` what became of the last
+    transaction that wrote something to each database: "committed", "rolled back", or "unknown" when the connection was
+    lost at COMMIT.
     """
 
     __slots__ = (
@@ -44,18 +47,20 @@ class Scope:
         "above",
         "ended",
         "home",
-        "is_request",
+        "kind",
         "label",
         "outcomes",
         "read_timeout_s",
         "sessions",
+        "since",
         "timer",
         "units",
     )
 
-    def __init__(self, label: str, is_request: bool = False, read_timeout_s: float | None = None) -> None:
+    def __init__(self, label: str, kind: str = "block", read_timeout_s: float | None = None) -> None:
         self.label = label
-        self.is_request = is_request
+        self.kind = kind
+        self.since = time.monotonic()
         self.read_timeout_s = read_timeout_s
         self.ended = False
         # These three are replaced and not added to: most scopes never need one of their own.
@@ -188,7 +193,7 @@ def current_or_implicit() -> Scope:
         ident.refuse_hub()
         ident.refuse_pool_job()
         caller = ident.current()
-        scope = Scope(_implicit_label(type(caller).__name__))
+        scope = Scope(_implicit_label(type(caller).__name__), "implicit")
         stack_here().append(scope)  # at the bottom, for good; what is opened above it ends by its own token
         ident.on_end(caller, scope.ident_ended)
     elif scope.ended:
@@ -248,7 +253,7 @@ def begin_request(label: str) -> Scope:
     if stack and stack[-1].ended:  # an exception between two lines of ours may have left it
         stack[:] = [scope for scope in stack if not scope.ended]
     parked = getattr(ident.current(), "_dbsession_parked", ())
-    if parked and not any(scope.is_request for scope in stack):
+    if parked and not any(scope.kind == "request" for scope in stack):
         for reference in list(parked):
             abandoned = reference()
             if abandoned is not None and not abandoned.ended:
@@ -260,4 +265,4 @@ def begin_request(label: str) -> Scope:
                         label,
                     )
                 abandoned.end()
-    return Scope(label, is_request=True)
+    return Scope(label, "request")

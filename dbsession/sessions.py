@@ -18,8 +18,10 @@ from dbsession import scope, teardown
 from dbsession.config import DatabaseConfig
 from dbsession.connections import READ_TIMEOUT
 from dbsession.errors import ConfigError
+from dbsession.guard import guarded
+from dbsession.holders import SCOPE
 from dbsession.mysql.connection import Connection as MySQLConnection
-from dbsession.outcome import SCOPE, is_autocommit, wrote
+from dbsession.outcome import is_autocommit, wrote
 
 # The connections of the transactions under way in scopes. SQLAlchemy's own finalizer would roll one back wherever the
 # collector happens to find it, in the Hub or in somebody else's request; pinned here it stays for the scope's end.
@@ -125,6 +127,8 @@ def make_factory(config: DatabaseConfig, engine: Engine) -> sessionmaker[Any]:
         stock = base.close is Session.close and base.expunge_all is Session.expunge_all
         own = {"_always_closes": not stock}
         managed = type(f"Managed{base.__name__}", (ManagedSession, base), own)
+    if config.guard != "off":
+        managed = guarded(managed, config.name, config.guard)
     factory = SessionFactory(bind=engine, class_=managed, **arguments)
     if config.session:
         try:

@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection
 
 from dbsession import hub
 from dbsession.errors import describe
+from dbsession.stats import Stats
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class SessionKey(Protocol):
 
     name: str
     inherited: bool
+    stats: Stats
 
 
 Sessions = dict[Any, Any]  # SessionKey -> ClosableSession, the used set of one scope
@@ -82,6 +84,7 @@ def close_one(database: SessionKey, session: ClosableSession, label: str, end: f
         failure: BaseException = TimeoutError(f"not closed within {BOUND_S:g} s")
     except BaseException as error:
         failure = error
+    database.stats.teardown_failures += 1
     try:
         # Whatever `close` was, the class's own, a user's that overrides it or one that a test put there: this takes
         # the connections back.

@@ -30,6 +30,8 @@ class Manager(Protocol):
 
     def get(self, name: str) -> Any: ...
 
+    def database(self, name: str) -> Any: ...
+
 
 class Units:
     """Runs units of work on the databases of one manager. Lives as long as it."""
@@ -65,6 +67,7 @@ class Units:
                 again = error
             # Full jitter: those that met at one row must not meet there again. Ten lines of tenacity would be one
             # more package to install, and it catches kills before it lets them go.
+            self._manager.database(name).stats.retries += 1
             pause_s = random.uniform(0, min(_LONGEST_BACKOFF_S, backoff_s * 2 ** (attempt - 1)))
             logger.info("Database %r: %s is run again after %s, attempt %d.", name, label, describe(again), attempt + 1)
             del again

@@ -30,6 +30,7 @@ def databases() -> dict[str, dict[str, Any]]:
         return {
             "url": url,
             "options": {"hide_parameters": True},  # no customer's name in a log
+            "guard": "warn",
             "session": {"expire_on_commit": False},  # an order may be shown after its commit without a query
         }
 

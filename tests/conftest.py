@@ -19,6 +19,7 @@ def pytest_configure() -> None:
     # dbsession reads these; the developer's own must not reach a test.
     for name in [name for name in os.environ if name.startswith("DBSESSION_")]:
         del os.environ[name]
+    os.environ["DBSESSION_GUARD"] = "warn"  # a session that crosses over anywhere in these tests is in their logs
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -11,6 +11,7 @@ from dbsession.config import TIMEOUTS, DatabaseConfig
 from dbsession.mysql import state
 from dbsession.mysql.connection import Connection
 from dbsession.mysql.kill import Killer, side_arguments
+from dbsession.stats import Stats
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,9 @@ def warn_of_what_is_bypassed(config: DatabaseConfig, engine: Engine) -> None:
 class Connector:
     """Opens the connections of one engine, as ours. Lives as long as the engine."""
 
-    def __init__(self, config: DatabaseConfig) -> None:
+    def __init__(self, config: DatabaseConfig, stats: Stats) -> None:
         self._config = config
+        self._stats = stats
         self._killer: Killer | None = None  # made with the first connection, when its arguments are known
 
     def listen(self, engine: Engine) -> None:
@@ -64,7 +66,7 @@ class Connector:
     def _connect(self, *args: Any, **arguments: Any) -> Any:
         if self._config.kill_abandoned:
             if self._killer is None:
-                self._killer = Killer(self._config.name)
+                self._killer = Killer(self._config.name, self._stats)
             self._killer.arguments = side_arguments(arguments)
             self._killer.note_home()
         abandon = self._killer.abandon if self._killer else None

@@ -19,6 +19,7 @@ from pymysql.cursors import Cursor
 from dbsession import fork, hub
 from dbsession.errors import describe
 from dbsession.mysql.connection import Connection
+from dbsession.stats import Stats
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,11 @@ class Killer:
     is a flag: it is only ever tried, never waited for, so it may be held over a switch.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, stats: Stats) -> None:
         self.arguments: dict[str, Any] = {}
         """Of PyMySQL, for the side connection; those of the engine's latest connection."""
         self._name = name
+        self._stats = stats
         self._told = False
         self._forget()
         _killers.add(self)
@@ -128,6 +130,7 @@ class Killer:
                 self._tell("the server shows another client under its thread id")
             else:
                 cursor.execute(f"KILL {thread_id:d}")
+                self._stats.kills += 1
 
     def _tell(self, why: str) -> None:
         if not self._told:

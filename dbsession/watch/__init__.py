@@ -1,1 +1,1 @@
-"""What looks at the databases and at this process from the outside, for those who run it."""
+"""Looking inside: what this process does with its databases, for people and for what scrapes it."""

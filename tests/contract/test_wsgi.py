@@ -51,7 +51,7 @@ def in_use(manager):
 
 def no_request_left():
     """Nothing on this ident but, at most, its implicit scope."""
-    return not any(scope.is_request for scope in scopes.stack_here())
+    return not any(scope.kind == "request" for scope in scopes.stack_here())
 
 
 def plain(body):

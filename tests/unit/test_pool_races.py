@@ -10,7 +10,7 @@ import gevent
 import pytest
 from sqlalchemy import exc
 
-from dbsession.pool import HOME
+from dbsession.homes import HOME
 from support.pools import Connection, counts, make
 
 

@@ -1,0 +1,249 @@
+"""Who holds the connections: since when, in which unit of work, taken at which line, and with what they are busy.
+
+    HeldConnections ── _held ──> {pool record: Checkout}      what is in use now
+    Checkout, the note made at the checkout ──> Holder, the picture of it for people and programs
+
+Most notes are never read, so a note costs little and keeps nothing alive: code objects with an offset in place of
+frames, a weak reference to the greenlet, the text of the statement that SQLAlchemy has anyway.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+
+from dbsession import ident, places
+from dbsession.errors import PoolTimeout
+from dbsession.masking import masked
+from dbsession.stats import Stats
+
+COMMITTING = "dbsession.committing"
+"""Key in a connection's `info`: a commit was begun that has not succeeded."""
+
+CHECKOUT = "dbsession.checkout"
+"""Key in a pool record's `record_info`: its Checkout."""
+
+SCOPE = "dbsession.scope"
+"""Key in a connection's `info`: a weak reference to the scope of the session that uses it."""
+
+STACK_FRAMES = 5
+"""How many frames of the user's own are noted at a checkout: all of them would cost more than the rest of it."""
+
+_WHOLE_STACK = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """One connection in use, at one moment.
+
+    `scope` is what holds it (`GET /orders/7`, the label of a `session_scope()`, or the greenlet's function),
+    `greenlet` who. `state` is "executing", "committing", "idle in transaction" or "idle", and on MySQL and MariaDB
+    "pinging" (the server has not answered yet whether the connection lives) or "streaming" (a server-side cursor is
+    not read to its end); `state_s` how long no statement began or ended. `place` is `file:line in function` of the
+    innermost frame outside SQLAlchemy and dbsession at the checkout, and `stack` begins with it and goes outwards.
+    `statement` is the last one, its literals masked, cut at 120 characters.
+    """
+
+    database: str
+    scope: str
+    greenlet: str
+    held_s: float
+    state: str
+    state_s: float
+    place: str
+    stack: tuple[str, ...]
+    statement: str | None
+
+    def __str__(self) -> str:
+        last = f", last statement: {self.statement}" if self.statement else ""
+        return (
+            f"{self.scope} ({self.greenlet}) for {self.held_s:.1f} s, {self.state} for {self.state_s:.1f} s, "
+            f"checked out at {self.place}{last}"
+        )
+
+
+class Checkout:
+    """The note of one checkout, used again for the next one of the same pool record. Lives as long as the record;
+    written by whoever uses the connection. It keeps nothing alive but code objects and texts."""
+
+    __slots__ = (
+        "__weakref__",
+        "changed",
+        "executing",
+        "greenlet",
+        "in_use",
+        "label",
+        "record",
+        "reported",
+        "since",
+        "stack",
+        "statement",
+        "thread",
+    )
+
+    record: weakref.ref[ConnectionPoolEntry]
+    in_use: bool  # what else is here is of the last checkout; whether it goes on
+    stack: places.Noted
+    greenlet: weakref.ref[Any] | None
+    thread: int
+    label: str | None  # of the scope in which it was checked out
+    statement: str | None
+    executing: bool
+    since: float  # by time.monotonic(), as `changed`: when `executing` became what it is
+    changed: float
+    reported: tuple[str, ...]  # what the leak watch has said of it
+
+    def state(self) -> str:
+        """What it is busy with: see `Holder`."""
+        if self.executing:
+            return "executing"
+        record = self.record()
+        if record is None or record.dbapi_connection is None:
+            return "idle"
+        if COMMITTING in record.info:
+            return "committing"
+        driver: Any = record.dbapi_connection
+        if getattr(driver, "pinging", False):
+            return "pinging"
+        if getattr(driver, "unread", False):
+            return "streaming"
+        return "idle in transaction" if _in_transaction(driver) else "idle"
+
+
+class HeldConnections:
+    """The connections of one engine that are in use. Lives as long as the engine, through forks.
+
+    `_notes` grows with the pool, one set operation at a time; who reads it takes a copy.
+    """
+
+    def __init__(self, name: str | None = None, backend: str = "", stats: Stats | None = None) -> None:
+        self.name = name
+        self._is_mysql = backend in ("mysql", "mariadb")
+        self._stats = stats or Stats()
+        self._notes: weakref.WeakSet[Checkout] = weakref.WeakSet()
+        self._frames = STACK_FRAMES
+        self.tell: Callable[[Checkout], None] | None = None
+        """Called with the note of a connection that comes back after it was reported. Must not wait."""
+
+    def taken(self, record: ConnectionPoolEntry) -> None:
+        """A connection was taken out of the pool. Called for each: all that may be found out later is left out."""
+        info: Any = record.record_info
+        try:
+            note: Checkout = info[CHECKOUT]
+        except KeyError:
+            note = info[CHECKOUT] = Checkout()
+            note.record = weakref.ref(record)
+            self._notes.add(note)
+        note.statement = None
+        note.executing = False
+        note.reported = ()
+        note.stack = places.noted_from_pool(self._frames)
+        note.thread = ident.thread()
+        try:
+            caller = ident.current()
+            note.greenlet = weakref.ref(caller)
+            note.label = caller._dbsession_scopes[-1].label
+        except RuntimeError:  # the interpreter is shutting down
+            note.greenlet = note.label = None
+        except (AttributeError, IndexError):
+            note.label = None
+        note.since = note.changed = time.monotonic()
+        note.in_use = True
+        self._stats.checkouts += 1
+
+    def returned(self, record: ConnectionPoolEntry) -> None:
+        """It was given back, or was lost to the pool in another way."""
+        info: Any = record.record_info
+        note: Checkout | None = info.get(CHECKOUT)
+        if note is None or not note.in_use:
+            return
+        note.in_use = False
+        self._stats.holds.add(time.monotonic() - note.since)
+        if note.reported and self.tell is not None:
+            self.tell(note)
+
+    def listen(self, engine: Engine) -> None:
+        """Follow a pool that does not call `taken` and `returned` itself."""
+        event.listen(engine, "checkout", self._checked_out)
+        event.listen(engine, "checkin", self._checked_in)
+        event.listen(engine, "detach", self._checked_in)
+
+    def _checked_out(self, _: Any, record: ConnectionPoolEntry, __: Any) -> None:
+        self.taken(record)
+
+    def _checked_in(self, _: Any, record: ConnectionPoolEntry) -> None:
+        self.returned(record)
+
+    def waited(self, seconds: float, in_vain: bool) -> None:
+        """Somebody has waited for a connection."""
+        self._stats.waits.add(seconds)
+        if in_vain:
+            self._stats.timeouts += 1
+
+    def timeout(self, pool: QueuePool, waiting: int, waited_s: float) -> PoolTimeout:
+        """The error for whoever has waited in vain."""
+        sizes = pool.size(), pool.overflow(), pool.checkedout()
+        return PoolTimeout(self.name, *sizes, waiting, waited_s, self.holders())
+
+    def note_whole_stacks(self) -> None:
+        """From now on: after a leak was seen, it is worth its time."""
+        self._frames = _WHOLE_STACK
+
+    def forget(self) -> None:
+        """In a forked child: what was in use belongs to the parent."""
+        for note in list(self._notes):
+            note.in_use = False
+        self._notes = weakref.WeakSet()
+
+    def notes(self) -> list[Checkout]:
+        """Those in use now, longest first."""
+        while True:
+            try:
+                return sorted((note for note in list(self._notes) if note.in_use), key=lambda note: note.since)
+            except RuntimeError:  # another thread opened a connection meanwhile
+                continue
+
+    def holders(self) -> tuple[Holder, ...]:
+        """The same, as pictures."""
+        now = time.monotonic()
+        return tuple(self.picture(note, now) for note in self.notes())
+
+    def picture(self, note: Checkout, now: float) -> Holder:
+        """`note` for people and programs, at `now` by time.monotonic()."""
+        stack = places.written(note.stack)
+        greenlet = ident.name_of(note.greenlet() if note.greenlet is not None else None, note.thread)
+        record = note.record()
+        home = None if record is None else record.info.get(SCOPE, _nobody)()
+        label = note.label if home is None else home.label
+        implicit = label is None or (home is not None and home.kind == "implicit")
+        return Holder(
+            database=self.name or "?",
+            scope=greenlet if implicit or label is None else label,
+            greenlet=greenlet,
+            held_s=max(0.0, now - note.since),
+            state=note.state(),
+            state_s=max(0.0, now - note.changed),
+            place=stack[0],
+            stack=stack,
+            statement=None if note.statement is None else masked(note.statement, self._is_mysql),
+        )
+
+
+def _nobody() -> Any:
+    return None
+
+
+def _in_transaction(connection: Any) -> bool:
+    """Whether a transaction is open on this DBAPI connection, as far as its driver tells; else probably."""
+    try:
+        known = getattr(connection, "in_transaction", None)
+        return bool(known) if known is not None else getattr(connection, "autocommit", False) is not True
+    except Exception:  # closed just now
+        return False

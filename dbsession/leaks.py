@@ -1,0 +1,123 @@
+"""The leak watch: says which connections are held too long. It reports, and takes nothing away from anybody."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from functools import partial
+from typing import Any
+
+import gevent
+
+from dbsession import fork, hub
+from dbsession.config import DatabaseConfig
+from dbsession.holders import Checkout, HeldConnections
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_S, _SHORTEST_S = 1.0, 0.05  # between two looks
+
+# Every LeakWatch of this process. Written when one is made.
+_watches: weakref.WeakSet[LeakWatch] = weakref.WeakSet()
+
+# The epochs in which a watcher was started: one for each process. Written by `setdefault`, one step.
+_started: dict[int, object] = {}
+
+_timer: Any = None  # the next look, while it runs in a hub
+
+
+class LeakWatch:
+    """Watches the connections of one engine. Lives as long as the engine, through forks."""
+
+    def __init__(self, config: DatabaseConfig, held: HeldConnections) -> None:
+        self._config = config
+        self._held = held
+        held.tell = self._returned
+        if config.leak_after_s or config.idle_in_transaction_s:
+            _watches.add(self)
+
+    def look(self) -> float:
+        """Report what is held too long now; return when to look again, by time.monotonic(), at the latest."""
+        now = time.monotonic()
+        soonest = now + _LONGEST_S
+        for note in self._held.notes():
+            for limit_s, since, what in (
+                (self._config.leak_after_s, note.since, "leak"),
+                (self._config.idle_in_transaction_s, note.changed, "idle"),
+            ):
+                if not limit_s or what in note.reported:
+                    continue
+                if now < since + limit_s:
+                    soonest = min(soonest, since + limit_s)
+                elif what == "leak" or note.state() == "idle in transaction":
+                    note.reported += (what,)
+                    self._report(what, note, now)
+        return soonest
+
+    def _report(self, what: str, note: Checkout, now: float) -> None:
+        holder = self._held.picture(note, now)
+        if what == "idle":
+            logger.warning(
+                "Database %r: a transaction is open and no statement has run in it for more than "
+                "idle_in_transaction_s=%g s: %s. Commit, roll back or release_dbsession() before slow other work.",
+                holder.database,
+                self._config.idle_in_transaction_s,
+                holder,
+            )
+            return
+        self._held.note_whole_stacks()
+        logger.warning(
+            "Database %r: a connection has been held for more than leak_after_s=%g s: %s. The stack of its checkout, "
+            "innermost first:\n%s",
+            holder.database,
+            self._config.leak_after_s,
+            holder,
+            "\n".join(f"    {place}" for place in holder.stack),
+        )
+
+    def _returned(self, note: Checkout) -> None:
+        """A connection that was reported came back. Never waits: it is called in the middle of the return, where a
+        kill would cost the connection's place."""
+        now = time.monotonic()
+        scope, held_s = self._held.picture(note, now).scope, now - note.since
+        text = "Database %r: the connection of %s was returned after %.1f s."
+        hub.run_aside(partial(logger.info, text, self._held.name, scope, held_s))
+
+
+def watch() -> None:
+    """See to it that this process has its watcher: a timer of the main hub, which keeps no loop running, or a thread
+    of ours where no hub lasts. Called for each new connection, since a process without one has nothing to watch."""
+    token = object()
+    epoch = fork.epoch
+    if epoch not in _started and _watches and _started.setdefault(epoch, token) is token:
+        if hub.lasts():
+            _look_later(hub.here(), epoch, _SHORTEST_S)
+        else:
+            hub.run_in_thread(partial(_look_for_ever, epoch))
+
+
+def _look_all() -> float:
+    """Look at every database; return the seconds until the next look."""
+    soonest = min((each.look() for each in list(_watches)), default=time.monotonic() + _LONGEST_S)
+    return max(_SHORTEST_S, min(_LONGEST_S, soonest - time.monotonic()))
+
+
+def _look_later(home: Any, epoch: int, seconds: float) -> None:
+    global _timer
+    _timer = home.loop.timer(seconds, ref=False)
+    _timer.start(gevent.spawn, _look_in_hub, home, epoch)  # in a greenlet: a log handler may wait
+
+
+def _look_in_hub(home: Any, epoch: int) -> None:
+    pause_s = _LONGEST_S
+    try:
+        pause_s = _look_all()
+    finally:  # a log handler that fails ends nothing
+        if epoch == fork.epoch:
+            _look_later(home, epoch, pause_s)
+
+
+def _look_for_ever(epoch: int) -> None:
+    while epoch == fork.epoch:
+        hub.sleep_thread(_look_all())

@@ -1,0 +1,157 @@
+"""snapshot(): a picture of this process: its pools, its units of work, and who holds which connection."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Private, and the only list there is of the sessions that are alive: one of ours would cost every request its part.
+# tests/unit/test_private_names.py fails loudly when the name goes.
+from sqlalchemy.orm.session import _sessions
+from sqlalchemy.pool import QueuePool
+
+from dbsession import engines
+from dbsession.engines import Database
+from dbsession.holders import Holder
+from dbsession.pool import FairPool
+from dbsession.scope import Scope
+from dbsession.sessions import ManagedSession
+from dbsession.stats import BOUNDS_S, Histogram, Stats, quantile
+from dbsession.watch import recent
+from dbsession.watch.recent import Warned
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramSnapshot:
+    """How often something took how long: `counts[i]` values were at most `bounds_s[i]` seconds (and more than the
+    bound before), the last of `counts` has the rest."""
+
+    bounds_s: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum_s: float
+
+    def quantile(self, q: float) -> float | None:
+        """The seconds below which the part `q` (0 to 1) of the values lies; None: there are none."""
+        return quantile(self.counts, q)
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseSnapshot:
+    """One database's pool and counts, since the process began (or was forked).
+
+    `limit` is how many connections there may be, None: any number; `size` how many are kept. Another pool than ours
+    has no `limit`, and where it has no size, None. `checkouts` ... `retries` are those of `stats.Stats`. `waits` has
+    every checkout, most of them in the first bucket, and who waited in vain.
+    """
+
+    name: str
+    backend: str
+    size: int | None
+    limit: int | None
+    in_use: int
+    idle: int
+    waiting: int
+    checkouts: int
+    connects: int
+    invalidated: int
+    timeouts: int
+    kills: int
+    teardown_failures: int
+    retries: int
+    waits: HistogramSnapshot
+    holds: HistogramSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSnapshot:
+    """One session of a unit of work."""
+
+    database: str
+    in_transaction: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeSnapshot:
+    """One unit of work that has sessions: its label, what it is ("request", "block", "implicit"), how old it is."""
+
+    label: str
+    kind: str
+    age_s: float
+    sessions: tuple[SessionSnapshot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """This process at `time_s` (seconds since 1970). `holders` and `scopes` begin with the oldest; `warnings` are the
+    last ones that dbsession logged, where the inspection socket is on."""
+
+    pid: int
+    time_s: float
+    databases: tuple[DatabaseSnapshot, ...]
+    holders: tuple[Holder, ...]
+    scopes: tuple[ScopeSnapshot, ...]
+    warnings: tuple[Warned, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as dicts, lists, strings and numbers, for `json.dumps`; with the version of this shape."""
+        return {"version": 1, **asdict(self)}
+
+
+def snapshot() -> Snapshot:
+    """A picture of this process, of all its databases. Frozen; it changes no more. Never waits and does no I/O, so it
+    may be called anywhere; each number is right for its moment, and all are of nearly the same one.
+
+    Passwords, parameter values and query strings are not in it.
+    """
+    now = time.monotonic()
+    databases = sorted((each for each in engines.all_databases() if _is_of_interest(each)), key=lambda each: each.name)
+    holders = [holder for database in databases for holder in database.held.holders()]
+    return Snapshot(
+        pid=os.getpid(),
+        time_s=time.time(),
+        databases=tuple(map(_database, databases)),
+        holders=tuple(sorted(holders, key=lambda holder: -holder.held_s)),
+        scopes=tuple(_scopes(now)),
+        warnings=recent.warned(),
+    )
+
+
+def _is_of_interest(database: Database) -> bool:
+    return not database.inherited and (not database.retired or bool(database.held.notes()))
+
+
+def _database(database: Database) -> DatabaseSnapshot:
+    pool: Any = database.engine.pool
+    ours = isinstance(pool, FairPool)
+    sized = isinstance(pool, QueuePool)
+    return DatabaseSnapshot(
+        name=database.name,
+        backend=database.config.backend,
+        size=pool.size() if sized else None,
+        limit=pool.limit() if ours else None,
+        in_use=pool.checkedout() if sized else len(database.held.notes()),
+        idle=pool.checkedin() if sized else 0,
+        waiting=pool.waiting() if ours else 0,
+        **{count: getattr(database.stats, count) for count in Stats.COUNTS},
+        waits=_histogram(database.stats.waits, database.stats.unwaited()),
+        holds=_histogram(database.stats.holds),
+    )
+
+
+def _histogram(histogram: Histogram, besides: int = 0) -> HistogramSnapshot:
+    first, *others = histogram.counts
+    return HistogramSnapshot(BOUNDS_S, (first + besides, *others), histogram.sum_s)
+
+
+def _scopes(now: float) -> Iterable[ScopeSnapshot]:
+    sessions: dict[Scope, list[SessionSnapshot]] = {}
+    for reference in list(_sessions.valuerefs()):
+        session: Any = reference()
+        scope = session._scope() if isinstance(session, ManagedSession) and session._scope is not None else None
+        if session is not None and scope is not None and session in list(scope.sessions.values()):
+            sessions.setdefault(scope, []).append(SessionSnapshot(session._database.name, session.in_transaction()))
+    for scope in sorted(sessions, key=lambda scope: scope.since):
+        yield ScopeSnapshot(scope.label, scope.kind, max(0.0, now - scope.since), tuple(sessions[scope]))
