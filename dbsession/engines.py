@@ -210,6 +210,10 @@ class EngineCache:
         for name in self._source.known():
             self._build(name)
 
+    def known(self) -> list[str]:
+        """The names that are known to exist, sorted: of a callable, those that it was asked for."""
+        return sorted(self._source.known())
+
     def get(self, name: str) -> Database:
         """The Database of `name`, built on first use: once, however many ask at once. May switch greenlets then.
 

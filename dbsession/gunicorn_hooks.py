@@ -14,6 +14,7 @@ from typing import Any
 
 from dbsession import api, scope, wsgi
 from dbsession.mysql import kill
+from dbsession.watch import check
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +30,20 @@ def when_ready(server: Any) -> None:
 def post_worker_init(worker: Any) -> None:
     """The same in a worker, which has just imported the application.
 
+    The first worker that a master starts also looks at its databases as `dbsession check` does, with gunicorn's own
+    settings, and logs what is wrong. It does so aside: neither its start nor that of the others waits for it. Here and
+    not in when_ready(), which gunicorn calls before it forks: the master knows the databases only under preload_app,
+    need not be patched, so that no driver could be judged there, would hold every worker up for as long as a silent
+    server does, and would leave them its connections.
+
     Raises:
         ConfigError: [DBS-CONFIG] it was wrapped with a deadline, and this worker does not run gevent. gunicorn then
             says "Worker failed to boot" and ends.
     """
     wsgi.check_deadlines()
     _close_what_the_import_used()
+    if worker.age == 1:  # counted by the master, over all its workers
+        check.in_worker(worker.cfg)
 
 
 def _close_what_the_import_used() -> None:

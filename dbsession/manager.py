@@ -87,6 +87,11 @@ class SessionManager:
         ready[name] = proxy
         return proxy
 
+    def known(self) -> list[str]:
+        """The names that are known to exist, sorted: of a mapping or the environment all, of a callable those that it
+        was asked for so far. No I/O."""
+        return self._engines.known()
+
     def database(self, name: str) -> Database:
         """The named database, built on first use. Raises UnknownDatabase, ConfigError."""
         return self._engines.get(name)

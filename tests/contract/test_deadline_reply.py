@@ -72,6 +72,7 @@ def test_middleware_off_gevent_wraps_but_refuses_each_request_fast_or_slow():
     """Under --preload the application is wrapped before anything is patched."""
     run_python(
         """
+        from types import SimpleNamespace
         import dbsession, dbsession.gunicorn_hooks as hooks
 
         calls = []
@@ -93,7 +94,7 @@ def test_middleware_off_gevent_wraps_but_refuses_each_request_fast_or_slow():
         from gevent import monkey
 
         monkey.patch_all()
-        hooks.post_worker_init(None)
+        hooks.post_worker_init(SimpleNamespace(age=2))
         del application
         """
     )

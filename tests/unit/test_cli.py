@@ -1,42 +1,100 @@
-"""`dbsession check`, as a user runs it."""
+"""The command line, as a user runs it."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
+from dbsession.watch.findings import LEVELS
 from support.processes import script_env
 
 SECRET = "s3cret"
 
 
-def run(*arguments, **env):
-    command = [sys.executable, "-m", "dbsession", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=script_env(env))
+def run(*arguments, cwd=None, **env):
+    command = [sys.executable, "-W", "error", "-m", "dbsession", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd, env=script_env(env))
 
 
-def test_check_says_how_long_each_database_took(tmp_path):
+def rows(done):
+    """(level, databases, check) of each line of the table that has them."""
+    cells = [re.split(" {2,}", line) for line in done.stdout.splitlines()]
+    return [tuple(row[:3]) for row in cells if row[0] in LEVELS]
+
+
+def test_check_shows_each_database_when_all_is_well(tmp_path):
     done = run("check", DBSESSION_URL=f"sqlite:///{tmp_path}/a.db", DBSESSION_AUDIT_URL=f"sqlite:///{tmp_path}/b.db")
-    assert done.returncode == 0, done.stderr
-    assert [line.split(" ok, ")[0] for line in done.stdout.splitlines()] == ["audit:", "default:"]
+    assert (done.returncode, done.stderr) == (0, ""), done
+    checks = ("reachable", "journal_mode", "writable")
+    assert rows(done) == [("ok", name, check) for name in ("audit", "default") for check in checks]
+    assert done.stdout.splitlines()[-1] == "0 errors, 0 warnings"
 
 
-def test_check_fails_when_one_database_does_and_shows_no_secret(tmp_path):
+def test_check_fails_and_shows_no_secret_when_one_database_does(tmp_path):
     down = f"mysql+pymysql://u:{SECRET}@127.0.0.1:1/db"
-    done = run("check", DBSESSION_URL=f"sqlite:///{tmp_path}/a.db", DBSESSION_DOWN_URL=down, DBSESSION_BAD_URL="x")
+    odd = f"mysql+pymysql://u:p@{SECRET}@127.0.0.1:1/db"  # the password's @ is not encoded: the host has a part of it
+    env = {"DBSESSION_DOWN_URL": down, "DBSESSION_ODD_URL": odd, "DBSESSION_BAD_URL": "x"}
+    done = run("check", DBSESSION_URL=f"sqlite:///{tmp_path}/a.db", **env)
     assert done.returncode == 1
-    assert "default: ok" in done.stdout and "down: no connection, OperationalError (2003)" in done.stderr
-    assert "'bad'" in done.stderr and "[DBS-CONFIG]" in done.stderr and SECRET not in done.stdout + done.stderr
+    assert ("ok", "default", "reachable") in rows(done) and ("error", "down", "reachable") in rows(done)
+    assert "OperationalError (2003)" in done.stdout and "Nothing answers there" in done.stdout
+    assert ("error", "bad", "configuration") in rows(done) and "[DBS-CONFIG]" in done.stdout
+    assert SECRET not in done.stdout + done.stderr
+    assert SECRET not in run("check", "--json", **env).stdout
 
 
-def test_check_of_an_unknown_name_and_of_nothing():
+def test_check_says_what_it_knows_when_the_name_is_unknown_or_there_is_none():
     done = run("check", "orders")
-    assert done.returncode == 1 and "DBSESSION_ORDERS_URL is not set" in done.stderr
+    assert done.returncode == 1 and "DBSESSION_ORDERS_URL is not set" in " ".join(done.stdout.split())
     done = run("check")
-    assert done.returncode == 2 and "DBSESSION_URL" in done.stderr
+    assert done.returncode == 2 and "DBSESSION_URL" in done.stderr and not done.stdout
+
+
+def test_check_finds_a_sqlite_file_that_may_not_be_written(tmp_path):
+    run("check", DBSESSION_URL=f"sqlite:///{tmp_path}/a.db")
+    done = run("check", DBSESSION_URL=f"sqlite:///file:{tmp_path}/a.db?mode=ro&uri=true")
+    assert done.returncode == 1 and ("error", "default", "writable") in rows(done)
+
+
+def test_check_takes_a_mapping_when_config_names_an_attribute(tmp_path):
+    (tmp_path / "conf.py").write_text(
+        f"class Settings:\n    databases = {{'a': 'sqlite:///a.db', 'b': 'mysql+pymysql:{SECRET}'}}\n"
+        "def find(name):\n    return {'c': 'sqlite:///c.db'}.get(name)\n"
+    )
+    done = run("check", "--config", "conf:Settings.databases", cwd=tmp_path)
+    assert done.returncode == 1 and ("ok", "a", "reachable") in rows(done)
+    assert ("error", "b", "configuration") in rows(done) and SECRET not in done.stdout
+    done = run("check", "--config", "conf:Settings.databases", "x", cwd=tmp_path)
+    assert done.returncode == 1 and "No database 'x' is configured. Configured are: 'a', 'b'." in done.stdout
+    assert run("check", "--config", "conf:find", "c", cwd=tmp_path).returncode == 0
+    assert run("check", "--config", "conf:find", cwd=tmp_path).returncode == 2
+
+
+def test_check_takes_what_the_module_configured_when_config_names_a_module(tmp_path):
+    (tmp_path / "app.py").write_text("import dbsession\ndbsession.configure({'a': 'sqlite:///a.db'})\n")
+    done = run("check", "--config", "app", cwd=tmp_path)
+    assert done.returncode == 0 and ("ok", "a", "reachable") in rows(done)
+
+
+def test_check_ends_with_2_and_shows_no_secret_when_config_cannot_be_used(tmp_path):
+    (tmp_path / "fails.py").write_text(f"x = 1\nraise RuntimeError('{SECRET}')\n")
+    (tmp_path / "bad.py").write_text(f"import dbsession\ndbsession.configure({{'a': '{SECRET}'}})\nurl = '{SECRET}'\n")
+    (tmp_path / "wrong.py").write_text(f"url = '{SECRET}'\n")
+    for target, text in {
+        "fails": "fails.py:2",
+        "bad": "[DBS-CONFIG]",
+        "wrong:url": "[DBS-CONFIG]",
+        "wrong:other": "has no 'other'",
+        "missing": "of 'missing'",
+    }.items():
+        done = run("check", "--config", target, cwd=tmp_path)
+        assert done.returncode == 2 and text in done.stderr, done
+        assert SECRET not in done.stdout + done.stderr
 
 
 def test_wrong_usage_ends_with_2():
     assert run().returncode == 2
     assert run("chekc").returncode == 2
+    assert run("check", "--workers=0").returncode == 2
     assert run("--help").returncode == 0

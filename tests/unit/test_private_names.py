@@ -69,6 +69,7 @@ def test_sqlalchemys_pool_calls_what_ours_overrides_and_has_what_ours_copies():
         assert callable(getattr(QueuePool, name))
     for name in ("_creator", "_pre_ping", "_recycle", "_orig_logging_name", "_reset_on_return", "_dialect"):
         assert hasattr(pool, name), name
+    assert pool._max_overflow == 10  # read by watch.facts, as are _recycle and _pre_ping
 
 
 def test_pymysql_sends_and_reads_through_what_our_connection_overrides():
