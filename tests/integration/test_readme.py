@@ -7,6 +7,7 @@ files of these names in a folder of its own and run in a fresh interpreter, wher
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -75,6 +76,41 @@ def app(environ, start_response):
     value = Session.scalar(text("SELECT 41 + 1"))
     start_response("200 OK", [("Content-Type", "text/plain")])
     return [str(value).encode()]
+"""
+
+HOLDING = """\
+import gevent
+from gevent.event import Event
+from sqlalchemy import text
+import dbsession
+options = {"pool_size": 2, "pool_timeout": 0.05}
+dbsession.configure({"default": {"url": "sqlite:///own.db", "options": options}})
+session, end = dbsession.get_dbsession(), Event()
+@dbsession.session_scope("import")
+def nightly():
+    session.execute(text("INSERT INTO orders VALUES (7, 'secret')"))
+    end.wait()
+def order():
+    call({"REQUEST_METHOD": "GET", "PATH_INFO": "/orders/7", "QUERY_STRING": "secret"}, None)
+@dbsession.DBSessionMiddleware
+def call(environ, start_response):
+    app(environ)
+    return []
+def app(environ):
+    session.execute(text("SELECT * FROM orders WHERE id = :id"), {"id": 7}).all()
+    end.wait()
+with dbsession.session_scope("tables"):
+    session.execute(text("CREATE TABLE orders (id INTEGER, note TEXT)"))
+    session.commit()
+for held in (nightly, order):
+    gevent.spawn(held)
+    gevent.sleep(0)
+try:
+    dbsession.get_engine().connect()
+except dbsession.PoolTimeout as timeout:
+    error = timeout
+end.set()
+gevent.wait()
 """
 
 CHECK_ANSWER = """
@@ -164,6 +200,27 @@ assert nothing_open()
     )
 
 
+def test_pool_timeout_shown_is_what_two_holders_give(folder):
+    """But for its times, and for where the file is."""
+    (folder / "jobs.py").write_text(HOLDING)
+    said = run(folder, "import jobs\nprint(jobs.error)").replace(str(folder), "/srv/shop")
+    shown = README.split("<!-- text: pool-timeout -->\n```\n")[1].split("```")[0]
+    times = re.compile(r"\d+\.\d+ s")
+    assert times.sub("s", said) == times.sub("s", shown)
+
+
+def test_snapshot_shown_is_printed(folder):
+    said = run(
+        folder,
+        "from hello import application\nimport dbsession\nget(application, '/')\n"
+        "held = dbsession.get_engine().connect()\n" + BLOCKS["snapshot"],
+    )
+    first, second, holder, *_, whole = said.splitlines()
+    assert first == "default: 1 of 20 in use, 0 waiting"
+    assert re.fullmatch(r"\d checkouts, 0 in vain, 99 % within 0\.\d+ s", second)
+    assert " idle " in holder and json.loads(whole)["holders"]
+
+
 def test_release_gives_the_connection_back_before_the_slow_call(folder):
     run(
         folder,
@@ -237,6 +294,9 @@ def test_knob_table_tells_the_defaults():
         "reset": manager.database("default").config.reset,
         "readonly": manager.database("default").config.readonly,
         "ping_idle_s": f"{manager.database('default').config.ping_idle_s:g}",
+        "leak_after_s": f"{manager.database('default').config.leak_after_s:g}",
+        "idle_in_transaction_s": f"{manager.database('default').config.idle_in_transaction_s:g}",
+        "guard": "off",
         "kill_abandoned": manager.database("default").config.kill_abandoned,
         "charset": mysql.engine_options(manager.database("default").config)["connect_args"]["charset"],
         "pool_size": pool.size(),
@@ -261,7 +321,9 @@ def test_failure_table_has_every_code_and_every_warning():
         for node in ast.walk(ast.parse(module.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "logger.warning":
                 assert isinstance(node.args[0], ast.Constant)
-                assert f"| WARNING `{re.sub('%[rs]', '...', str(node.args[0].value))}` |" in table
+                assert (
+                    f"| WARNING `{re.sub(r'%[rs]|%g', '...', str(node.args[0].value)).replace(chr(10), '')}` |" in table
+                )
                 warnings += 1
     assert warnings == table.count("| WARNING ")
 
