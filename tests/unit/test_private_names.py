@@ -114,3 +114,58 @@ def test_sqlalchemys_session_keeps_whether_it_was_closed_where_ours_says_it_too(
         name for name, value in vars(session).items() if name != "identity_map" and value != before.get(name, value)
     }
     assert changed == {"_close_state"} and not len(session.identity_map)
+
+
+def test_sqlalchemy_keeps_its_live_sessions_in_a_mapping_of_weak_references(tmp_path):
+    """watch.snapshot reads it without waiting, whatever other threads do: `valuerefs()` copies in one step."""
+    import weakref
+
+    from sqlalchemy.orm import Session
+    from sqlalchemy.orm.session import _sessions
+
+    assert type(_sessions) is weakref.WeakValueDictionary
+    session = Session()
+    assert session in [reference() for reference in _sessions.valuerefs()]
+
+
+def test_gevent_knows_the_number_of_the_main_thread():
+    """ident.name_of: what `threading` says of it in a patched process is a greenlet's number."""
+    run_python(
+        """
+        import _thread
+        number = _thread.get_ident()
+        from gevent import monkey
+        monkey.patch_all()
+        import gevent.hub
+        assert gevent.hub.MAIN_THREAD_IDENT == number == monkey.get_original("_thread", "get_ident")()
+        """
+    )
+
+
+def test_sqlalchemys_generated_frames_say_whose_they_are():
+    """places.is_inside: `<sqlalchemy generated ... for sqlalchemy.orm.session...>`; "<string>" might be anybody's."""
+    from sqlalchemy.orm.session import SessionTransaction
+
+    file = SessionTransaction._connection_for_bind.__code__.co_filename
+    assert file.startswith("<sqlalchemy generated") and "sqlalchemy.orm.session" in file
+
+
+def test_checkout_of_sqlalchemys_pool_stands_two_calls_above_the_note(tmp_path):
+    """places.noted_from_pool() begins there: below it there may be nobody else's frame."""
+    import sys
+
+    from dbsession import SessionManager, places
+
+    manager = SessionManager({"default": f"sqlite:///{tmp_path}/a.db"})
+    held = manager.engine().pool.held
+    seen = []
+    original = held.taken
+
+    def taken(record):
+        seen.append(sys._getframe(places._FIRST - 1).f_code.co_name)  # this one is a call nearer
+        original(record)
+
+    held.taken = taken
+    manager.engine().connect().close()
+    assert seen == ["_checkout"]
+    manager.dispose()
