@@ -25,6 +25,7 @@ ORDER = (
     "scope",
     "block",
     "fork",
+    "ticker",
     "masking",
     "places",
     "holders",
@@ -112,7 +113,7 @@ def test_import_brings_in_no_extra() -> None:
         import sys
         import dbsession
 
-        extras = {"gunicorn", "flask", "werkzeug", "prometheus_client"}
+        extras = {"gunicorn", "flask", "werkzeug", "prometheus_client", "opentelemetry"}
         drivers = {"aiomysql", "asyncmy", "aiosqlite", "asyncpg"}
         loaded = {name.partition(".")[0] for name in sys.modules} & (extras | drivers)
         assert not loaded, loaded

@@ -1,0 +1,101 @@
+"""The folder in which the workers of one gunicorn put their metrics for each other.
+
+It is that of prometheus_client's multiprocess mode, which reads PROMETHEUS_MULTIPROC_DIR at its import. So this module
+imports nothing of it, and its `prepare()` runs before anything else does: when gunicorn's configuration file imports
+the hooks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import glob
+import importlib
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from typing import Any
+
+from dbsession.errors import describe
+
+logger = logging.getLogger(__name__)
+
+PATH = "DBSESSION_METRICS"
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+
+_OURS = "dbsession-metrics-"
+"""Beginning of the name of a folder that was made here, and is removed by the last master that uses it."""
+
+_master: Any = None  # gunicorn's arbiter, once it has begun
+_owner = 0  # the process that removes the folder
+
+
+def path() -> str | None:
+    """The path that the environment opts in to; None: off."""
+    return os.environ.get(PATH) or None
+
+
+def folder() -> str | None:
+    """The shared folder; None: this process is alone."""
+    return os.environ.get(FOLDER) or None
+
+
+def prepare() -> None:
+    """Before anything imports prometheus_client: make the folder, where metrics are on. What is wrong is logged, and
+    leaves them off: a server that answers and cannot be watched is better than none."""
+    global _owner
+    if not path():
+        return
+    _owner = os.getpid()
+    wrong = _make()
+    if wrong:
+        logger.warning("DBSESSION_METRICS is ignored, there are no metrics: %s", wrong)
+        del os.environ[PATH]
+    elif os.path.basename(folder() or "").startswith(_OURS):
+        atexit.register(_remove)
+
+
+def _make() -> str | None:
+    """Returns what is wrong."""
+    if not (path() or "").startswith("/"):
+        return "it must be a path that begins with '/', such as /metrics."
+    if importlib.util.find_spec("prometheus_client") is None:
+        return "prometheus_client is not installed: pip install 'dbsession[metrics]'."
+    if folder() is None and "prometheus_client" in sys.modules:
+        return "prometheus_client was imported already: import dbsession.gunicorn_hooks before it."
+    try:
+        if folder() is None:
+            os.environ[FOLDER] = tempfile.mkdtemp(prefix=_OURS)  # of mode 0700
+        os.makedirs(folder() or "", mode=0o700, exist_ok=True)
+    except OSError as error:
+        return f"the folder of PROMETHEUS_MULTIPROC_DIR cannot be made ({describe(error)})."
+    return None
+
+
+def begin(master: Any) -> None:
+    """In gunicorn's master before its workers: empty the folder of what an earlier one has left. Not in the second
+    master of a SIGUSR2, whose workers share it with the first one's, so that the sums go on."""
+    global _master, _owner
+    if not path():
+        return
+    _master, _owner = master, os.getpid()  # `daemon` has forked since prepare()
+    if not master.master_pid:
+        for file in glob.glob(os.path.join(glob.escape(folder() or ""), "*.db")):
+            if not file.endswith(f"_{os.getpid()}.db"):  # of an application that was preloaded
+                os.remove(file)
+
+
+def forget(pid: int) -> None:
+    """In gunicorn's master: a worker has ended. Its counts stay, its gauges go."""
+    if path():
+        multiprocess: Any = importlib.import_module("prometheus_client.multiprocess")
+        multiprocess.mark_process_dead(pid)
+
+
+def _remove() -> None:
+    """At the end of the master, unless there is another one that uses it (SIGUSR2)."""
+    alone = _master is None or not (_master.reexec_pid or _master.master_pid)
+    if os.getpid() == _owner and alone:
+        shutil.rmtree(folder() or "", ignore_errors=True)
