@@ -25,11 +25,7 @@ logger = logging.getLogger(__name__)
 PATH = "DBSESSION_METRICS"
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
-_OURS = "dbsession-metrics-"
-"""Beginning of the name of a folder that was made here, and is removed by the last master that uses it."""
-
-_master: Any = None  # gunicorn's arbiter, once it has begun
-_owner = 0  # the process that removes the folder
+_owner = 0  # the process that removes the folder at its end, if it was made here
 
 
 def path() -> str | None:
@@ -45,20 +41,15 @@ def folder() -> str | None:
 def prepare() -> None:
     """Before anything imports prometheus_client: make the folder, where metrics are on. What is wrong is logged, and
     leaves them off: a server that answers and cannot be watched is better than none."""
-    global _owner
-    if not path():
-        return
-    _owner = os.getpid()
-    wrong = _make()
+    wrong = _make() if path() else None
     if wrong:
         logger.warning("DBSESSION_METRICS is ignored, there are no metrics: %s", wrong)
         del os.environ[PATH]
-    elif os.path.basename(folder() or "").startswith(_OURS):
-        atexit.register(_remove)
 
 
 def _make() -> str | None:
     """Returns what is wrong."""
+    global _owner
     if not (path() or "").startswith("/"):
         return "it must be a path that begins with '/', such as /metrics."
     if importlib.util.find_spec("prometheus_client") is None:
@@ -66,9 +57,13 @@ def _make() -> str | None:
     if folder() is None and "prometheus_client" in sys.modules:
         return "prometheus_client was imported already: import dbsession.gunicorn_hooks before it."
     try:
-        if folder() is None:
-            os.environ[FOLDER] = tempfile.mkdtemp(prefix=_OURS)  # of mode 0700
-        os.makedirs(folder() or "", mode=0o700, exist_ok=True)
+        named = folder()
+        if named is not None:
+            os.makedirs(named, mode=0o700, exist_ok=True)
+        else:
+            made = os.environ[FOLDER] = tempfile.mkdtemp(prefix="dbsession-metrics-")  # of mode 0700
+            _owner = os.getpid()
+            atexit.register(_remove, made)
     except OSError as error:
         return f"the folder of PROMETHEUS_MULTIPROC_DIR cannot be made ({describe(error)})."
     return None
@@ -76,12 +71,10 @@ def _make() -> str | None:
 
 def begin(master: Any) -> None:
     """In gunicorn's master before its workers: empty the folder of what an earlier one has left. Not in the second
-    master of a SIGUSR2, whose workers share it with the first one's, so that the sums go on."""
-    global _master, _owner
-    if not path():
-        return
-    _master, _owner = master, os.getpid()  # `daemon` has forked since prepare()
-    if not master.master_pid:
+    master of a SIGUSR2: if the environment names the folder, the first one's workers count on in it."""
+    global _owner
+    _owner = os.getpid()  # gunicorn's `daemon` has forked since prepare()
+    if path() and not master.master_pid:
         for file in glob.glob(os.path.join(glob.escape(folder() or ""), "*.db")):
             if not file.endswith(f"_{os.getpid()}.db"):  # of an application that was preloaded
                 os.remove(file)
@@ -94,8 +87,7 @@ def forget(pid: int) -> None:
         multiprocess.mark_process_dead(pid)
 
 
-def _remove() -> None:
-    """At the end of the master, unless there is another one that uses it (SIGUSR2)."""
-    alone = _master is None or not (_master.reexec_pid or _master.master_pid)
-    if os.getpid() == _owner and alone:
-        shutil.rmtree(folder() or "", ignore_errors=True)
+def _remove(made: str) -> None:
+    """At the end of the master, and not of its workers, which have inherited this."""
+    if os.getpid() == _owner:
+        shutil.rmtree(made, ignore_errors=True)
