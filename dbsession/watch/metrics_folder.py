@@ -8,11 +8,11 @@ the hooks.
 from __future__ import annotations
 
 import atexit
-import glob
 import importlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 PATH = "DBSESSION_METRICS"
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+
+_FILE = re.compile(r"(?:counter|histogram|summary|gauge_[a-z]+)_([0-9]+)\.db")
+"""What prometheus_client calls its files there: the kind, the process. It is no other `.db` that is removed."""
 
 _owner = 0  # the process that removes the folder at its end, if it was made here
 
@@ -75,8 +78,9 @@ def begin(master: Any) -> None:
     global _owner
     _owner = os.getpid()  # gunicorn's `daemon` has forked since prepare()
     if path() and not master.master_pid:
-        for file in glob.glob(os.path.join(glob.escape(folder() or ""), "*.db")):
-            if not file.endswith(f"_{os.getpid()}.db"):  # of an application that was preloaded
+        for file in os.scandir(folder()):
+            found = _FILE.fullmatch(file.name)
+            if found and int(found[1]) != os.getpid():  # those are of an application that was preloaded
                 os.remove(file)
 
 

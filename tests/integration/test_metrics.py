@@ -217,10 +217,15 @@ def test_metrics_folder_of_the_environment_is_made_or_emptied_at_the_start_and_k
         query(server, 5)
         wait_for(server, 5, "checkouts_total", "default")
     assert list(folder.glob("counter_*.db"))
-    (folder / "notes.txt").touch()
+    for name in ("notes.txt", "shop.db", "counter.db"):
+        (folder / name).touch()
+    (folder / "gauge_livesum_99999999.db").touch()
     with serve(tmp_path, workers=1, PROMETHEUS_MULTIPROC_DIR=str(folder)) as server:
+        assert not (folder / "gauge_livesum_99999999.db").exists()
+        assert all((folder / name).exists() for name in ("notes.txt", "shop.db", "counter.db"))
+        for name in ("shop.db", "counter.db"):  # prometheus_client reads all that end so
+            (folder / name).unlink()
         assert scrape(server)["checkouts_total", "default"] == 0
-        assert (folder / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"DBSESSION_METRICS": "metrics"}, {"PROMETHEUS_MULTIPROC_DIR": "/dev/null/x"}])
