@@ -106,7 +106,11 @@ class Database:
 
 
 def all_databases() -> list[Database]:
-    return list(_databases)
+    while True:
+        try:
+            return list(_databases)
+        except RuntimeError:  # another thread made one meanwhile
+            continue
 
 
 def on_created(listener: Listener) -> None:
