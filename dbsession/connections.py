@@ -43,7 +43,7 @@ class ConnectionLinks:
         self.closing = False
         self.stats = Stats()
         self.held = HeldConnections(config.name, config.backend, self.stats)
-        self._leaks = leaks.LeakWatch(config, self.held)
+        self._leaks = leaks.LeakWatch(config, self.held)  # for its life only
         self._connector = mysql.Connector(config, self.stats) if mysql.uses_pymysql(config) else None
         self._watch = TransactionWatch(config)
         self._config = config
@@ -52,9 +52,7 @@ class ConnectionLinks:
 
     def listen(self, engine: Engine) -> None:
         event.listen(engine, "connect", self._connected)
-        event.listen(engine, "checkout", self.held.checked_out)
         event.listen(engine, "checkin", self._returned)
-        event.listen(engine, "detach", self._detached)
         event.listen(engine, "invalidate", self._invalidated)
         # Not by events: they tell of the beginning only, and those that tell of the end cost too much (see `outcome`).
         dialect: Any = engine.dialect
@@ -63,6 +61,8 @@ class ConnectionLinks:
         dialect.do_execute_no_params = self._watched(dialect.do_execute_no_params)
         if isinstance(engine.pool, FairPool):
             engine.pool.held = self.held
+        else:
+            self.held.listen(engine)
         self._watch.listen(engine)
         if self._connector is not None:
             self._connector.listen(engine)
@@ -90,9 +90,6 @@ class ConnectionLinks:
             state.set_up(connection, self._config)
 
     def _returned(self, connection: Any, record: Any) -> None:
-        note = self.held.checked_in(record)
-        if note is not None and note.reported:
-            self._leaks.returned(note)
         if connection is None:
             return  # invalidated while it was out
         for key in (SCOPE, COMMITTING, DOOMED):
@@ -101,9 +98,6 @@ class ConnectionLinks:
             connection.read_within(record.info.pop(READ_TIMEOUT))
         if self.closing or (isinstance(connection, MySQLConnection) and not connection.open):
             record.close()
-
-    def _detached(self, _: Any, record: Any) -> None:
-        self.held.checked_in(record)  # it is no longer the pool's
 
     def _invalidated(self, *_: object) -> None:
         self.stats.invalidated += 1
@@ -165,11 +159,9 @@ class ConnectionLinks:
             connection = context.root_connection
             if self._executing(connection, cursor, statement):
                 return
-            try:
-                note = connection.info.get(CHECKOUT)
-            except NotImplementedError:  # SQLAlchemy's own, while it asks a new server what it can
-                note = None
-            if note is None:  # or it was detached from the pool
+            record = connection.connection.record_info
+            note = None if record is None else record.get(CHECKOUT)
+            if note is None:  # SQLAlchemy asks a new server what it can; or it was detached from the pool
                 execute(cursor, statement, *arguments)
                 return
             note.statement = statement

@@ -142,7 +142,7 @@ class PoolTimeout(DBSessionError, exc.TimeoutError):
                 lines.append(f"  and {len(holders) - SHOWN_HOLDERS} more")
         others = in_use - len(holders)
         if others > 0 and database is not None:
-            lines.append(f"  {others} being opened or asked whether they live: is the server silent?")
+            lines.append(f"  {others} more being opened at this moment")
         lines.append(
             "Give connections back earlier (commit, release_dbsession(), a shorter session_scope()), or raise "
             f"`pool_size` or `pool_timeout` in `options`. [{self.code}]"

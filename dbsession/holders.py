@@ -9,12 +9,14 @@ frames, a weak reference to the greenlet, the text of the statement that SQLAlch
 
 from __future__ import annotations
 
-import sys
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from dbsession import ident, places
@@ -26,7 +28,7 @@ COMMITTING = "dbsession.committing"
 """Key in a connection's `info`: a commit was begun that has not succeeded."""
 
 CHECKOUT = "dbsession.checkout"
-"""Key in a connection's `info`: its Checkout while it is in use."""
+"""Key in a pool record's `record_info`: its Checkout."""
 
 SCOPE = "dbsession.scope"
 """Key in a connection's `info`: a weak reference to the scope of the session that uses it."""
@@ -42,9 +44,11 @@ class Holder:
     """One connection in use, at one moment.
 
     `scope` is what holds it (`GET /orders/7`, the label of a `session_scope()`, or the greenlet's function),
-    `greenlet` who. `state` is "executing", "idle in transaction" or "idle", for `state_s` seconds. `place` is
-    `file:line in function` of the innermost frame outside SQLAlchemy and dbsession at the checkout, and `stack` begins
-    with it and goes outwards. `statement` is the last one, its literals masked, cut at 120 characters.
+    `greenlet` who. `state` is "executing", "committing", "idle in transaction" or "idle", and on MySQL and MariaDB
+    "pinging" (the server has not answered yet whether the connection lives) or "streaming" (a server-side cursor is
+    not read to its end); `state_s` how long no statement began or ended. `place` is `file:line in function` of the
+    innermost frame outside SQLAlchemy and dbsession at the checkout, and `stack` begins with it and goes outwards.
+    `statement` is the last one, its literals masked, cut at 120 characters.
     """
 
     database: str
@@ -66,15 +70,17 @@ class Holder:
 
 
 class Checkout:
-    """The note of one checkout. Lives until the connection is given back; written by whoever uses the connection."""
+    """The note of one checkout, used again for the next one of the same pool record. Lives as long as the record;
+    written by whoever uses the connection. It keeps nothing alive but code objects and texts."""
 
     __slots__ = (
+        "__weakref__",
         "changed",
-        "connection",
         "executing",
         "greenlet",
-        "info",
+        "in_use",
         "label",
+        "record",
         "reported",
         "since",
         "stack",
@@ -82,8 +88,8 @@ class Checkout:
         "thread",
     )
 
-    connection: Any
-    info: dict[Any, Any]
+    record: weakref.ref[ConnectionPoolEntry]
+    in_use: bool  # what else is here is of the last checkout; whether it goes on
     stack: places.Noted
     greenlet: weakref.ref[Any] | None
     thread: int
@@ -95,37 +101,50 @@ class Checkout:
     reported: tuple[str, ...]  # what the leak watch has said of it
 
     def state(self) -> str:
-        """What it is busy with: "executing", "committing", "idle in transaction" or "idle"."""
+        """What it is busy with: see `Holder`."""
         if self.executing:
             return "executing"
-        if COMMITTING in self.info:
+        record = self.record()
+        if record is None or record.dbapi_connection is None:
+            return "idle"
+        if COMMITTING in record.info:
             return "committing"
-        return "idle in transaction" if _in_transaction(self.connection) else "idle"
+        driver: Any = record.dbapi_connection
+        if getattr(driver, "pinging", False):
+            return "pinging"
+        if getattr(driver, "unread", False):
+            return "streaming"
+        return "idle in transaction" if _in_transaction(driver) else "idle"
 
 
 class HeldConnections:
     """The connections of one engine that are in use. Lives as long as the engine, through forks.
 
-    `_held` is written by the pool's events, one dict operation each; who reads it takes a copy.
+    `_notes` grows with the pool, one set operation at a time; who reads it takes a copy.
     """
 
-    def __init__(self, name: str, backend: str, stats: Stats) -> None:
+    def __init__(self, name: str | None = None, backend: str = "", stats: Stats | None = None) -> None:
         self.name = name
         self._is_mysql = backend in ("mysql", "mariadb")
-        self._stats = stats
-        self._held: dict[ConnectionPoolEntry, Checkout] = {}
+        self._stats = stats or Stats()
+        self._notes: weakref.WeakSet[Checkout] = weakref.WeakSet()
         self._frames = STACK_FRAMES
+        self.tell: Callable[[Checkout], None] | None = None
+        """Called with the note of a connection that comes back after it was reported. Must not wait."""
 
-    def checked_out(self, connection: Any, record: ConnectionPoolEntry, _: object) -> None:
-        """The pool's `checkout` event. Called for each: all that is not needed to look at it later is left out."""
-        note = Checkout()
-        note.connection = connection
-        note.info = info = record.info
+    def taken(self, record: ConnectionPoolEntry) -> None:
+        """A connection was taken out of the pool. Called for each: all that may be found out later is left out."""
+        info: Any = record.record_info
+        try:
+            note: Checkout = info[CHECKOUT]
+        except KeyError:
+            note = info[CHECKOUT] = Checkout()
+            note.record = weakref.ref(record)
+            self._notes.add(note)
         note.statement = None
         note.executing = False
         note.reported = ()
-        # Not from the very innermost frame: below Pool.connect() there is nobody else's, and each costs its time.
-        note.stack = places.noted(sys._getframe(3), self._frames)
+        note.stack = places.noted_from_pool(self._frames)
         note.thread = ident.thread()
         try:
             caller = ident.current()
@@ -136,17 +155,31 @@ class HeldConnections:
         except (AttributeError, IndexError):
             note.label = None
         note.since = note.changed = time.monotonic()
+        note.in_use = True
         self._stats.checkouts += 1
-        info[CHECKOUT] = note
-        self._held[record] = note
 
-    def checked_in(self, record: ConnectionPoolEntry) -> Checkout | None:
-        """It was given back, or was lost to the pool in another way; its note, if there was one."""
-        note = self._held.pop(record, None)
-        if note is not None:
-            record.info.pop(CHECKOUT, None)
-            self._stats.holds.add(time.monotonic() - note.since)
-        return note
+    def returned(self, record: ConnectionPoolEntry) -> None:
+        """It was given back, or was lost to the pool in another way."""
+        info: Any = record.record_info
+        note: Checkout | None = info.get(CHECKOUT)
+        if note is None or not note.in_use:
+            return
+        note.in_use = False
+        self._stats.holds.add(time.monotonic() - note.since)
+        if note.reported and self.tell is not None:
+            self.tell(note)
+
+    def listen(self, engine: Engine) -> None:
+        """Follow a pool that does not call `taken` and `returned` itself."""
+        event.listen(engine, "checkout", self._checked_out)
+        event.listen(engine, "checkin", self._checked_in)
+        event.listen(engine, "detach", self._checked_in)
+
+    def _checked_out(self, _: Any, record: ConnectionPoolEntry, __: Any) -> None:
+        self.taken(record)
+
+    def _checked_in(self, _: Any, record: ConnectionPoolEntry) -> None:
+        self.returned(record)
 
     def waited(self, seconds: float, in_vain: bool) -> None:
         """Somebody has waited for a connection."""
@@ -165,14 +198,16 @@ class HeldConnections:
 
     def forget(self) -> None:
         """In a forked child: what was in use belongs to the parent."""
-        self._held = {}
+        for note in list(self._notes):
+            note.in_use = False
+        self._notes = weakref.WeakSet()
 
     def notes(self) -> list[Checkout]:
         """Those in use now, longest first."""
         while True:
             try:
-                return sorted(self._held.copy().values(), key=lambda note: note.since)
-            except RuntimeError:  # another thread changed it while it was being copied
+                return sorted((note for note in list(self._notes) if note.in_use), key=lambda note: note.since)
+            except RuntimeError:  # another thread opened a connection meanwhile
                 continue
 
     def holders(self) -> tuple[Holder, ...]:
@@ -184,11 +219,12 @@ class HeldConnections:
         """`note` for people and programs, at `now` by time.monotonic()."""
         stack = places.written(note.stack)
         greenlet = ident.name_of(note.greenlet() if note.greenlet is not None else None, note.thread)
-        home = note.info.get(SCOPE, _nobody)()
+        record = note.record()
+        home = None if record is None else record.info.get(SCOPE, _nobody)()
         label = note.label if home is None else home.label
         implicit = label is None or (home is not None and home.kind == "implicit")
         return Holder(
-            database=self.name,
+            database=self.name or "?",
             scope=greenlet if implicit or label is None else label,
             greenlet=greenlet,
             held_s=max(0.0, now - note.since),

@@ -26,6 +26,7 @@ class LeakWatch:
     def __init__(self, config: DatabaseConfig, held: HeldConnections) -> None:
         self._config = config
         self._held = held
+        held.tell = self._returned
         if config.leak_after_s or config.idle_in_transaction_s:
             _watches.add(self)
 
@@ -68,7 +69,7 @@ class LeakWatch:
             "\n".join(f"    {place}" for place in holder.stack),
         )
 
-    def returned(self, note: Checkout) -> None:
+    def _returned(self, note: Checkout) -> None:
         """A connection that was reported came back. Never waits: it is called in the middle of the return, where a
         kill would cost the connection's place."""
         now = time.monotonic()

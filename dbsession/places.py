@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from types import CodeType, FrameType
 from typing import Any
 
@@ -18,12 +19,37 @@ _inside: set[str] = set()
 _outside: set[str] = set()
 
 
+# Code of callers between which and the pool there is nobody else's, by their depth. A frame object costs as much to
+# make as to be rid of, so that those between, which are nearly always the same, are skipped. Written by anybody, a
+# step each; no more entries than SQLAlchemy has methods that begin to use a connection.
+_FIRST = 4  # below it there is only the pool
+_DEPTHS = (15, 12, 8)
+_known: dict[int, CodeType] = {}  # by id(code) * 16 + depth; a code object that is kept keeps its id
+
+
+def noted_from_pool(count: int) -> Noted:
+    """As `noted`, for what is called two calls below SQLAlchemy's `_ConnectionFairy._checkout()`, as it takes a
+    connection."""
+    for depth in _DEPTHS:
+        try:
+            frame = sys._getframe(depth)
+        except ValueError:  # a short stack
+            continue
+        if id(frame.f_code) * 16 + depth in _known:
+            return noted(frame.f_back, count)
+    learned: FrameType | None = sys._getframe(_FIRST)
+    depth = _FIRST
+    while learned is not None and is_inside(learned.f_code.co_filename):
+        if depth in _DEPTHS:
+            _known[id(learned.f_code) * 16 + depth] = learned.f_code
+        learned = learned.f_back
+        depth += 1
+    return noted(learned, count)
+
+
 def noted(frame: FrameType | None, count: int) -> Noted:
     """`frame` and its callers, from the first outside SQLAlchemy and dbsession on, `count` at most."""
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file not in _inside and (file in _outside or not _is_inside(file)):
-            break
+    while frame is not None and is_inside(frame.f_code.co_filename):
         frame = frame.f_back
     stack: Noted = []
     while frame is not None and count:
@@ -34,13 +60,15 @@ def noted(frame: FrameType | None, count: int) -> Noted:
     return stack
 
 
-def _is_inside(file: str) -> bool:
+def is_inside(file: str) -> bool:
     """Whether code of this file is SQLAlchemy's or ours; some of SQLAlchemy's is generated, and says so in its name."""
-    if file.startswith(_OURS) or (file.startswith("<") and "sqlalchemy." in file):
-        _inside.add(file)
+    if file in _inside:
         return True
-    _outside.add(file)
-    return False
+    if file in _outside:
+        return False
+    inside = file.startswith(_OURS) or (file.startswith("<") and "sqlalchemy." in file)
+    (_inside if inside else _outside).add(file)
+    return inside
 
 
 def written(stack: Noted) -> tuple[str, ...]:

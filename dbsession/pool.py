@@ -13,9 +13,8 @@ that was killed or timed out meanwhile is handed on by that waiter.
 One thing is done without the lock: an idle record is popped, which is one step. It breaks none of this, as it only
 takes away from what is idle; who holds the lock must expect it to go. Nobody adds to `_idle` without the lock.
 
-Under gevent a socket belongs to the hub in which it was opened: another thread that used it would switch to a hub
-that is not its own. So connections are kept per hub, and where only another hub has an idle one it is discarded, in
-its own hub, and its place is used here.
+Connections are kept per hub (see `homes`): where only another hub has an idle one, it is discarded, in its own hub,
+and its place is used here.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ import gevent.hub
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from dbsession import fork, hub, scope
-from dbsession.errors import PoolTimeout
 from dbsession.holders import HeldConnections
 from dbsession.homes import HOME, discard
 
+# Asked for each returned connection; what it gives does I/O, and runs aside before the next one gets it.
 Cleaning = Callable[[ConnectionPoolEntry], Callable[[], None] | None]
 
 
@@ -70,22 +69,28 @@ class FairPool(QueuePool):
         **kw: Any,
     ) -> None:
         super().__init__(creator, pool_size, max_overflow, timeout, use_lifo, **kw)
-        self._lock = hub.allocate_lock()
-        self._size = pool_size
-        self._lifo = use_lifo
+        self._size, self._lifo = pool_size, use_lifo
         self._limit = float("inf") if pool_size == 0 or max_overflow < 0 else pool_size + max_overflow
         self._max_idle = pool_size or float("inf")  # 0: disposed, nothing is kept
         self._shared: deque[ConnectionPoolEntry] = deque()
         self._idle: dict[gevent.hub.Hub | None, deque[ConnectionPoolEntry]] = {None: self._shared}
         self._waiting: OrderedDict[_PoolWaiter, None] = OrderedDict()
-        self._open = 0
+        self._open, self._lock = 0, hub.allocate_lock()
         self._returned: deque[ConnectionPoolEntry | None] = deque()
         self._being_cleaned: set[ConnectionPoolEntry] = set()  # one set operation at a time
         self.cleaning: Cleaning | None = None
-        """Asked for each returned connection; what it gives does I/O, and runs aside before the next one gets it."""
-        self.held: HeldConnections | None = None
+        self.held = HeldConnections()
 
     def _do_get(self) -> ConnectionPoolEntry:
+        record = self._take()
+        try:
+            self.held.taken(record)
+        except BaseException:  # the stack's end, a signal
+            self._give_back(record)
+            raise
+        return record
+
+    def _take(self) -> ConnectionPoolEntry:
         """An idle connection of this hub, or a new one; or wait until it is our turn. Switches greenlets where it
         waits or opens."""
         idle = self._shared or self._idle.get(hub.here())
@@ -106,9 +111,8 @@ class FairPool(QueuePool):
                     self._waiting[waiter] = None
         if again:
             self._settle()
-            return self._do_get()
-        record = None if waiter is None else self._wait(waiter)
-        return record or self._connect(victim)
+            return self._take()
+        return (None if waiter is None else self._wait(waiter)) or self._connect(victim)
 
     def _take_any(self) -> ConnectionPoolEntry | None:
         """The record that was idle longest in some hub."""
@@ -133,13 +137,10 @@ class FairPool(QueuePool):
                     self._give_back(waiter.record)  # it goes to the next one
             raise
         waited_s = time.monotonic() - began
-        if self.held is not None:
-            self.held.waited(waited_s, in_vain=not waiter.granted)
+        self.held.waited(waited_s, in_vain=not waiter.granted)
         if waiter.granted:
             return waiter.record
-        if self.held is not None:
-            raise self.held.timeout(self, self.waiting(), waited_s)
-        raise PoolTimeout(None, self._size, self.overflow(), self.checkedout(), self.waiting(), waited_s)
+        raise self.held.timeout(self, self.waiting(), waited_s)
 
     def _leave(self, waiter: _PoolWaiter) -> None:
         """Leave the line, in which one is no more once `granted`."""
@@ -160,6 +161,7 @@ class FairPool(QueuePool):
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         """Hand a connection to the longest waiter, or keep it idle. Closes one too many; only that may switch."""
+        self.held.returned(record)
         work = None if self.cleaning is None else self.cleaning(record)
         if work is not None:
             self._clean_aside(record, work)
@@ -243,15 +245,14 @@ class FairPool(QueuePool):
             return True
         home = record.info.get(HOME)
         if self._waiting and self._max_idle:
-            if home is None or next(iter(self._waiting)).home is home:
-                self._grant(record)
-                return True
-            return False
+            if home is not None and next(iter(self._waiting)).home is not home:
+                return False
+            self._grant(record)
+            return True
         if self._open > self._max_idle and self.checkedin() >= self._max_idle:
             return False
         idle = self._idle.get(home)
-        if idle is None:
-            # A hub that is new here: forget those that have nothing left, whose threads may be gone.
+        if idle is None:  # a hub that is new here: forget those that have nothing left, whose threads may be gone
             idle = deque()
             self._idle = {one: kept for one, kept in self._idle.items() if kept or one is None} | {home: idle}
         idle.append(record)

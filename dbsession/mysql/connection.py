@@ -56,6 +56,8 @@ class Connection(Wire):
         self._next_transaction_set = False  # by SET TRANSACTION, until the next COMMIT or ROLLBACK
         self.commit_sent = False
         """Whether the last commit() got as far as sending COMMIT."""
+        self.pinging = False
+        """A ping was sent that is not answered."""
         self.level_changed = False
         """An isolation level of one checkout is to be taken back."""
         self.used = False
@@ -127,7 +129,11 @@ class Connection(Wire):
         """Raise an error if the connection is gone. One used a moment ago is not asked but looked at: readable while
         nothing was asked means that the server has closed it. By poll, since under TLS a peek sees nothing of use."""
         if reconnect or not self._settled or time.monotonic() - self._heard >= self._ping_idle_s or self._sock is None:
-            super().ping(reconnect)
+            self.pinging = True
+            try:
+                super().ping(reconnect)
+            finally:
+                self.pinging = False
             return
         look = _poll()
         look.register(self._sock.fileno(), select.POLLIN)

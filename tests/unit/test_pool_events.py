@@ -231,3 +231,13 @@ def test_reset_listener_replaces_the_reset_and_is_told_how_it_ends(end, expected
     connection.close()
     assert [name for name, *_ in driver.method_calls] == expected
     assert states == ([] if end == "invalidate" else [(False, end == "detach", True)])
+
+
+def test_connection_is_not_lost_when_its_checkout_cannot_be_noted(monkeypatch):
+    pool = make(size=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.held, "taken", lambda _: (_ for _ in ()).throw(RecursionError("the stack's end")))
+        with pytest.raises(RecursionError):
+            pool.connect()
+    assert pool.checkedout() == 0
+    pool.connect().close()
