@@ -44,7 +44,7 @@ def post_worker_init(worker: Any) -> None:
     wsgi.check_deadlines()
     _close_what_the_import_used()
     path = metrics_folder.path()
-    if path:
+    if path and hasattr(worker, "wsgi"):  # the asgi worker's application is none of ours
         from dbsession.watch import metrics
 
         worker.wsgi = metrics.MetricsMiddleware(worker.wsgi, path)

@@ -92,6 +92,21 @@ def test_metrics_sum_the_workers_exactly_whoever_is_scraped(tmp_path, preload, c
             assert found["connects_total", "default"] >= found["pool_connections", "default", "idle"] >= 3
 
 
+def test_metrics_of_threaded_workers_are_summed_too(tmp_path):
+    config = tmp_path / "gunicorn.conf.py"
+    config.write_text("from dbsession.gunicorn_hooks import *\nworker_class, threads = 'gthread', 4\n")
+    with serve(tmp_path, "--worker-class=gthread", config=config) as server:
+        asked = query_all_workers(server) + len(query(server, 50))
+        wait_for(server, asked, "checkouts_total", "default")
+        assert scrape(server)["connection_hold_seconds_count", "default"] == asked
+        before = server.worker_pids()
+        asked += len(query(server, 10))
+        for pid in before:
+            os.kill(pid, signal.SIGTERM)
+        wait_gone(before, 20)
+        wait_for(server, asked, "checkouts_total", "default")
+
+
 def test_metrics_keep_counts_and_lose_gauges_when_a_worker_is_killed(tmp_path):
     with serve(tmp_path) as server:
         asked = query_all_workers(server)
