@@ -9,11 +9,12 @@ from sqlalchemy.engine import Engine
 
 from dbsession import block, engines
 from dbsession.config import Databases
+from dbsession.created import Listener
 from dbsession.manager import SessionManager
 from dbsession.registry import ScopedSession
 
 T = TypeVar("T")
-L = TypeVar("L", bound=engines.Listener)
+L = TypeVar("L", bound=Listener)
 
 manager = SessionManager()
 

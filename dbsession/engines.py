@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import re
-import traceback
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import create_engine
@@ -16,21 +13,15 @@ from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import Pool, QueuePool
 
-from dbsession import ident, mysql, sqlite
+from dbsession import created, ident, mysql, sqlite
 from dbsession.config import DatabaseConfig, shown
 from dbsession.connections import ConnectionLinks
-from dbsession.errors import ConfigError, describe
+from dbsession.created import Listener, Told
+from dbsession.errors import ConfigError
 from dbsession.hub import Waiter
 from dbsession.pool import FairPool
 from dbsession.sessions import DatabaseOwner, make_factory
 from dbsession.source import Source
-
-logger = logging.getLogger(__name__)
-
-Listener = Callable[[str, Engine], object]
-
-# Who wants to know of each engine. Grows only.
-_listeners: list[Listener] = []
 
 # Every Database of this process that is still referenced, those of earlier configurations included, for the fork
 # hooks. Written when one is made.
@@ -62,7 +53,7 @@ class Database:
         self.stats = links.stats
         self.held = links.held
         self._links = links
-        self._told: dict[int, object] = {}  # listeners by id(); written by `setdefault`, one step
+        self.told = Told(config.name, engine)
         _databases.add(self)
 
     def dispose(self) -> None:
@@ -79,30 +70,13 @@ class Database:
     def successor(self) -> Database:
         """In a forked child: the Database that takes over the engine and the session factory, with their listeners."""
         successor = Database(self.config, self.owner, self.engine, self.factory, self._links)
-        successor._told = self._told
+        successor.told = self.told
         return successor
 
     def abandon(self) -> None:
         """In a forked child: give up the parent's connections, and give the engine a new pool. No I/O."""
         self._links.abandon()
         self.engine.dispose(close=False)
-
-    def tell(self, listener: Listener) -> None:
-        """Call `listener` with the engine, if it has not been."""
-        token = object()
-        if self._told.setdefault(id(listener), token) is not token:
-            return
-        try:
-            listener(self.name, self.engine)
-        except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            logger.warning(
-                "Database %r: the on_engine_created function %s failed with %s at %s; the engine is used as it is.",
-                self.name,
-                getattr(listener, "__qualname__", type(listener).__qualname__),
-                describe(error),
-                f"{frame.filename}:{frame.lineno}",
-            )
 
 
 def all_databases() -> list[Database]:
@@ -115,10 +89,10 @@ def all_databases() -> list[Database]:
 
 def on_created(listener: Listener) -> None:
     """Call `listener` for each engine that there is and each that will be built, once."""
-    _listeners.append(listener)  # first, so that none that is being built now is missed
+    created.listeners.append(listener)  # first, so that none that is being built now is missed
     for database in all_databases():
         if not (database.inherited or database.retired):
-            database.tell(listener)
+            database.told.tell(listener)
 
 
 def close_idle_sqlite_files() -> None:
@@ -167,8 +141,8 @@ def build(config: DatabaseConfig, owner: DatabaseOwner) -> Database:
     links = ConnectionLinks(config)
     links.listen(engine)
     database = Database(config, owner, engine, make_factory(config, engine), links)
-    for listener in list(_listeners):
-        database.tell(listener)
+    for listener in list(created.listeners):
+        database.told.tell(listener)
     return database
 
 

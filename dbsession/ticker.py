@@ -52,11 +52,12 @@ class Ticker:
         self._timer.start(gevent.spawn, self._turn_in_hub, home, epoch)  # in a greenlet: `work` may wait
 
     def _turn_in_hub(self, home: Any, epoch: int) -> None:
+        if epoch != fork.epoch:
+            return  # a forked child's loop still has its parent's timers
         try:
             self._turn()
         finally:
-            if epoch == fork.epoch:
-                self._later(home, epoch, self._pause_s)
+            self._later(home, epoch, self._pause_s)
 
     def _for_ever(self, epoch: int) -> None:
         while epoch == fork.epoch:

@@ -39,6 +39,7 @@ ORDER = (
     "connections",
     "sessions",
     "registry",
+    "created",
     "engines",
     "transaction",
     "manager",

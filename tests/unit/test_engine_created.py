@@ -11,12 +11,12 @@ import pytest
 from sqlalchemy import event, text
 
 import dbsession
-from dbsession import SessionManager, engines
+from dbsession import SessionManager, created
 
 
 @pytest.fixture(autouse=True)
 def no_other_listeners(monkeypatch):
-    monkeypatch.setattr(engines, "_listeners", [])
+    monkeypatch.setattr(created, "listeners", [])
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_function_that_fails_is_named_and_the_engine_used(url, caplog):
 
     dbsession.on_engine_created(broken)
     dbsession.on_engine_created(told)
-    with caplog.at_level(logging.WARNING, "dbsession.engines"):
+    with caplog.at_level(logging.WARNING, "dbsession.created"):
         manager = SessionManager({"unlucky": url})
     (message,) = [each for each in caplog.messages if "'unlucky'" in each]
     assert "on_engine_created function test_function_that_fails_is_named_and_the_engine_used.<locals>.broken" in message
@@ -139,7 +139,7 @@ def test_function_is_called_once_when_threads_build_and_register_at_once(url):
         dbsession.on_engine_created(told)
         thread.join()
         assert [each for each in told if each[1] is manager.engine()] == [("default", manager.engine())]
-        engines._listeners.clear()
+        created.listeners.clear()
 
 
 def test_function_is_not_called_again_in_a_forked_child(url):
