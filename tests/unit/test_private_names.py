@@ -8,6 +8,7 @@ import inspect
 import gevent
 import gevent.threadpool
 import pymysql
+from prometheus_client import CollectorRegistry, Histogram
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import QueuePool
 
@@ -169,3 +170,18 @@ def test_checkout_of_sqlalchemys_pool_stands_two_calls_above_the_note(tmp_path):
     manager.engine().connect().close()
     assert seen == ["_checkout"]
     manager.dispose()
+
+
+def test_prometheus_histogram_keeps_one_value_for_each_bucket_and_the_sum():
+    """What watch.metrics adds to: each bucket's own count, not yet added up."""
+    registry = CollectorRegistry()
+    metric = Histogram("h", "text", ("database",), registry=registry, buckets=(1.0, 2.0))
+    metric.labels("a").observe(1.5)
+    child = metric.labels("a")
+    assert [bucket.get() for bucket in child._buckets] == [0, 1, 0]
+    for bucket, count in zip(child._buckets, (5, 6, 7), strict=True):
+        bucket.inc(count)
+    child._sum.inc(100.0)
+    below = lambda le: registry.get_sample_value("h_bucket", {"database": "a", "le": le})  # noqa: E731
+    assert [below(le) for le in ("1.0", "2.0", "+Inf")] == [5, 12, 19]
+    assert registry.get_sample_value("h_sum", {"database": "a"}) == 101.5
