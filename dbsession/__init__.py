@@ -35,6 +35,7 @@ from dbsession.errors import (
     UsedInHub,
 )
 from dbsession.manager import SessionManager
+from dbsession.watch.inspection import serve_snapshots
 from dbsession.watch.snapshot import Snapshot, snapshot
 from dbsession.wsgi import DBSessionMiddleware
 
@@ -65,6 +66,7 @@ __all__ = [
     "on_engine_created",
     "release_dbsession",
     "run_in_transaction",
+    "serve_snapshots",
     "session_scope",
     "snapshot",
     "transactional",

@@ -16,8 +16,9 @@ import os
 from typing import Any
 
 from dbsession import api, scope, wsgi
+from dbsession.errors import ConfigError
 from dbsession.mysql import kill
-from dbsession.watch import check, metrics_folder
+from dbsession.watch import check, folder, inspection, metrics_folder
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ def when_ready(server: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """The same in a worker, which has just imported the application.
+    """The same in a worker, which has just imported the application; and serves the worker's snapshot (see
+    `dbsession.serve_snapshots`) where the environment variable DBSESSION_INSPECT names a folder.
 
     The first worker that a master starts also looks at its databases as `dbsession check` does, with gunicorn's own
     settings, and logs what is wrong. It does so aside: neither its start nor that of the others waits for it. Here and
@@ -49,6 +51,12 @@ def post_worker_init(worker: Any) -> None:
     """
     wsgi.check_deadlines()
     _close_what_the_import_used()
+    inspected = os.environ.get(folder.VARIABLE, "").strip()
+    if inspected:
+        try:
+            inspection.serve_snapshots(inspected)
+        except ConfigError as error:  # no reason not to serve requests
+            logger.warning("This worker cannot be inspected: %s", error)
     if worker.age == 1:  # counted by the master, over all its workers
         check.in_worker(worker.cfg)
     path = metrics_folder.path()
@@ -90,5 +98,6 @@ def worker_exit(server: Any, worker: Any) -> None:
     that has vanished: nothing is done there.) A worker that is killed does not come here; the kernel closes its
     sockets."""
     if worker.pid == os.getpid():
+        inspection.stop()
         kill.finish(KILLING_S)
         api.dispose()
