@@ -10,7 +10,10 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import queue
 import socket
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,9 @@ CLIENTS = 8  # answered at a time; further ones wait in the kernel
 ANSWER_S = 2.0  # that a client gets to read its answer
 _RETRY_S = 1.0  # after an accept() that failed, such as for want of descriptors
 
+# The interpreter's own, whatever is patched.
 _Socket: type[socket.socket] = monkey.get_original("socket", "socket")
+_Queue: type[queue.SimpleQueue[None]] = monkey.get_original("queue", "SimpleQueue")
 
 _server: _Server | None = None  # this process's. Written by serve_snapshots(), stop() and the child's fork hook.
 
@@ -37,50 +42,73 @@ _server: _Server | None = None  # this process's. Written by serve_snapshots(), 
 class _Server:
     """Serves one socket. Lives until stop(), or as long as the process.
 
-    It runs in the main hub where that lasts, and keeps no loop running there. Elsewhere, also without gevent, it has a
-    thread of its own with a hub of its own. `_clients` is written in that hub alone.
+    It runs in the main hub where that lasts, and keeps no loop running there; elsewhere, also without gevent, in
+    threads of ours, which have no hub: one that ran while the interpreter ends would crash it. `_clients` is written by
+    whoever answers one, a step each.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._over = False
         self._clients: set[Any] = set()
-        self._listener = _listen(path)
+        self._listener: Any = _listen(path)
         if hub.lasts():
-            gevent.spawn(self._serve)
+            self._listener.setblocking(False)
+            gevent.spawn(self._serve_in_hub)
         else:
+            self._listener.setblocking(True)
             hub.run_in_thread(self._serve_in_thread)
 
-    def _serve_in_thread(self) -> None:
-        self._serve()
-        gevent.get_hub().destroy(destroy_loop=True)
-
-    def _serve(self) -> None:
+    def _serve_in_hub(self) -> None:
         home = gevent.get_hub()
-        readable = home.loop.io(self._listener.fileno(), 1, ref=not home.main_hub)
+        readable = home.loop.io(self._listener.fileno(), 1, ref=False)
         answering = Pool(CLIENTS)
         try:
-            while True:
+            while not self._over:
                 home.wait(readable)
-                if self._over:
-                    break
-                try:
-                    client, _ = self._listener.accept()
-                except BlockingIOError:
-                    continue  # the client has gone
-                except OSError:
-                    gevent.sleep(_RETRY_S)
-                    continue
-                answering.spawn(self._answer, gevent.socket.socket(fileno=client.detach()))
-            answering.join()
+                client = self._accept(gevent.socket.socket, gevent.sleep)
+                if client is not None:
+                    answering.spawn(self._answer, client)
         finally:
             readable.close()
             self._listener.close()
 
+    def _serve_in_thread(self) -> None:
+        free = _Queue()
+        for _ in range(CLIENTS):
+            free.put(None)
+
+        def answer(client: Any) -> None:
+            try:
+                self._answer(client)
+            finally:
+                free.put(None)
+
+        while not self._over:
+            client = self._accept(_Socket, hub.sleep_thread)
+            if client is not None:
+                free.get()
+                hub.run_in_thread(partial(answer, client))
+        self._listener.close()
+
+    def _accept(self, kind: Any, sleep: Callable[[float], object]) -> Any:
+        """The next client as a socket of `kind`; None: look again."""
+        try:
+            # Private, and the only way to a client's descriptor: accept() makes a socket of whatever kind stands in the
+            # module, gevent's in a patched process, which would give this thread a hub.
+            descriptor, _ = self._listener._accept()
+        except BlockingIOError:  # the client has gone
+            return None
+        except OSError:  # over; or no descriptor is free, and the client waits on
+            if not self._over:
+                sleep(_RETRY_S)
+            return None
+        return kind(fileno=descriptor)
+
     def _answer(self, client: Any) -> None:
         self._clients.add(client)
         try:
-            client.settimeout(ANSWER_S)  # for the whole of it: gevent's sendall() counts down
+            client.settimeout(ANSWER_S)  # for the whole of sendall()
             client.sendall(json.dumps(snapshot().as_dict()).encode() + b"\n")
         except OSError:  # it did not read it all
             pass
@@ -114,7 +142,6 @@ def _listen(path: Path) -> socket.socket:
         listener.bind(str(unfinished))
         unfinished.chmod(0o600)
         listener.listen()
-        listener.setblocking(False)
         unfinished.rename(path)
     except OSError as error:
         listener.close()

@@ -4,6 +4,8 @@ has changed: find the new place before anything else is believed."""
 from __future__ import annotations
 
 import inspect
+import os
+import socket
 
 import gevent
 import gevent.threadpool
@@ -32,6 +34,12 @@ def test_gevent_runs_threadpool_jobs_in_a_greenlet_class_of_its_threadpool_modul
     assert gevent.get_hub() is hub.here()
     job = gevent.get_hub().threadpool.apply(lambda: type(gevent.getcurrent()).__module__)
     assert job == "gevent.threadpool"
+
+
+def test_socket_gives_a_clients_descriptor_without_making_a_socket_of_it():
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+        descriptor, _ = listener._accept()
+        os.close(descriptor)
 
 
 def test_pymysql_keeps_its_socket_in_sock(mariadb_url):
