@@ -13,7 +13,7 @@ from typing import Any
 
 from pymysql.cursors import SSCursor
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine, ExecutionContext
+from sqlalchemy.engine import Engine, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from dbsession import fork, leaks, mysql, sqlite
@@ -56,6 +56,10 @@ class ConnectionLinks:
         event.listen(engine, "connect", self._connected)
         event.listen(engine, "checkin", self._returned)
         event.listen(engine, "invalidate", self._invalidated)
+        # By events, since a listener of the user's may execute a statement in the dialect's place.
+        event.listen(engine, "do_execute", self._executing)
+        event.listen(engine, "do_executemany", self._executing)
+        event.listen(engine, "do_execute_no_params", self._executing_without_parameters)
         # Not by events: they tell of the beginning only, and those that tell of the end cost too much (see `outcome`).
         dialect: Any = engine.dialect
         dialect.do_execute = self._watched(dialect.do_execute)
@@ -158,10 +162,7 @@ class ConnectionLinks:
             if not isinstance(context, ExecutionContext):
                 execute(cursor, statement, *arguments)
                 return
-            connection = context.root_connection
-            if self._executing(connection, cursor, statement):
-                return
-            record = connection.connection.record_info
+            record = context.root_connection.connection.record_info
             note = None if record is None else record.get(CHECKOUT)
             if note is None:  # SQLAlchemy asks a new server what it can; or it was detached from the pool
                 execute(cursor, statement, *arguments)
@@ -177,9 +178,13 @@ class ConnectionLinks:
 
         return watched
 
-    def _executing(self, connection: Connection, cursor: Any, statement: str) -> bool:
+    def _executing_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> bool:
+        return self._executing(cursor, statement, None, context)
+
+    def _executing(self, cursor: Any, statement: str, _: Any, context: ExecutionContext) -> bool:
         """Refuse what must not be sent, and remember that something was written, so that `release_dbsession()` does
         not throw it away. True: the statement is not to be executed any more."""
+        connection = context.root_connection
         if self._watch.is_doomed(connection):
             if statement.startswith("ROLLBACK TO SAVEPOINT"):
                 # Of a block that the error goes through: its savepoint may be gone, and all is rolled back anyway.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, object_session
 
-from dbsession import SessionManager, UnknownDatabase
+import dbsession
+from dbsession import SessionManager, UnknownDatabase, UnsavedWork
 
 
 class Base(DeclarativeBase):
@@ -128,3 +129,31 @@ def test_name_that_a_later_configuration_does_not_have_is_refused_at_once(manage
         manager.get("noted")
     with pytest.raises(UnknownDatabase):
         proxy.execute(text("SELECT 1"))
+
+
+@pytest.mark.parametrize("how", ["one", "many", "none"])
+def test_release_refuses_a_write_that_a_listener_of_the_users_executes(tmp_path, how):
+    """A `do_execute` listener that returns True stands in for the dialect, whose methods then see nothing."""
+    manager = SessionManager({"default": f"sqlite:///{tmp_path}/a.db"})
+    session = manager.get()
+    name = {"one": "do_execute", "many": "do_executemany", "none": "do_execute_no_params"}[how]
+
+    def execute(cursor, statement, parameters, context=None):
+        cursor.executemany(statement, parameters) if how == "many" else cursor.execute(statement)
+        return True
+
+    def execute_alone(cursor, statement, context):
+        return execute(cursor, statement, ())
+
+    with dbsession.session_scope():
+        session.execute(text("CREATE TABLE t (a INT)"))
+        session.commit()
+        event.listen(manager.engine(), name, execute_alone if how == "none" else execute)
+        if how == "many":
+            session.execute(text("INSERT INTO t VALUES (:a)"), [{"a": 1}, {"a": 2}])
+        else:
+            options = {"no_parameters": True} if how == "none" else {}
+            session.connection().exec_driver_sql("INSERT INTO t VALUES (1)", execution_options=options)
+        with pytest.raises(UnsavedWork):
+            manager.release()
+    manager.dispose()
