@@ -11,6 +11,7 @@ from typing import Any
 import gevent
 import pytest
 from sqlalchemy import ForeignKey, select, text
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 from dbsession import ConfigError, DBSessionMiddleware, ForeignSession, SessionManager, session_scope
@@ -214,3 +215,12 @@ def test_guard_refuses_other_words(manager, monkeypatch, variable, entry, whose)
     monkeypatch.setenv("DBSESSION_GUARD", variable)
     with pytest.raises(ConfigError, match=rf"{whose} is .*\('off', 'warn', 'raise'\)"):
         manager(**entry)
+
+
+def test_session_of_a_scope_that_is_over_refuses_as_closed_and_not_as_foreign(manager):
+    session = manager(guard="raise").get()
+    with session_scope("job") as scope:
+        kept = session()
+    assert scope.ended
+    with pytest.raises(InvalidRequestError, match="closed"):
+        kept.execute(text("SELECT 1"))
