@@ -28,8 +28,8 @@ TOKEN_VARIABLE = "DBSESSION_DASHBOARD_TOKEN"
 CLIENTS = 100
 """Connections served at a time; the others wait in the kernel."""
 
-SILENT_CLIENT_S = 30.0
-"""How long a connection is kept on which nothing comes."""
+CLIENT_S = 30.0
+"""How long a connection is kept on which no whole request comes, or its answer is not read."""
 
 WORKER_TIMEOUT_S = 1.0
 
@@ -130,9 +130,22 @@ def _address(host: str, port: int) -> str:
 class _Handler(WSGIHandler):
     """One client connection."""
 
-    def handle(self) -> None:
-        self.socket.settimeout(SILENT_CLIENT_S)
-        super().handle()
+    def handle_one_request(self) -> Any:
+        # A request as a whole, the wait for it included: one that comes byte by byte would hold its place for ever.
+        answered: Any = None
+        with gevent.Timeout(CLIENT_S) as timeout:
+            try:
+                answered = super().handle_one_request()
+            except gevent.Timeout as over:
+                if over is not timeout:
+                    raise
+        return answered
+
+    def handle_error(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, gevent.Timeout):  # ours, in the middle of the application: nothing went wrong there
+            self.close_connection = True
+        else:
+            super().handle_error(kind, error, trace)
 
 
 def _serve(listener: Any, history: History, folder: str, token: Token | None) -> None:

@@ -73,8 +73,8 @@ def create_app(history: History, folder: str, token: Token | None = None, cookie
         if request.endpoint in ("login", "log_in", "style"):
             return None
         sent = request.authorization
-        if sent is not None:
-            if sent.type == "bearer" and sent.token and try_token(sent.token):
+        if sent is not None and sent.type == "bearer":  # others are for a proxy in front of us
+            if sent.token and try_token(sent.token):
                 return None
         elif session.get("in"):
             return None

@@ -152,6 +152,13 @@ def test_login_sets_a_cookie_that_is_not_the_token_and_opens_the_page(locked: An
     assert "Log out" in locked.get("/").text
 
 
+def test_login_lasts_behind_a_proxy_that_asks_for_a_password_of_its_own(locked: Any) -> None:
+    """A browser then sends that with every request; taken for a token it made page and login lead to each other."""
+    locked.post("/login", data={"token": SECRET})
+    proxys = {"Authorization": "Basic YTpi"}
+    assert [locked.get(path, headers=proxys).status_code for path in ("/", "/state")] == [200, 200]
+
+
 def test_login_lasts_over_a_restart_and_not_over_another_token(locked: Any) -> None:
     cookie = locked.post("/login", data={"token": SECRET}).headers["Set-Cookie"].partition(";")[0]
     for token, status in ((SECRET, 200), (SECRET + "!", 401)):
@@ -389,7 +396,7 @@ def test_silent_client_is_dropped_wherever_it_stops() -> None:
             start_response("200 OK", [("Content-Length", "0")])
             return []
 
-        dashboard.SILENT_CLIENT_S = 0.2
+        dashboard.CLIENT_S = 0.2
         server = WSGIServer(("127.0.0.1", 0), app, handler_class=dashboard._Handler, log=None)
         server.start()
         request = b"GET / HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n"
@@ -401,3 +408,36 @@ def test_silent_client_is_dropped_wherever_it_stops() -> None:
         server.stop()
         """
     )
+
+
+@pytest.mark.parametrize(
+    "before", ["GET /", "POST /login HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Length: 4000\\r\\n\\r\\n"]
+)
+def test_client_is_dropped_when_its_request_comes_byte_by_byte(before: str) -> None:
+    """Each byte comes in time; the whole does not. A hundred of those would leave nobody else a connection."""
+    told = run_python(
+        f"""
+        import gevent
+        from gevent import socket
+        from gevent.pywsgi import WSGIServer
+        from dbsession.watch import dashboard
+        from dbsession.watch.access import Token
+        from dbsession.watch.history import History
+        from dbsession.watch.web import create_app
+
+        dashboard.CLIENT_S = 0.5
+        app = create_app(History(), "/", Token("t" * 16))
+        server = WSGIServer(("127.0.0.1", 0), app, handler_class=dashboard._Handler, log=None)
+        server.start()
+        with gevent.Timeout(10), socket.create_connection(server.address) as client:
+            client.sendall(b"{before}")
+            try:
+                while True:
+                    client.sendall(b"x")
+                    gevent.sleep(0.05)
+            except OSError:
+                print("dropped")
+        server.stop()
+        """
+    )
+    assert told.stdout == "dropped\n" and told.stderr == ""
