@@ -48,7 +48,7 @@ def _checked(method: Callable[..., Any], database: str, mode: str) -> Callable[.
     @functools.wraps(method)
     def checked(session: Any, *args: Any, **kwargs: Any) -> Any:
         home = session._scope() if session._scope is not None else None
-        # Anywhere in the stack: the session of an outer scope may be used inside an inner one. That of a scope which has
+        # Anywhere in the stack: the session of an outer scope may be used inside an inner one. That of a scope that has
         # ended is closed, and says so itself.
         if home is not None and not home.ended and home not in scope.stack_here():
             _found(session, home, method.__name__, database, mode)
