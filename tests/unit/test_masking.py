@@ -84,6 +84,12 @@ def test_number_is_not_shown(backend, number):
 
 
 @pytest.mark.parametrize("backend", EVERY)
+def test_number_is_not_shown_when_letters_follow_it(backend):
+    shown = masked("SELECT * FROM t WHERE a=4711AND b=0x4711OR c[1:4711] LIMIT 4711OFFSET 4711.5x", backend)
+    assert not set(shown) & set("0123456789"), shown
+
+
+@pytest.mark.parametrize("backend", EVERY)
 def test_names_and_parameters_stay(backend):
     statement = "SELECT t1.c2, utf8mb4_x FROM a_1 WHERE b = %s AND c = %(p_1)s AND d = :p_2 AND e = ? AND f = :3 AND $4"
     assert masked(statement, backend) == statement
@@ -135,7 +141,7 @@ def test_masking_takes_no_longer_than_its_length_asks_for_whatever_the_text():
         "\n",
     ]
     rng = random.Random(5)
-    texts = [piece * 5000 for piece in pieces]
+    texts = [piece * 5000 for piece in pieces] + ["1" * 4000 + "a", "1_" * 2000 + "a"]
     texts += ["".join(rng.choices(rng.sample(pieces, 3), k=4000)) for _ in range(200)]
     for text in texts:
         for backend in ("mysql", "sqlite", "postgresql"):
