@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 from dbsession import ident
 from dbsession.config import positive_seconds
+from dbsession.errors import plain
 from dbsession.scope import Scope, stack_here, unlink
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -38,7 +39,7 @@ def session_scope(label: str | None = None, *, read_timeout_s: float | None = No
     """
     if read_timeout_s is not None:
         read_timeout_s = positive_seconds(read_timeout_s, "read_timeout_s of a session_scope()")
-    return SessionScope(label or "a session_scope()", read_timeout_s)
+    return SessionScope(plain(label or "a session_scope()"), read_timeout_s)
 
 
 class SessionScope:

@@ -165,6 +165,13 @@ MAYBE_COMMITTED = (
 """What an exception at COMMIT, whatever it is, says in its text or in a note."""
 
 
+def plain(value: object) -> str:
+    """One line of printable characters; others, such as those that forge a log line or command a terminal, as
+    escapes."""
+    text = str(value)
+    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def describe(error: BaseException) -> str:
     """`error` for a log line: its type and, where the driver gave one, its number.
 

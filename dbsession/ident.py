@@ -18,7 +18,7 @@ import greenlet
 from gevent import monkey
 from gevent.hub import MAIN_THREAD_IDENT, Hub  # type: ignore[attr-defined]  # tests/unit/test_private_names.py
 
-from dbsession.errors import ScopeRequired, UsedInHub
+from dbsession.errors import ScopeRequired, UsedInHub, plain
 
 # Raises RuntimeError once the interpreter tears greenlets down (greenlet 3.5.1): destructors guard against it.
 current: Callable[[], Any] = greenlet.getcurrent
@@ -100,20 +100,20 @@ def dead_idents() -> list[Any]:
 
 def name_of(greenlet: Any, thread_number: int) -> str:
     """What people call this ident: its function and its name, or the name of its thread, whose native number is
-    `thread_number`. None is one that has gone."""
+    `thread_number`; printable. None is one that has gone."""
     if greenlet is None:
         return "a greenlet that is gone"
     if isinstance(greenlet, gevent.Greenlet):
         run = getattr(greenlet, "_run", None)  # gone once it has ended; a subclass may override it
         function = getattr(run, "__qualname__", None) or getattr(getattr(run, "func", None), "__qualname__", None)
         if function == "Greenlet._run":  # it has ended
-            return str(greenlet.name)
-        return f"{function} in {greenlet.name}" if function else str(greenlet.name)
+            return plain(greenlet.name)
+        return plain(f"{function} in {greenlet.name}" if function else greenlet.name)
     if greenlet.parent is not None:
         return f"a {type(greenlet).__name__} at {id(greenlet):#x}"
     if monkey.is_module_patched("threading"):  # its threads are greenlets, and its lock may wait
         return "the main thread" if thread_number == MAIN_THREAD_IDENT else "a thread"
     for known in threading.enumerate():
         if known.ident == thread_number:
-            return f"thread {known.name}"
+            return plain(f"thread {known.name}")
     return "a thread"

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar, cast
 from dbsession import hub, scope, sqlite
 from dbsession.block import session_scope
 from dbsession.config import positive_seconds
-from dbsession.errors import CommitOutcomeUnknown, ConfigError, RollbackRequired, UnsavedWork, describe
+from dbsession.errors import CommitOutcomeUnknown, ConfigError, RollbackRequired, UnsavedWork, describe, plain
 from dbsession.mysql import codes
 from dbsession.scope import Scope
 from dbsession.sessions import unsaved
@@ -56,7 +56,7 @@ class Units:
         outer = scope.current()
         if outer is not None and (self, name) in outer.units:
             return self._join(outer, name, call)
-        label = label or str(getattr(fn, "__qualname__", "run_in_transaction()"))
+        label = plain(label or getattr(fn, "__qualname__", "run_in_transaction()"))
         for attempt in range(1, attempts + 1):
             ended: list[str] = []
             try:

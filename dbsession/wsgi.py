@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbsession.config import positive_seconds
 from dbsession.deadline import ConnectionCut, DeadlineExceeded, RequestTimer, require_gevent
-from dbsession.errors import describe
+from dbsession.errors import describe, plain
 from dbsession.hub import run_aside
 from dbsession.reply import Reply
 from dbsession.scope import Scope, begin_request, running
@@ -62,7 +62,7 @@ class DBSessionMiddleware:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         label = f"{environ.get('REQUEST_METHOD', '?')} {environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}"
         # A client may send any character; a line end in a label would forge a log line.
-        scope = begin_request(label if label.isprintable() else ascii(label))
+        scope = begin_request(plain(label))
         environ["dbsession.scope"] = scope
         if self._deadline is not None:
             return self._call_in_time(environ, start_response, scope, self._deadline)

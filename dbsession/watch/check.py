@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.engine import Engine
 
 from dbsession import api, hub
-from dbsession.errors import DBSessionError, describe
+from dbsession.errors import DBSessionError, describe, plain
 from dbsession.watch import budget, facts, findings
 from dbsession.watch.budget import Workers
 from dbsession.watch.facts import Facts
@@ -92,7 +92,7 @@ def _log(workers: Workers) -> None:
     for finding in report.findings:
         if finding.level in ("warning", "error"):
             # In one line, whatever a server or a configuration wrote into it.
-            text = " ".join(f"{finding.found}. {finding.change}".split())
+            text = plain(" ".join(f"{finding.found}. {finding.change}".split()))
             _say(finding.level, ", ".join(finding.databases), text)
     if names and report.status == "ok":
         logger.info("dbsession check: nothing is wrong with %s.", ", ".join(names))

@@ -18,7 +18,7 @@ from gevent import monkey
 from sqlalchemy.engine import Engine
 
 from dbsession import api
-from dbsession.errors import DBSessionError, UnknownDatabase, describe
+from dbsession.errors import DBSessionError, UnknownDatabase, describe, plain
 from dbsession.manager import SessionManager
 from dbsession.watch import check
 from dbsession.watch.budget import Workers
@@ -145,7 +145,7 @@ def _lines(report: Report) -> Iterator[str]:
 
 def _wrapped(text: str, first: str, others: str) -> list[str]:
     return textwrap.wrap(
-        text,
+        plain(" ".join(text.split())),  # a server may have written anything into it
         _WIDTH,
         initial_indent=first,
         subsequent_indent=others,

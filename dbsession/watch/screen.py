@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import time
 from collections import deque
 from typing import Any, ClassVar
@@ -12,9 +14,9 @@ from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Footer, Input, Static
 
-from dbsession.errors import ConfigError
+from dbsession.errors import ConfigError, plain
 from dbsession.watch.collect import Collected, collect
-from dbsession.watch.text import duration, plain, short_place
+from dbsession.watch.text import duration, short_place
 from dbsession.watch.top import none_answers, workers_of
 from dbsession.watch.usage import Usage, holders, usage, warnings
 
@@ -85,6 +87,13 @@ class Top(App[None]):
         self.query_one("#holders").focus()
         self.run_worker(self._look_for_ever())
         self.set_interval(0.5, self._show_state)
+        if not self.is_headless:
+            self.set_interval(0.5, self._leave_if_alone)
+
+    def _leave_if_alone(self) -> None:
+        """End with the terminal. Not everybody whose terminal goes is sent a SIGHUP, and its end is no input."""
+        if not os.isatty(sys.__stdin__.fileno() if sys.__stdin__ is not None else -1):
+            self.exit()
 
     async def _look_for_ever(self) -> None:
         while True:

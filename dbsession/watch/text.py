@@ -6,11 +6,6 @@ import os
 from collections.abc import Sequence
 
 
-def plain(value: object) -> str:
-    """One line of printable characters; others, such as those that begin a terminal's commands, as escapes."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(value))
-
-
 def duration(seconds: float | None) -> str:
     """With its unit; what lies in the histograms' first bucket as what is known of it."""
     if seconds is None:

@@ -9,10 +9,10 @@ import os
 import sys
 from typing import Any
 
-from dbsession.errors import ConfigError
+from dbsession.errors import ConfigError, plain
 from dbsession.watch import folder as folders
 from dbsession.watch.collect import Collected, collect
-from dbsession.watch.text import duration, plain, table
+from dbsession.watch.text import duration, table
 from dbsession.watch.usage import Usage, holders, usage
 
 

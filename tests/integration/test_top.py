@@ -184,6 +184,32 @@ def test_screen_comes_up_in_a_terminal_and_ends_by_its_key(folder):
     assert "dbsession top" in output and "Traceback" not in output
 
 
+def test_screen_ends_with_its_terminal_when_no_signal_says_so(folder):
+    """Whose controlling terminal it is not, as under some supervisors, gets no SIGHUP."""
+    master, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (30, 120))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dbsession", "top", "--folder", str(folder)],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=script_env({"TERM": "xterm-256color"}),
+        start_new_session=True,
+    )
+    os.close(terminal)
+    try:
+        output = b""
+        while b"pause" not in output:
+            ready, _, _ = select.select([master], [], [], 30)
+            assert ready, output
+            output += os.read(master, 65536)
+        os.close(master)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait(30)
+
+
 def test_screen_says_what_to_install_when_textual_is_missing(tmp_path, folder):
     script = tmp_path / "without.py"
     script.write_text(

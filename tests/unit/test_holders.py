@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 
 import gevent
+import gevent.event
 import pytest
 from sqlalchemy import ForeignKey, create_engine, event, exc, pool, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
@@ -652,3 +653,35 @@ def test_statement_that_the_users_listener_executes_is_let_through(managed):
 def test_dialect_of_a_stock_engine_is_left_alone(managed):
     managed().engine()
     assert "do_execute" not in vars(create_engine("sqlite://").dialect)
+
+
+@pytest.mark.parametrize("said", ["import\x1b[2J\nERROR forged", "a\u202eb"])
+def test_label_cannot_forge_lines_or_command_a_terminal(managed, caplog, said):
+    manager = managed(options={"pool_size": 1}, leak_after_s=0.05)
+    with dbsession.session_scope(said) as scope:
+        manager.get().execute(text("SELECT 1"))
+        greenlet = gevent.spawn(manager.get().execute, text("SELECT 1"))
+        greenlet.name = said
+        with pytest.raises(PoolTimeout) as caught:
+            greenlet.get(timeout=10)
+        assert all(line.isprintable() for line in str(caught.value).split("\n")) and "\nERROR" not in str(caught.value)
+        (holder,) = held(manager)
+        assert scope.label.isprintable() and holder.scope.isprintable()
+
+
+def test_name_of_a_greenlet_cannot_forge_lines(managed):
+    manager = managed(options={"pool_size": 1})
+    ready, done = gevent.event.Event(), gevent.event.Event()
+
+    def work():
+        manager.get().execute(text("SELECT 1"))
+        ready.set()
+        done.wait(10)
+
+    greenlet = gevent.spawn(work)
+    greenlet.name = "a\nERROR forged"
+    assert ready.wait(10)
+    (holder,) = held(manager)
+    done.set()
+    greenlet.join(timeout=10)
+    assert holder.greenlet.isprintable() and "ERROR forged" in holder.greenlet

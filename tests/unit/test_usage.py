@@ -6,9 +6,10 @@ import copy
 
 import pytest
 
+from dbsession.errors import plain
 from dbsession.stats import BOUNDS_S
 from dbsession.watch.collect import Collected
-from dbsession.watch.text import duration, plain, short_place, table
+from dbsession.watch.text import duration, short_place, table
 from dbsession.watch.usage import holders, usage, warnings
 
 NONE = [0] * (len(BOUNDS_S) + 1)
