@@ -191,6 +191,10 @@ class HeldConnections:
         if in_vain:
             self._stats.timeouts += 1
 
+    def not_connected(self, waited: bool) -> None:
+        """Somebody's connection, for whose place they had perhaps waited, could not be opened."""
+        self._stats.unserved += waited
+
     def timeout(self, pool: QueuePool, waiting: int, waited_s: float) -> PoolTimeout:
         """The error for whoever has waited in vain."""
         sizes = pool.size(), pool.overflow(), pool.checkedout()

@@ -104,15 +104,13 @@ class FairPool(QueuePool):
             again = bool(self._shared or self._idle.get(hub.here()))  # it came back just now
             if not again and self._open < self._limit:
                 self._open += 1
-            elif not again:
-                victim = self._take_any()
-                if victim is None:
-                    waiter = _PoolWaiter()
-                    self._waiting[waiter] = None
+            elif not again and (victim := self._take_any()) is None:
+                waiter = _PoolWaiter()
+                self._waiting[waiter] = None
         if again:
             self._settle()
             return self._take()
-        return (None if waiter is None else self._wait(waiter)) or self._connect(victim)
+        return (None if waiter is None else self._wait(waiter)) or self._connect(victim, waiter is not None)
 
     def _take_any(self) -> ConnectionPoolEntry | None:
         """The record that was idle longest in some hub."""
@@ -148,7 +146,7 @@ class FairPool(QueuePool):
             self._waiting.pop(waiter, None)
         self._settle()
 
-    def _connect(self, victim: ConnectionPoolEntry | None) -> ConnectionPoolEntry:
+    def _connect(self, victim: ConnectionPoolEntry | None, waited: bool) -> ConnectionPoolEntry:
         """A new connection, in the place that we have, after closing what was there."""
         try:
             if victim is not None:
@@ -156,6 +154,7 @@ class FairPool(QueuePool):
             self._settle()
             return self._create_connection()
         except BaseException:
+            self.held.not_connected(waited)
             self._give_back(None)
             raise
 

@@ -54,13 +54,14 @@ class Stats:
 
     def reset(self) -> None:
         self.checkouts = self.connects = self.invalidated = self.timeouts = 0
+        self.unserved = 0  # whose wait ended with a connection that could not be opened
         self.kills = self.teardown_failures = self.retries = 0
         self.waits.reset()
         self.holds.reset()
 
     def unwaited(self) -> int:
         """How many got a connection without waiting for one."""
-        return max(0, self.checkouts - (sum(self.waits.counts) - self.timeouts))
+        return max(0, self.checkouts - (sum(self.waits.counts) - self.timeouts - self.unserved))
 
 
 def quantile(counts: Sequence[int], q: float) -> float | None:

@@ -11,11 +11,12 @@ import threading
 
 import gevent
 import pytest
-from sqlalchemy import exc, pool, text
+from sqlalchemy import event, exc, pool, text
 
-from dbsession import SessionManager, snapshot
+from dbsession import SessionManager, session_scope, snapshot
 from dbsession.stats import BOUNDS_S, Histogram, quantile
 from dbsession.watch import recent
+from dbsession.watch.snapshot import picture
 from support.processes import run_python, run_script
 from support.waiting import wait_until
 
@@ -388,3 +389,31 @@ def test_waiting_callers_are_counted(managed):
     found = database("waited")
     assert (found.waiting, found.timeouts, found.checkouts) == (0, 0, 2)
     assert sum(found.waits.counts) == 2
+
+
+def test_waits_have_every_checkout_when_those_who_waited_before_could_not_connect(tmp_path):
+    """An outage: each waits for the turn to open a connection, in vain. Counted as checkouts that waited, they would
+    hide as many that come later."""
+    manager = SessionManager({"default": {"url": f"sqlite:///{tmp_path}/a.db", "options": {"pool_size": 1}}})
+    session, engine = manager.get(), manager.engine()
+    down = True
+
+    @event.listens_for(engine, "do_connect")
+    def connect(*_):
+        if down:
+            gevent.sleep(0)  # the others line up meanwhile
+            raise OSError("down")
+
+    def work():
+        with session_scope():
+            session.execute(text("SELECT 1"))
+
+    greenlets = [gevent.spawn(work) for _ in range(10)]
+    assert len(gevent.joinall(greenlets, timeout=10)) == 10
+    assert {type(greenlet.exception) for greenlet in greenlets} == {OSError}
+    down = False
+    for _ in range(3):
+        work()
+    database = picture(manager.database("default"))
+    assert (database.checkouts, sum(database.waits.counts)) == (3, 9 + 3)
+    manager.dispose()
