@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable
 
 from sqlalchemy.engine import Engine
 
-from dbsession.errors import describe
+from dbsession.errors import describe, raised_at
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +33,10 @@ class Told:
         try:
             listener(self._name, self._engine)
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
             logger.warning(
                 "Database %r: the on_engine_created function %s failed with %s at %s; the engine is used as it is.",
                 self._name,
                 getattr(listener, "__qualname__", type(listener).__qualname__),
                 describe(error),
-                f"{frame.filename}:{frame.lineno}",
+                raised_at(error),
             )

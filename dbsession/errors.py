@@ -3,6 +3,7 @@ and ends in a stable code, so that it can be searched for whatever the wording b
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -170,6 +171,12 @@ def plain(value: object) -> str:
     escapes."""
     text = str(value)
     return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def raised_at(error: BaseException) -> str:
+    """`file:line` of where it was raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{place.filename}:{place.lineno}"
 
 
 def describe(error: BaseException) -> str:

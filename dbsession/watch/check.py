@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.engine import Engine
 
 from dbsession import api, hub
-from dbsession.errors import DBSessionError, describe, plain
+from dbsession.errors import DBSessionError, describe, plain, raised_at
 from dbsession.watch import budget, facts, findings
 from dbsession.watch.budget import Workers
 from dbsession.watch.facts import Facts
@@ -54,7 +54,7 @@ def examine(names: Iterable[str], engine_of: Callable[[str], Engine], workers: W
 
     Args:
         names: of the databases.
-        engine_of: gives the engine of a name, or raises a DBSessionError, which becomes a finding.
+        engine_of: gives the engine of a name, or raises what becomes a finding.
         workers: who will use them.
     """
     found: list[Finding] = []
@@ -64,6 +64,9 @@ def examine(names: Iterable[str], engine_of: Callable[[str], Engine], workers: W
             engines[name] = engine_of(name)
         except DBSessionError as error:
             found.append(Finding("error", "configuration", (name,), str(error)))
+        except Exception as error:  # of a callable that is asked for it; its text may hold anything, a password too
+            what = f"asking for its configuration failed with {describe(error)} at {raised_at(error)}"
+            found.append(Finding("error", "configuration", (name,), what, "Correct the function that is asked."))
     seen = tuple(facts.gather_all(engines))
     for each in seen:
         found.extend(findings.of(each))

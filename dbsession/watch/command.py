@@ -9,7 +9,6 @@ import operator
 import os
 import sys
 import textwrap
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,7 +17,7 @@ from gevent import monkey
 from sqlalchemy.engine import Engine
 
 from dbsession import api
-from dbsession.errors import DBSessionError, UnknownDatabase, describe, plain
+from dbsession.errors import DBSessionError, UnknownDatabase, describe, plain, raised_at
 from dbsession.manager import SessionManager
 from dbsession.watch import check
 from dbsession.watch.budget import Workers
@@ -103,11 +102,10 @@ def _databases(target: str | None) -> tuple[list[str], EngineOf]:
     except DBSessionError as error:
         raise _WrongUsage(f"--config: importing {module_name!r} failed: {error}") from None
     except Exception as error:  # its text may hold anything, a URL with its password too
-        place = traceback.extract_tb(error.__traceback__)[-1]
         missing = f" of {error.name!r}" if isinstance(error, ImportError) and error.name else ""
         raise _WrongUsage(
-            f"--config: importing {module_name!r} failed with {describe(error)}{missing} at {place.filename}:"
-            f"{place.lineno}. Correct the module, or its name; it is looked for in the current folder, too."
+            f"--config: importing {module_name!r} failed with {describe(error)}{missing} at "
+            f"{raised_at(error)}. Correct the module, or its name; it is looked for in the current folder, too."
         ) from None
     if not attribute:
         return api.manager.known(), api.get_engine
@@ -115,6 +113,9 @@ def _databases(target: str | None) -> tuple[list[str], EngineOf]:
         value = operator.attrgetter(attribute)(module)
     except AttributeError:
         raise _WrongUsage(f"--config: the module {module_name!r} has no {attribute!r}.") from None
+    except Exception as error:
+        what = f"{attribute!r} of {module_name!r} failed with {describe(error)} at {raised_at(error)}"
+        raise _WrongUsage(f"--config: reading {what}. Correct it.") from None
     if isinstance(value, Mapping):
         return list(value), lambda name: _engine_of_mapping(value, name)
     return [], SessionManager(value).engine

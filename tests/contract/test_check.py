@@ -231,3 +231,27 @@ def test_examine_takes_nothing_of_the_pool_and_leaves_the_engine_usable(mode, ma
         """,
         mariadb_url,
     )
+
+
+def test_check_shows_no_secret_and_sees_the_others_when_the_configuration_raises(tmp_path):
+    """What a callable or an attribute raises may have a URL in its text."""
+    (tmp_path / "conf.py").write_text(
+        "def find(name):\n"
+        "    if name == 'bad':\n"
+        "        raise ValueError('mysql://app:tell-nobody@db/shop')\n"
+        f"    return 'sqlite:///{tmp_path}/a.db'\n"
+        "class Settings:\n"
+        "    @property\n"
+        "    def databases(self):\n"
+        "        raise RuntimeError('tell-nobody')\n"
+        "settings = Settings()\n"
+    )
+    done = run("--json", "--config=conf:find", "bad", "good", cwd=tmp_path)
+    first, second, *_ = json.loads(done.stdout)["findings"]
+    assert (done.returncode, first["databases"], first["check"]) == (1, ["bad"], "configuration")
+    assert first["found"].startswith("asking for its configuration failed with ValueError at ")
+    assert first["found"].endswith("conf.py:3") and (second["databases"], second["level"]) == (["good"], "ok")
+    refused = run("--config=conf:settings.databases", cwd=tmp_path)
+    assert refused.returncode == 2 and "RuntimeError at " in refused.stderr
+    for each in (done, refused):
+        assert "tell-nobody" not in each.stdout + each.stderr and "Traceback" not in each.stderr
