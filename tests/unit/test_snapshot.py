@@ -185,6 +185,30 @@ def test_snapshot_may_be_taken_in_the_hub(managed):
     assert [holder.scope for holder in taken[0].holders] == ["in a request"]
 
 
+def test_main_thread_and_native_threads_have_names_people_know(mode, tmp_path):
+    run_script(
+        mode,
+        """
+        import sys, gevent
+        from sqlalchemy import text
+        dbsession.configure({"default": f"sqlite:///{sys.argv[1]}/a.db"})
+        session = dbsession.get_dbsession()
+        def names():
+            return [holder.greenlet for holder in dbsession.snapshot().holders]
+        session.execute(text("SELECT 1"))
+        assert names() == ["thread MainThread" if MODE == "threads" else "the main thread"], names()
+        def job():
+            with dbsession.session_scope("in a thread"):
+                session.execute(text("SELECT 1"))
+                return names()[-1]
+        name = gevent.get_hub().threadpool.apply(job)
+        assert name.startswith("a _WorkerGreenlet at "), name
+        dbsession.clear_dbsession()
+        """,
+        tmp_path,
+    )
+
+
 def test_forked_child_begins_at_0_and_has_no_holder_of_the_parents(mode, tmp_path):
     run_script(
         mode,
