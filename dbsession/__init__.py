@@ -14,6 +14,7 @@ from dbsession.api import (
     dispose,
     get_dbsession,
     get_engine,
+    on_engine_created,
     release_dbsession,
     run_in_transaction,
     session_scope,
@@ -34,6 +35,7 @@ from dbsession.errors import (
     UsedInHub,
 )
 from dbsession.manager import SessionManager
+from dbsession.watch.inspection import serve_snapshots
 from dbsession.watch.snapshot import Snapshot, snapshot
 from dbsession.wsgi import DBSessionMiddleware
 
@@ -61,8 +63,10 @@ __all__ = [
     "dispose",
     "get_dbsession",
     "get_engine",
+    "on_engine_created",
     "release_dbsession",
     "run_in_transaction",
+    "serve_snapshots",
     "session_scope",
     "snapshot",
     "transactional",

@@ -7,12 +7,14 @@ from typing import Any, TypeVar
 
 from sqlalchemy.engine import Engine
 
-from dbsession import block
+from dbsession import block, engines
 from dbsession.config import Databases
+from dbsession.created import Listener
 from dbsession.manager import SessionManager
 from dbsession.registry import ScopedSession
 
 T = TypeVar("T")
+L = TypeVar("L", bound=Listener)
 
 manager = SessionManager()
 
@@ -83,6 +85,21 @@ def get_engine(name: str = "default") -> Engine:
         UnknownDatabase, ConfigError: as `get_dbsession`.
     """
     return manager.engine(name)
+
+
+def on_engine_created(fn: L) -> L:
+    """Call `fn(name, engine)` for each named engine when it is built, and at once for those that there are: of every
+    manager, once each. For what has to see every engine, such as tracing. Also a decorator.
+
+    It is called after dbsession has set up its own event listeners, before anybody else has the engine; under a
+    `configure()` that is refused in the end, too. Never after a fork: engines keep their listeners. An exception in it
+    is logged as a WARNING, and the engine is used as it is. May switch greenlets if `fn` does.
+
+    Returns:
+        `fn`.
+    """
+    engines.on_created(fn)
+    return fn
 
 
 def dispose() -> None:

@@ -1,11 +1,13 @@
-"""The command line: `dbsession check`."""
+"""The command line: `dbsession check`, `dbsession top`, `dbsession dashboard`."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
-from dbsession.watch import command
+from dbsession.watch import command, dashboard, top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,6 +15,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dbsession", description="Looks after the databases of an application.")
     commands = parser.add_subparsers(dest="command", required=True)
     command.add_check(commands)
+    top.add_top(commands)
+    dashboard.add_dashboard(commands)
     options = parser.parse_args(arguments)
-    status: int = options.run(options)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; what is still buffered goes nowhere, without a second complaint
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status

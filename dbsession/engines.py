@@ -13,9 +13,10 @@ from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import Pool, QueuePool
 
-from dbsession import ident, mysql, sqlite
+from dbsession import created, ident, mysql, sqlite
 from dbsession.config import DatabaseConfig, shown
 from dbsession.connections import ConnectionLinks
+from dbsession.created import Listener, Told
 from dbsession.errors import ConfigError
 from dbsession.hub import Waiter
 from dbsession.pool import FairPool
@@ -53,6 +54,7 @@ class Database:
         self.held = links.held
         self._links = links
         links.database = self
+        self.told = Told(config.name, engine)
         _databases.add(weakref.ref(self, _databases.discard))
 
     def dispose(self) -> None:
@@ -68,7 +70,9 @@ class Database:
 
     def successor(self) -> Database:
         """In a forked child: the Database that takes over the engine and the session factory, with their listeners."""
-        return Database(self.config, self.owner, self.engine, self.factory, self._links)
+        successor = Database(self.config, self.owner, self.engine, self.factory, self._links)
+        successor.told = self.told
+        return successor
 
     def abandon(self) -> None:
         """In a forked child: give up the parent's connections, and give the engine a new pool. No I/O."""
@@ -79,6 +83,14 @@ class Database:
 def all_databases() -> list[Database]:
     """Those of this process, in no order."""
     return [each for each in (reference() for reference in list(_databases)) if each is not None]
+
+
+def on_created(listener: Listener) -> None:
+    """Call `listener` for each engine that there is and each that will be built, once."""
+    created.listeners.append(listener)  # first, so that none that is being built now is missed
+    for database in all_databases():
+        if not (database.inherited or database.retired):
+            database.told.tell(listener)
 
 
 def close_idle_sqlite_files() -> None:
@@ -126,7 +138,10 @@ def build(config: DatabaseConfig, owner: DatabaseOwner) -> Database:
         mysql.warn_of_what_is_bypassed(config, engine)
     links = ConnectionLinks(config)
     links.listen(engine)
-    return Database(config, owner, engine, make_factory(config, engine), links)
+    database = Database(config, owner, engine, make_factory(config, engine), links)
+    for listener in list(created.listeners):
+        database.told.tell(listener)
+    return database
 
 
 def _defaults(config: DatabaseConfig, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Hook functions for a gunicorn configuration file:
 
-    from dbsession.gunicorn_hooks import post_request, post_worker_init, when_ready, worker_exit
+    from dbsession.gunicorn_hooks import child_exit, post_request, post_worker_init, when_ready, worker_exit
 
 There is none for forks: `os.register_at_fork` tells us of every one, the workers' and the dirty workers' (whose
 `dirty_post_fork` and `dirty_worker_exit` gunicorn calls in their arbiter, not in the worker).
+
+Where the environment's DBSESSION_METRICS names a path, such as /metrics, each worker answers it with the metrics of
+all; `child_exit` is for that. Import this module before anything that imports prometheus_client.
 """
 
 from __future__ import annotations
@@ -13,22 +16,28 @@ import os
 from typing import Any
 
 from dbsession import api, scope, wsgi
+from dbsession.errors import ConfigError
 from dbsession.mysql import kill
-from dbsession.watch import check
+from dbsession.watch import check, folder, inspection, metrics_folder
 
 logger = logging.getLogger(__name__)
 
 KILLING_S = 2.0
 
+metrics_folder.prepare()  # the variables that it sets, the workers inherit
+
 
 def when_ready(server: Any) -> None:
     """In the master, which under preload_app has imported the application: closes the sessions that were used by the
-    import itself, outside any scope. They would hold their connections as long as the process lives."""
+    import itself, outside any scope. They would hold their connections as long as the process lives. And empties the
+    folder of the metrics of what an earlier master has left there."""
     _close_what_the_import_used()
+    metrics_folder.begin(server)
 
 
 def post_worker_init(worker: Any) -> None:
-    """The same in a worker, which has just imported the application.
+    """The same in a worker, which has just imported the application; and serves the worker's snapshot (see
+    `dbsession.serve_snapshots`) where the environment variable DBSESSION_INSPECT names a folder.
 
     The first worker that a master starts also looks at its databases as `dbsession check` does, with gunicorn's own
     settings, and logs what is wrong. It does so aside: neither its start nor that of the others waits for it. Here and
@@ -42,8 +51,25 @@ def post_worker_init(worker: Any) -> None:
     """
     wsgi.check_deadlines()
     _close_what_the_import_used()
+    inspected = os.environ.get(folder.VARIABLE, "").strip()
+    if inspected:
+        try:
+            inspection.serve_snapshots(inspected)
+        except ConfigError as error:  # no reason not to serve requests
+            logger.warning("This worker cannot be inspected: %s", error)
     if worker.age == 1:  # counted by the master, over all its workers
         check.in_worker(worker.cfg)
+    path = metrics_folder.path()
+    if path and hasattr(worker, "wsgi"):  # the asgi worker's application is none of ours
+        from dbsession.watch import metrics
+
+        worker.wsgi = metrics.MetricsMiddleware(worker.wsgi, path)
+        metrics.start()
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """In the master, after the end of a worker: its counts stay in the metrics, the state of its pools goes."""
+    metrics_folder.forget(worker.pid)
 
 
 def _close_what_the_import_used() -> None:
@@ -72,5 +98,6 @@ def worker_exit(server: Any, worker: Any) -> None:
     that has vanished: nothing is done there.) A worker that is killed does not come here; the kernel closes its
     sockets."""
     if worker.pid == os.getpid():
+        inspection.stop()
         kill.finish(KILLING_S)
         api.dispose()

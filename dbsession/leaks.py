@@ -6,11 +6,11 @@ import logging
 import time
 import weakref
 from functools import partial
-from typing import Any
 
-from dbsession import fork, hub
+from dbsession import hub
 from dbsession.config import DatabaseConfig
 from dbsession.holders import Checkout, HeldConnections
+from dbsession.ticker import Ticker
 
 logger = logging.getLogger(__name__)
 
@@ -19,11 +19,6 @@ _LONGEST_S, _SHORTEST_S = 1.0, 0.05  # between two looks
 # Every LeakWatch of this process, by weak references, one set operation at a time: a WeakSet cannot be read while
 # another thread adds to it.
 _watches: set[weakref.ref[LeakWatch]] = set()
-
-# The epochs in which a watcher was started: one for each process. Written by `setdefault`, one step.
-_started: dict[int, object] = {}
-
-_timer: Any = None  # the next look, while it runs in a hub
 
 
 class LeakWatch:
@@ -89,15 +84,10 @@ class LeakWatch:
 
 
 def watch() -> None:
-    """See to it that this process has its watcher: a timer of the main hub, which keeps no loop running, or a thread
-    of ours where no hub lasts. Called for each new connection, since a process without one has nothing to watch."""
-    token = object()
-    epoch = fork.epoch
-    if epoch not in _started and _watches and _started.setdefault(epoch, token) is token:
-        if hub.lasts():
-            _look_later(hub.here(), epoch, _SHORTEST_S)
-        else:
-            hub.run_in_thread(partial(_look_for_ever, epoch))
+    """See to it that this process has its watcher. Called for each new connection, since a process without one has
+    nothing to watch."""
+    if _watches:
+        _ticker.start()
 
 
 def _look_all() -> float:
@@ -107,21 +97,4 @@ def _look_all() -> float:
     return max(_SHORTEST_S, min(_LONGEST_S, soonest - time.monotonic()))
 
 
-def _look_later(home: Any, epoch: int, seconds: float) -> None:
-    global _timer
-    _timer = home.loop.timer(seconds, ref=False)
-    _timer.start(_look_in_hub, home, epoch)
-
-
-def _look_in_hub(home: Any, epoch: int) -> None:
-    pause_s = _LONGEST_S
-    try:
-        pause_s = _look_all()
-    finally:  # Control-C, say, ends what the Hub is doing
-        if epoch == fork.epoch:
-            _look_later(home, epoch, pause_s)
-
-
-def _look_for_ever(epoch: int) -> None:
-    while epoch == fork.epoch:
-        hub.sleep_thread(_look_all())
+_ticker = Ticker(_look_all)

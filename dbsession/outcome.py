@@ -79,6 +79,9 @@ class TransactionWatch:
     def _commit(self, proxied: Any) -> None:
         info = proxied.info
         self._begin_commit(info, self._do_rollback, proxied)
+        note = (proxied.record_info or {}).get(CHECKOUT)
+        if note is not None:  # else it was detached from the pool
+            note.changed = time.monotonic()
         self._do_commit(proxied)
         info.pop(COMMITTING, None)
 
@@ -97,9 +100,6 @@ class TransactionWatch:
             roll_back(*arguments, **more)
             raise
         info[COMMITTING] = True
-        note = info.get(CHECKOUT)
-        if note is not None:
-            note.changed = time.monotonic()
 
     def _rollback(self, proxied: Any) -> None:
         try:

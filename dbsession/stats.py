@@ -19,10 +19,13 @@ class Histogram:
     __slots__ = ("counts", "sum_s", "tell")
 
     def __init__(self) -> None:
+        self.reset()
+        self.tell: Callable[[float], object] | None = None
+        """Called with each value, too, by destructors as well: it may take no lock, and wait for nothing."""
+
+    def reset(self) -> None:
         self.counts = [0] * (len(BOUNDS_S) + 1)
         self.sum_s = 0.0
-        self.tell: Callable[[float], object] | None = None
-        """Called with each value, too: what publishes it."""
 
     def add(self, seconds: float) -> None:
         bucket = bisect_left(BOUNDS_S, seconds)
@@ -45,13 +48,15 @@ class Stats:
     COUNTS = ("checkouts", "connects", "invalidated", "timeouts", "kills", "teardown_failures", "retries")
 
     def __init__(self) -> None:
+        self.waits = Histogram()
+        self.holds = Histogram()
         self.reset()
 
     def reset(self) -> None:
         self.checkouts = self.connects = self.invalidated = self.timeouts = 0
         self.kills = self.teardown_failures = self.retries = 0
-        self.waits = Histogram()
-        self.holds = Histogram()
+        self.waits.reset()
+        self.holds.reset()
 
     def unwaited(self) -> int:
         """How many got a connection without waiting for one."""

@@ -12,7 +12,13 @@ monkey.patch_all()
 import logging  # noqa: E402
 import os  # noqa: E402
 
-from dbsession.gunicorn_hooks import post_request, post_worker_init, when_ready, worker_exit  # noqa: E402, F401
+from dbsession.gunicorn_hooks import (  # noqa: E402, F401
+    child_exit,
+    post_request,
+    post_worker_init,
+    when_ready,
+    worker_exit,
+)
 
 
 def number(variable: str, default: int, least: int, most: int) -> int:

@@ -36,19 +36,21 @@ class _Keep(logging.Handler):
 def _is_handled(logger: logging.Logger | None) -> bool:
     """Whether a handler other than ours gets what this logger is told."""
     while logger is not None:
-        if any(handler is not _handler for handler in logger.handlers):
+        if any(not isinstance(handler, _Keep) for handler in logger.handlers):
             return True
         logger = logger.parent if logger.propagate else None
     return False
 
 
-_handler = _Keep(logging.WARNING)
 os.register_at_fork(after_in_child=_kept.clear)  # they are the parent's
 
 
 def keep() -> None:
     """Keep the warnings from now on. Idempotent."""
-    logging.getLogger("dbsession").addHandler(_handler)
+    ours = logging.getLogger("dbsession")
+    if not any(isinstance(each, _Keep) for each in ours.handlers):
+        # Held by its logger alone: freed before that, at the end of a patched process, it would make logging complain.
+        ours.addHandler(_Keep(logging.WARNING))
 
 
 def warned() -> tuple[Warned, ...]:

@@ -107,23 +107,26 @@ def snapshot() -> Snapshot:
     Passwords, parameter values and query strings are not in it.
     """
     now = time.monotonic()
-    databases = sorted((each for each in engines.all_databases() if _is_of_interest(each)), key=lambda each: each.name)
+    databases = live()
     holders = [holder for database in databases for holder in database.held.holders()]
     return Snapshot(
         pid=os.getpid(),
         time_s=time.time(),
-        databases=tuple(map(_database, databases)),
+        databases=tuple(map(picture, databases)),
         holders=tuple(sorted(holders, key=lambda holder: -holder.held_s)),
         scopes=tuple(_scopes(now)),
         warnings=recent.warned(),
     )
 
 
-def _is_of_interest(database: Database) -> bool:
-    return not database.inherited and (not database.retired or bool(database.held.notes()))
+def live() -> list[Database]:
+    """The databases of this process that are in use, by name: those configured, and earlier ones as long as somebody
+    holds a connection. Two managers may each have one of a name."""
+    ours = (each for each in engines.all_databases() if not each.inherited)
+    return sorted((each for each in ours if not each.retired or each.held.notes()), key=lambda each: each.name)
 
 
-def _database(database: Database) -> DatabaseSnapshot:
+def picture(database: Database) -> DatabaseSnapshot:
     pool: Any = database.engine.pool
     ours = isinstance(pool, FairPool)
     sized = isinstance(pool, QueuePool)

@@ -25,6 +25,7 @@ ORDER = (
     "scope",
     "block",
     "fork",
+    "ticker",
     "masking",
     "places",
     "holders",
@@ -38,6 +39,7 @@ ORDER = (
     "connections",
     "sessions",
     "registry",
+    "created",
     "engines",
     "transaction",
     "manager",
@@ -112,7 +114,7 @@ def test_import_brings_in_no_extra() -> None:
         import sys
         import dbsession
 
-        extras = {"gunicorn", "flask", "werkzeug", "prometheus_client"}
+        extras = {"gunicorn", "flask", "werkzeug", "prometheus_client", "opentelemetry", "textual", "rich"}
         drivers = {"aiomysql", "asyncmy", "aiosqlite", "asyncpg"}
         loaded = {name.partition(".")[0] for name in sys.modules} & (extras | drivers)
         assert not loaded, loaded

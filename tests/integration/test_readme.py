@@ -184,6 +184,53 @@ def test_hello_runs_under_gunicorn_with_the_configuration_shown(folder, preload)
     assert answers == ["1 visits\n", "2 visits\n", "3 visits\n"]
 
 
+def test_monitored_hello_shows_its_metrics(folder):
+    run(
+        folder,
+        """
+from monitored import application
+assert get(application, "/") == "1 visits\\n"
+assert 'dbsession_connects_total{database="default"} 1.0' in get(application, "/metrics")
+""",
+    )
+
+
+def test_traced_engines_make_spans_and_report_their_pools(folder):
+    run(
+        folder,
+        """
+from opentelemetry import metrics, trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+exporter, reader, provider = InMemorySpanExporter(), InMemoryMetricReader(), TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+trace.set_tracer_provider(provider)
+metrics.set_meter_provider(MeterProvider([reader]))
+import dbsession, traced
+from sqlalchemy import text
+dbsession.configure({"default": "sqlite:///a.db", "audit": "sqlite:///b.db"})
+for name in "default", "audit":
+    with dbsession.session_scope():
+        dbsession.get_dbsession(name).execute(text("SELECT 1"))
+assert [span.name for span in exporter.get_finished_spans()] == ["SELECT a.db", "SELECT b.db"]
+(resource,) = reader.get_metrics_data().resource_metrics
+told = {metric.name for scope in resource.scope_metrics for metric in scope.metrics}
+assert {"db.client.connection.count", "db.client.connection.use_time", "db.client.connections.usage"} <= told
+""",
+    )
+
+
+def test_metrics_table_has_every_metric():
+    table = README.partition("| metric |")[2].partition("\n\n")[0]
+    source = (ROOT / "dbsession" / "watch" / "metrics.py").read_text()
+    for kind, name in re.findall(r'(_gauge|_counter|_histogram)\(\s*"(dbsession_\w+)"', source):
+        assert f"`{name}{'_total' if kind == '_counter' else ''}`" in table, name
+
+
 def test_flask_example_stores_and_streams(folder):
     run(
         folder,

@@ -4,10 +4,13 @@ has changed: find the new place before anything else is believed."""
 from __future__ import annotations
 
 import inspect
+import os
+import socket
 
 import gevent
 import gevent.threadpool
 import pymysql
+from prometheus_client import CollectorRegistry, Histogram
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import QueuePool
 
@@ -31,6 +34,12 @@ def test_gevent_runs_threadpool_jobs_in_a_greenlet_class_of_its_threadpool_modul
     assert gevent.get_hub() is hub.here()
     job = gevent.get_hub().threadpool.apply(lambda: type(gevent.getcurrent()).__module__)
     assert job == "gevent.threadpool"
+
+
+def test_socket_gives_a_clients_descriptor_without_making_a_socket_of_it():
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+        descriptor, _ = listener._accept()
+        os.close(descriptor)
 
 
 def test_pymysql_keeps_its_socket_in_sock(mariadb_url):
@@ -169,3 +178,18 @@ def test_checkout_of_sqlalchemys_pool_stands_two_calls_above_the_note(tmp_path):
     manager.engine().connect().close()
     assert seen == ["_checkout"]
     manager.dispose()
+
+
+def test_prometheus_histogram_keeps_one_value_for_each_bucket_and_the_sum():
+    """What watch.metrics adds to: each bucket's own count, not yet added up."""
+    registry = CollectorRegistry()
+    metric = Histogram("h", "text", ("database",), registry=registry, buckets=(1.0, 2.0))
+    metric.labels("a").observe(1.5)
+    child = metric.labels("a")
+    assert [bucket.get() for bucket in child._buckets] == [0, 1, 0]
+    for bucket, count in zip(child._buckets, (5, 6, 7), strict=True):
+        bucket.inc(count)
+    child._sum.inc(100.0)
+    below = lambda le: registry.get_sample_value("h_bucket", {"database": "a", "le": le})  # noqa: E731
+    assert [below(le) for le in ("1.0", "2.0", "+Inf")] == [5, 12, 19]
+    assert registry.get_sample_value("h_sum", {"database": "a"}) == 101.5

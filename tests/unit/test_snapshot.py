@@ -343,7 +343,9 @@ def keeping():
     recent._kept.clear()
     yield
     recent._kept.clear()
-    logging.getLogger("dbsession").removeHandler(recent._handler)
+    ours = logging.getLogger("dbsession")
+    for handler in [each for each in ours.handlers if isinstance(each, recent._Keep)]:
+        ours.removeHandler(handler)
 
 
 def test_warnings_are_kept_and_nothing_below_nor_of_others(keeping):

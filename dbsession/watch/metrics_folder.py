@@ -1,0 +1,97 @@
+"""The folder in which the workers of one gunicorn put their metrics for each other.
+
+It is that of prometheus_client's multiprocess mode, which reads PROMETHEUS_MULTIPROC_DIR at its import. So this module
+imports nothing of it, and its `prepare()` runs before anything else does: when gunicorn's configuration file imports
+the hooks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+from typing import Any
+
+from dbsession.errors import describe
+
+logger = logging.getLogger(__name__)
+
+PATH = "DBSESSION_METRICS"
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+
+_FILE = re.compile(r"(?:counter|histogram|summary|gauge_[a-z]+)_([0-9]+)\.db")
+"""What prometheus_client calls its files there: the kind, the process. It is no other `.db` that is removed."""
+
+_owner = 0  # the process that removes the folder at its end, if it was made here
+
+
+def path() -> str | None:
+    """The path that the environment opts in to; None: off."""
+    return os.environ.get(PATH) or None
+
+
+def folder() -> str | None:
+    """The shared folder; None: this process is alone."""
+    return os.environ.get(FOLDER) or None
+
+
+def prepare() -> None:
+    """Before anything imports prometheus_client: make the folder, where metrics are on. What is wrong is logged, and
+    leaves them off: a server that answers and cannot be watched is better than none."""
+    wrong = _make() if path() else None
+    if wrong:
+        logger.warning("DBSESSION_METRICS is ignored, there are no metrics: %s", wrong)
+        del os.environ[PATH]
+
+
+def _make() -> str | None:
+    """Returns what is wrong."""
+    global _owner
+    if not (path() or "").startswith("/"):
+        return "it must be a path that begins with '/', such as /metrics."
+    if importlib.util.find_spec("prometheus_client") is None:
+        return "prometheus_client is not installed: pip install 'dbsession[metrics]'."
+    if folder() is None and "prometheus_client" in sys.modules:
+        return "prometheus_client was imported already: import dbsession.gunicorn_hooks before it."
+    try:
+        named = folder()
+        if named is not None:
+            os.makedirs(named, mode=0o700, exist_ok=True)
+        else:
+            made = os.environ[FOLDER] = tempfile.mkdtemp(prefix="dbsession-metrics-")  # of mode 0700
+            _owner = os.getpid()
+            atexit.register(_remove, made)
+    except OSError as error:
+        return f"the folder of PROMETHEUS_MULTIPROC_DIR cannot be made ({describe(error)})."
+    return None
+
+
+def begin(master: Any) -> None:
+    """In gunicorn's master before its workers: empty the folder of what an earlier one has left. Not in the second
+    master of a SIGUSR2: if the environment names the folder, the first one's workers count on in it."""
+    global _owner
+    _owner = os.getpid()  # gunicorn's `daemon` has forked since prepare()
+    if path() and not master.master_pid:
+        for file in os.scandir(folder()):
+            found = _FILE.fullmatch(file.name)
+            if found and int(found[1]) != os.getpid():  # those are of an application that was preloaded
+                os.remove(file)
+
+
+def forget(pid: int) -> None:
+    """In gunicorn's master: a worker has ended. Its counts stay, its gauges go."""
+    if path():
+        multiprocess: Any = importlib.import_module("prometheus_client.multiprocess")
+        multiprocess.mark_process_dead(pid)
+
+
+def _remove(made: str) -> None:
+    """At the end of the master, and not of its workers, which have inherited this."""
+    if os.getpid() == _owner:
+        shutil.rmtree(made, ignore_errors=True)

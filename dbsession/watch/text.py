@@ -1,0 +1,41 @@
+"""Values from a snapshot as a terminal shows them: as data, which can neither move the cursor nor change a colour."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+
+def plain(value: object) -> str:
+    """One line of printable characters; others, such as those that begin a terminal's commands, as escapes."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(value))
+
+
+def duration(seconds: float | None) -> str:
+    """With its unit; what lies in the histograms' first bucket as what is known of it."""
+    if seconds is None:
+        return "-"
+    if seconds <= 0.001:
+        return "<1 ms"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+
+
+def short_place(place: str) -> str:
+    """`file:line in function` without the file's folders but the last."""
+    path, found, rest = place.partition(".py:")
+    return os.sep.join(path.split(os.sep)[-2:]) + found + rest
+
+
+def table(rows: Sequence[Sequence[str]], right: str) -> list[str]:
+    """Lines with aligned columns, two spaces between them; `right` has a letter for each column, "r" where it is
+    aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if side == "r" else cell.ljust(width)
+            for cell, width, side in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,131 @@
+"""`dbsession top`: who uses the connections of all workers of a folder, in a terminal, as text, or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from typing import Any
+
+from dbsession.errors import ConfigError
+from dbsession.watch import folder as folders
+from dbsession.watch.collect import Collected, collect
+from dbsession.watch.text import duration, plain, table
+from dbsession.watch.usage import Usage, holders, usage
+
+
+def add_top(commands: Any) -> None:
+    """Add `top` to argparse's sub-commands."""
+    parser = commands.add_parser(
+        "top",
+        help="who uses the databases' connections, in all workers that serve their snapshots",
+        description="Exit status: 0; with --once or --json 1 when no worker answers; 2 for wrong usage.",
+    )
+    parser.add_argument(
+        "--folder",
+        default=os.environ.get(folders.VARIABLE, "").strip(),
+        help=f"where the workers' inspection sockets are (default: ${folders.VARIABLE})",
+    )
+    parser.add_argument("--once", action="store_true", help="print it once, as text")
+    parser.add_argument("--json", action="store_true", help="print the workers' snapshots once, as JSON")
+    parser.add_argument(
+        "--interval", type=_interval, default=1.0, metavar="S", help="seconds between looks (default: 1)"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _interval(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 60:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 to 60")
+    return seconds
+
+
+def _run(options: argparse.Namespace) -> int:
+    """The exit status: 0, 1 when no worker answers (not on the screen, which waits for one), 2 wrong usage."""
+    if not options.folder:
+        return _refuse(
+            f"Set {folders.VARIABLE} to the folder of the inspection sockets, the same as for the workers, or name it "
+            "with --folder.",
+        )
+    if not (options.once or options.json):
+        return _live(options)
+    try:
+        now = collect(options.folder)
+    except ConfigError as error:
+        return _refuse(str(error))
+    if options.json:
+        print(json.dumps({"workers": now.workers, "silent": now.silent}))
+    elif now.workers:
+        print("\n".join(lines(now)))
+    if not now.workers:
+        print(f"dbsession top: {none_answers(options.folder, now)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _refuse(sentence: str) -> int:
+    print(f"dbsession top: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _live(options: argparse.Namespace) -> int:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return _refuse("This is no terminal: use --once or --json.")
+    if importlib.util.find_spec("textual") is None:
+        return _refuse("The screen needs textual: pip install 'dbsession[top]'. (--once and --json do not.)")
+    from dbsession.watch.screen import Top
+
+    Top(options.folder, options.interval).run()
+    return 0
+
+
+def none_answers(folder: str, now: Collected) -> str:
+    """The sentence for a folder without answers."""
+    if now.silent:
+        return f"No worker answers; silent: {', '.join(map(str, now.silent))}."
+    return (
+        f"No worker serves its snapshot in {plain(folder)}: is the server running, with {folders.VARIABLE} set to this "
+        "folder?"
+    )
+
+
+def workers_of(now: Collected) -> str:
+    """How many answered, and who did not."""
+    found = f"{len(now.workers)} worker{'s' if len(now.workers) != 1 else ''}"
+    return f"{found}, silent: {', '.join(map(str, now.silent))}" if now.silent else found
+
+
+def lines(now: Collected) -> list[str]:
+    """The same as the screen shows, as text."""
+    pids = ", ".join(str(worker["pid"]) for worker in now.workers)
+    titles = "database", "in use", "limit", "idle", "waiting", "checkouts", "timeouts", "wait p50", "wait p99"
+    databases = [titles, *map(_database, usage(now))]
+    text = [f"{workers_of(now)} (pid {pids})", "", *table(databases, "lrrrrrrrr"), ""]
+    held = [("held", "state", "for", "scope", "database", "pid", "checked out at", "last statement")]
+    held += [
+        (
+            duration(each["held_s"]),
+            each["state"],
+            duration(each["state_s"]),
+            plain(each["scope"]),
+            plain(each["database"]),
+            str(each["pid"]),
+            plain(each["place"]),
+            plain(each["statement"] or "-"),
+        )
+        for each in holders(now)
+    ]
+    return text + (table(held, "rlrllrll") if len(held) > 1 else ["No connection is in use."])
+
+
+def _database(each: Usage) -> tuple[str, ...]:
+    limit = "-" if each.limit is None else str(each.limit)
+    counts = each.idle, each.waiting, each.checkouts, each.timeouts
+    waits = duration(each.wait_p50_s), duration(each.wait_p99_s)
+    return plain(each.database), str(each.in_use), limit, *map(str, counts), *waits

@@ -1,0 +1,330 @@
+"""The inspection socket, as a process serves it and as `collect` asks it: patched, late patched, and in threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from dbsession.errors import ConfigError
+from dbsession.watch import folder as folders
+from dbsession.watch.collect import collect
+from support.processes import run_python, run_script
+
+START = """
+import json, os, socket, sys, threading
+from pathlib import Path
+from dbsession.watch import inspection
+from dbsession.watch.collect import collect
+
+folder = Path(sys.argv[1], "sockets")
+path = folder / f"{os.getpid()}.sock"
+sleep(0)  # where there is gevent, there is a hub now
+
+def connect():
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(str(path))
+    return client
+
+def rest(client):
+    with client, client.makefile("rb") as file:
+        return file.read()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "sockets"
+
+
+def left_behind(folder: Path, pid: int) -> Path:
+    """The socket of a process that was killed."""
+    path = folders.make(folder) / f"{pid}.sock"
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(path))
+        killed.listen()
+    return path
+
+
+class Answers:
+    """A process's socket that sends `answer` to the first who connects."""
+
+    def __init__(self, folder: Path, pid: int, answer: bytes) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(folders.make(folder) / f"{pid}.sock"))
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._serve, args=[answer])
+
+    def _serve(self, answer: bytes) -> None:
+        client, _ = self._listener.accept()
+        with client:
+            client.sendall(answer)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(10)
+        self._listener.close()
+
+
+# -- serving ---------------------------------------------------------------------------------------------------
+
+
+def test_socket_serves_one_snapshot_to_each_client_and_goes_with_the_process(mode, tmp_path, folder):
+    run_script(
+        mode,
+        START
+        + """
+from sqlalchemy import text
+dbsession.configure({"default": f"sqlite:///{sys.argv[1]}/a.db"})
+session = dbsession.get_dbsession()
+dbsession.serve_snapshots(folder)
+with dbsession.session_scope("import"):
+    session.execute(text("SELECT 1"))
+    for _ in range(2):
+        answer = rest(connect())
+        assert answer.endswith(b"}\\n") and answer.count(b"\\n") == 1
+        assert json.loads(answer)["pid"] == os.getpid()
+        assert [each["scope"] for each in json.loads(answer)["holders"]] == ["import"]
+assert folder.stat().st_mode & 0o777 == 0o700 and path.stat().st_mode & 0o777 == 0o600
+assert os.listdir(folder) == [path.name]
+""",
+        tmp_path,
+    )
+    assert list(folder.iterdir()) == []
+
+
+def test_socket_reads_nothing_from_a_client_that_sends(mode, tmp_path):
+    run_script(
+        mode,
+        START
+        + """
+dbsession.serve_snapshots(folder)
+client = connect()
+client.sendall(b"POST /stop HTTP/1.1\\r\\n\\r\\n")
+received = []
+try:
+    while piece := client.recv(65536):
+        received.append(piece)
+except ConnectionResetError:  # what it sent was never read
+    pass
+client.close()
+assert json.loads(b"".join(received))["pid"] == os.getpid()
+assert [each["pid"] for each in collect(folder, 10).workers] == [os.getpid()]
+""",
+        tmp_path,
+    )
+
+
+def test_socket_drops_the_clients_that_do_not_read_and_answers_the_next(mode, tmp_path):
+    """More is sent than the kernel takes, and as many do not read it as are answered at a time."""
+    run_script(
+        mode,
+        START
+        + """
+from types import SimpleNamespace
+large = {"version": 1, "pid": os.getpid(), "holders": "x" * 8_000_000}
+inspection.snapshot = lambda: SimpleNamespace(as_dict=lambda: large)
+inspection.ANSWER_S = 0.2
+dbsession.serve_snapshots(folder)
+lazy = [connect() for _ in range(inspection.CLIENTS)]
+assert collect(folder, 20).workers == [large]
+wait_until(lambda: not inspection._server._clients, 20)
+for client in lazy:
+    assert len(rest(client)) < 8_000_000
+""",
+        tmp_path,
+    )
+
+
+def test_child_serves_nothing_until_it_says_so_and_the_parent_goes_on_when_forked(mode, tmp_path, folder):
+    """The child's descriptor is not the parent's socket any more, and its end leaves the parent's path alone."""
+    run_script(
+        mode,
+        START
+        + """
+import gc
+dbsession.serve_snapshots(folder)
+lazy = connect()
+opened = lambda fd: os.readlink(f"/proc/self/fd/{fd}")
+descriptor = inspection._server._listener.fileno()
+inherited, ours = opened(descriptor), os.getpid()
+child = os.fork()
+if not child:
+    assert inspection._server is None
+    assert inherited not in map(opened, filter(lambda fd: os.path.lexists(f"/proc/self/fd/{fd}"), range(3, 100)))
+    sleep(0.01)
+    gc.collect()
+    assert not (folder / f"{os.getpid()}.sock").exists() and path.exists()
+    dbsession.serve_snapshots(folder)
+    path = folder / f"{os.getpid()}.sock"
+    assert json.loads(rest(connect()))["pid"] == os.getpid()
+    sys.exit()
+wait_until(lambda: os.waitpid(child, os.WNOHANG) == (child, 0), 20)
+assert json.loads(rest(lazy))["pid"] == ours and json.loads(rest(connect()))["pid"] == ours
+assert os.listdir(folder) == [path.name]
+""",
+        tmp_path,
+    )
+    assert list(folder.iterdir()) == []
+
+
+def test_socket_moves_when_served_in_another_folder_and_ends_when_stopped(mode, tmp_path):
+    run_script(
+        mode,
+        START
+        + """
+other = Path(sys.argv[1], "other")
+dbsession.serve_snapshots(folder)
+dbsession.serve_snapshots(other)
+assert os.listdir(folder) == [] and os.listdir(other) == [path.name]
+assert [each["pid"] for each in collect(other, 10).workers] == [os.getpid()]
+inspection.stop()
+inspection.stop()
+assert os.listdir(other) == [] and collect(other, 10).workers == []
+wait_until(lambda: sys.argv[1] not in Path("/proc/net/unix").read_text(), 10)
+""",
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("mode", ["patched", "late"])
+def test_socket_keeps_no_loop_running(mode, tmp_path):
+    run_script(
+        mode,
+        START
+        + """
+import gevent
+dbsession.serve_snapshots(folder)
+assert [each["pid"] for each in collect(folder, 10).workers] == [os.getpid()]
+assert gevent.get_hub().join(timeout=20), "the loop did not end by itself"
+""",
+        tmp_path,
+    )
+
+
+def test_socket_answers_when_the_only_hub_is_blocked_before_it_was_made(tmp_path):
+    """Without gevent the program never lets anybody run: a thread of ours answers."""
+    run_python(
+        """
+import sys, dbsession, socket, os, json
+dbsession.serve_snapshots(sys.argv[1] + "/sockets")
+client = socket.socket(socket.AF_UNIX)
+client.connect(f"{sys.argv[1]}/sockets/{os.getpid()}.sock")
+with client, client.makefile() as file:
+    assert json.load(file)["pid"] == os.getpid()
+""",
+        tmp_path,
+    )
+
+
+def test_warnings_are_in_the_snapshot_from_the_moment_that_it_is_served(mode, tmp_path):
+    run_script(
+        mode,
+        START
+        + """
+import logging
+logging.getLogger().addHandler(logging.NullHandler())
+logging.getLogger("dbsession.pool").warning("before")
+dbsession.serve_snapshots(folder)
+logging.getLogger("dbsession.pool").warning("Database %r: ...", "default")
+[worker] = collect(folder, 10).workers
+assert [each["text"] for each in worker["warnings"]] == ["Database 'default': ..."]
+""",
+        tmp_path,
+    )
+
+
+# -- the folder ------------------------------------------------------------------------------------------------
+
+
+def test_sockets_of_killed_processes_are_removed_when_another_serves(mode, tmp_path, folder):
+    left_behind(folder, 4_000_001)
+    (folder / "README").write_text("somebody else's")
+    run_script(
+        mode,
+        START
+        + """
+dbsession.serve_snapshots(folder)
+assert sorted(os.listdir(folder)) == sorted(["README", path.name])
+""",
+        tmp_path,
+    )
+
+
+def test_folder_with_a_mode_for_others_is_refused_and_left_as_it_is(folder):
+    folder.mkdir(0o750)
+    with pytest.raises(ConfigError, match=r"has mode 0750: .* `chmod 0700 .*`.* \[DBS-CONFIG\]"):
+        folders.make(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+
+
+def test_folder_is_refused_when_it_is_a_link_or_a_file_or_cannot_be_made(tmp_path, folder):
+    (tmp_path / "own").mkdir(0o700)
+    folder.symlink_to(tmp_path / "own")
+    with pytest.raises(ConfigError, match="is no folder"):
+        folders.make(folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is no folder"):
+        folders.make(tmp_path / "file")
+    with pytest.raises(ConfigError, match="cannot be used: File exists"):
+        folders.make(tmp_path / "file" / "sockets")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders away")
+def test_folder_of_another_user_is_refused(folder):
+    folder.mkdir(0o700)
+    os.chown(folder, 4321, -1)
+    with pytest.raises(ConfigError, match="belongs to the user number 4321"):
+        folders.make(folder)
+
+
+def test_folder_is_refused_when_a_socket_in_it_would_have_too_long_a_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"has a name of \d+ bytes; a Unix socket's leaves it 90\. Choose a shorter"):
+        folders.make(tmp_path / ("x" * 90))
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- collecting ------------------------------------------------------------------------------------------------
+
+
+def test_collect_finds_nobody_where_there_is_no_folder(folder):
+    found = collect(folder)
+    assert (found.workers, found.silent) == ([], [])
+
+
+def test_collect_raises_when_the_folder_is_none(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be used: Not a directory"):
+        collect(tmp_path / "file")
+
+
+def test_collect_removes_the_sockets_of_killed_processes_and_nothing_else(folder):
+    left_behind(folder, 4_000_001)
+    (folder / "4000002.sock").write_text("no socket")
+    (folder / "other.sock").symlink_to(folder)
+    found = collect(folder)
+    assert (found.workers, found.silent) == ([], [])
+    assert sorted(path.name for path in folder.iterdir()) == ["4000002.sock", "other.sock"]
+
+
+@pytest.mark.parametrize("answer", [b"", b"{", b"[" * 100_000, b"null", b'{"version": 2, "pid": 1}', b"\xff"])
+def test_collect_counts_as_silent_who_gives_no_snapshot_and_hears_the_others(folder, answer):
+    good = json.dumps({"version": 1, "pid": 4_000_002}).encode()
+    with Answers(folder, 4_000_001, answer), Answers(folder, 4_000_002, good):
+        found = collect(folder, 10)
+    assert ([each["pid"] for each in found.workers], found.silent) == ([4_000_002], [4_000_001])
+
+
+def test_collect_does_not_wait_longer_for_a_silent_process_than_it_may(folder):
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(folders.make(folder) / "4000001.sock"))
+        silent.listen()
+        found = collect(folder, 0.05)
+    assert (found.workers, found.silent) == ([], [4_000_001])

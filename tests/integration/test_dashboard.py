@@ -1,0 +1,363 @@
+"""The dashboard in a real browser, before a real gunicorn."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from support.dashboard import Dashboard, chromium
+from support.gunicorn import Gunicorn
+from support.waiting import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+SECRET = "correct horse battery"
+SHOWN_MS = 2000  # within which the page shows what happens
+STATE = "#state"
+
+# Runs in the page before its own script, and keeps what the policy stopped.
+WATCH = "addEventListener('securitypolicyviolation', (e) => (window.stopped ??= []).push(e.blockedURI))"
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[Gunicorn]:
+    """An application with one worker and a pool of two, whose snapshot is served in `folder`/sockets."""
+    with Gunicorn(
+        "support.holding_app:application",
+        "--worker-class=gevent",
+        "--graceful-timeout=1",
+        config=ROOT / "deploy" / "gunicorn.conf.py",
+        env={"HOLDING_URL": f"sqlite:///{folder}/a.db", "DBSESSION_INSPECT": str(folder / "sockets")},
+        ready="/",
+    ) as server:
+        try:
+            yield server
+        finally:
+            with suppress(OSError, http.client.HTTPException):
+                server.get("/release", timeout_s=5)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("d")
+
+
+@pytest.fixture(scope="module")
+def server(module_folder: Path) -> Iterator[Gunicorn]:
+    with serve(module_folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def dashboard(server: Gunicorn, module_folder: Path) -> Iterator[Dashboard]:
+    with Dashboard(module_folder / "sockets") as dashboard:
+        yield dashboard
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Opens pages; at the end none has met an error, and the policy has stopped nothing."""
+    pages: list[Page] = []
+    errors: list[str] = []
+    with ExitStack() as stack:
+
+        def open_page(url: str, **options: Any) -> Page:
+            context = browser.new_context(**options)
+            stack.callback(context.close)
+            context.set_default_timeout(10_000)
+            context.add_init_script(WATCH)
+            page = context.new_page()
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.goto(url)
+            pages.append(page)
+            return page
+
+        yield open_page
+        assert [page.evaluate("window.stopped ?? []") for page in pages] == [[]] * len(pages)
+        assert errors == []
+
+
+@pytest.fixture
+def page(open_page: Callable[..., Page], dashboard: Dashboard) -> Page:
+    """The page, which has had its first answer."""
+    page = open_page(dashboard.url)
+    expect(page.locator(STATE)).to_have_text("1 worker")
+    return page
+
+
+@contextmanager
+def holding(server: Gunicorn, *paths: str) -> Iterator[None]:
+    """A request to each path under /hold/, which holds a connection inside the block."""
+    requests = [threading.Thread(target=server.get, args=(f"/hold/{quote(path)}",)) for path in paths]
+    for request in requests:
+        request.start()
+    try:
+        yield
+    finally:
+        server.get("/release")
+        for request in requests:
+            request.join(20)
+
+
+def rows(page: Page, table: str = "holders") -> Any:
+    return page.locator(f"#{table} tbody tr")
+
+
+def test_dashboard_shows_who_holds_a_connection_as_long_as_it_does(server: Gunicorn, page: Page) -> None:
+    """With its route, where it was taken, and the last statement without its values."""
+    expect(page.get_by_text("Nobody holds a connection.")).to_be_visible()
+    with holding(server, "orders/7"):
+        row = rows(page)
+        expect(row).to_have_count(1, timeout=SHOWN_MS)
+        expect(row).to_contain_text("GET /hold/orders/7")
+        expect(row).to_contain_text("support/holding_app.py")
+        expect(row).to_contain_text("SELECT ? AS held")
+        expect(row).not_to_contain_text("a literal")
+        expect(page.locator(".card .use")).to_have_text("1 of 2 in use")
+        expect(page.get_by_role("meter", name="default: in use")).to_have_attribute("aria-valuenow", "1")
+        expect(rows(page, "scopes").filter(has_text="GET /hold/orders/7")).to_have_count(1)
+    expect(rows(page)).to_have_count(0, timeout=SHOWN_MS)
+    expect(page.locator(".card .use")).to_have_text("0 of 2 in use")
+
+
+def test_dashboard_shows_markup_as_text(server: Gunicorn, page: Page) -> None:
+    """Of a route, which anybody on the network may choose."""
+    markup = "<img src=x onerror=window.hit=1><script>window.hit=1</script>&amp;"
+    with holding(server, markup):
+        expect(rows(page)).to_contain_text(f"GET /hold/{markup}")
+        expect(rows(page, "scopes")).to_contain_text(f"GET /hold/{markup}")
+        assert page.locator("main img, main script").count() == 0
+        assert page.evaluate("window.hit") is None
+
+
+def test_dashboard_draws_charts_that_have_words_for_who_does_not_see_them(server: Gunicorn, page: Page) -> None:
+    with holding(server, "a"):
+        chart = page.get_by_role("img", name="In use: now 1 of 2; at most")
+        expect(chart).to_be_visible()
+        line = chart.locator("path.line")
+        before = line.get_attribute("d")
+        assert before
+        wait_until(lambda: len(line.get_attribute("d") or "") > len(before), 10, "the line goes on")
+    for name in ("Waiting: now 0", "Wait: now p50"):
+        expect(page.get_by_role("img", name=name)).to_be_visible()
+
+
+def test_dashboard_shows_who_waits_and_who_waited_in_vain(server: Gunicorn, page: Page) -> None:
+    facts = page.locator(".card > .facts")
+    with holding(server, "a", "b", "c"):
+        expect(rows(page)).to_have_count(2)
+        expect(facts).to_contain_text("waiting1")
+        expect(page.locator(".card")).to_have_attribute("data-level", "waiting")
+        expect(facts).to_contain_text("timeouts1")
+        expect(facts).to_contain_text("waiting0")
+        expect(facts.locator(".bad")).to_have_text("1")
+
+
+def test_holders_are_sorted_by_the_column_that_was_chosen(server: Gunicorn, page: Page) -> None:
+    """By keyboard, the other way at the second time; the longest first to begin with."""
+    with holding(server, "b"):
+        expect(rows(page)).to_have_count(1)
+        with holding_more(server, page, "a"):
+            headers = page.locator("#holders th")
+            expect(rows(page).first).to_contain_text("/hold/b")
+            expect(headers.filter(has_text="held")).to_have_attribute("aria-sort", "descending")
+            button = page.locator("#holders").get_by_role("button", name="scope")
+            button.focus()
+            page.keyboard.press("Enter")
+            expect(headers.filter(has_text="scope")).to_have_attribute("aria-sort", "ascending")
+            expect(page.locator("#holders th[aria-sort]")).to_have_count(1)
+            expect(rows(page).first).to_contain_text("/hold/a")
+            page.keyboard.press("Enter")
+            expect(headers.filter(has_text="scope")).to_have_attribute("aria-sort", "descending")
+            expect(rows(page).first).to_contain_text("/hold/b")
+
+
+@contextmanager
+def holding_more(server: Gunicorn, page: Page, path: str) -> Iterator[None]:
+    """One more request that holds a connection, later than those that do."""
+    request = threading.Thread(target=server.get, args=(f"/hold/{path}",))
+    request.start()
+    try:
+        expect(rows(page)).to_have_count(2)
+        yield
+    finally:
+        server.get("/release")
+        request.join(20)
+
+
+def test_holders_are_filtered_by_what_is_typed(server: Gunicorn, page: Page) -> None:
+    """Any column, in any case."""
+    with holding(server, "orders", "reports"):
+        expect(rows(page)).to_have_count(2)
+        field = page.get_by_label("Filter").first
+        field.fill("HOLD/REP")
+        expect(rows(page)).to_have_count(1)
+        expect(rows(page)).to_contain_text("reports")
+        expect(page.locator("#holders")).to_contain_text("1 of 2 match the filter.")
+        field.fill("[")
+        expect(rows(page)).to_have_count(0)
+        field.fill("")
+        expect(rows(page)).to_have_count(2)
+
+
+def test_holder_that_was_opened_stays_open_while_the_page_goes_on(server: Gunicorn, page: Page) -> None:
+    """And keeps the focus; inside is the stack."""
+    with holding(server, "a"):
+        summary = rows(page).locator("summary")
+        summary.focus()
+        page.keyboard.press("Enter")
+        expect(rows(page).locator("li").first).to_contain_text("support/holding_app.py")
+        assert rows(page).locator("li").count() > 1
+        held = rows(page).locator("td").first
+        before = held.text_content()
+        expect(held).not_to_have_text(before or "")
+        expect(rows(page).locator("details")).to_have_attribute("open", "")
+        expect(summary).to_be_focused()
+
+
+def test_page_stands_still_while_it_is_paused(server: Gunicorn, page: Page) -> None:
+    pause = page.get_by_role("button", name="Pause")
+    pause.click()
+    expect(pause).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#age")).to_contain_text("paused")
+    with holding(server, "a"):
+        # The age goes on, so the page is alive; its data does not.
+        expect(page.locator("#age")).to_contain_text("paused, as of 2")
+        expect(rows(page)).to_have_count(0)
+        pause.click()
+        expect(rows(page)).to_have_count(1, timeout=SHOWN_MS)
+
+
+def test_page_is_usable_by_keyboard_alone(server: Gunicorn, page: Page) -> None:
+    """The first stop leads past the head; the focus shows; all that follow are left again by the same key."""
+    page.keyboard.press("Tab")
+    skip = page.get_by_role("link", name="Skip to the content")
+    expect(skip).to_be_focused()
+    expect(skip).to_be_in_viewport()
+    expect(skip).not_to_have_css("outline-style", "none")
+    page.keyboard.press("Enter")
+    expect(page.locator("#main")).to_be_focused()
+    with holding(server, "a"):
+        expect(rows(page)).to_have_count(1)
+        stops: list[str] = []
+        while len(stops) < 50:
+            page.keyboard.press("Tab")
+            stop = page.evaluate("document.activeElement === document.body ? '' : document.activeElement.outerHTML")
+            if not stop:
+                break
+            stops.append(stop)
+        shown = page.locator("#main :is(button, input, summary):visible").count()
+    assert len(stops) == shown > 15, stops
+
+
+@pytest.mark.parametrize("width", [320, 360, 768])
+def test_page_fits_when_it_is_narrow(
+    server: Gunicorn, dashboard: Dashboard, open_page: Callable[..., Page], width: int
+) -> None:
+    """However long a route is: no scrolling sideways, and nothing is cut off."""
+    page = open_page(dashboard.url, viewport={"width": width, "height": 740})
+    with holding(server, "x" * 300):
+        expect(rows(page)).to_have_count(1)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        outside = page.evaluate(
+            "(width) => [...document.querySelectorAll('main *')].filter((e) =>"
+            " e.getBoundingClientRect().right > width + 0.5).map((e) => e.outerHTML)",
+            width,
+        )
+        assert outside == []
+
+
+def luminance(colour: str) -> float:
+    """Of `rgb(r, g, b)`, roughly: 0 black, 1 white."""
+    return sum(int(part) for part in colour[4:-1].split(",")) / 765
+
+
+@pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
+def test_page_is_dark_when_the_browser_is(
+    dashboard: Dashboard, open_page: Callable[..., Page], scheme: str, dark: bool
+) -> None:
+    page = open_page(dashboard.url, color_scheme=scheme)
+    style = "getComputedStyle(document.body)"
+    background = luminance(page.evaluate(f"{style}.backgroundColor"))
+    text = luminance(page.evaluate(f"{style}.color"))
+    assert (background < 0.2 and text > 0.8) if dark else (background > 0.8 and text < 0.2)
+
+
+def test_nothing_moves_by_itself_when_the_browser_says_so(dashboard: Dashboard, open_page: Callable[..., Page]) -> None:
+    page = open_page(dashboard.url, reduced_motion="reduce")
+    expect(page.locator(".fill")).to_have_css("transition-property", "none")
+
+
+def points_drawn(page: Page) -> int:
+    """Of what is in use."""
+    path = page.locator(".card path.line").first.get_attribute("d") or ""
+    return path.count("M") + path.count("L")
+
+
+def test_page_goes_on_when_the_dashboard_was_started_anew(
+    server: Gunicorn, module_folder: Path, open_page: Callable[..., Page]
+) -> None:
+    """It says that it is away, and then needs nobody to reload it."""
+    with Dashboard(module_folder / "sockets") as first:
+        page = open_page(first.url)
+        expect(page.locator(STATE)).to_have_text("1 worker")
+        assert first.end() == 0
+        expect(page.locator(STATE)).to_have_text("The dashboard does not answer")
+        expect(page.locator("#notice")).to_be_visible()
+        told = points_drawn(page)
+        assert told > 0
+    with Dashboard(module_folder / "sockets", port=first.port):
+        expect(page.locator(STATE)).to_have_text("1 worker")
+        expect(page.locator("#notice")).to_be_hidden()
+        expect(page.locator(".card")).to_have_count(1)
+        assert points_drawn(page) > told  # it still has what the first one told
+
+
+def test_page_goes_on_when_gunicorn_was_started_anew(tmp_path: Path, open_page: Callable[..., Page]) -> None:
+    folder = tmp_path / "sockets"
+    folder.mkdir(0o700)
+    with Dashboard(folder) as own:
+        page = open_page(own.url)
+        for _ in range(2):
+            expect(page.locator(STATE)).to_have_text("No worker answers")
+            expect(page.locator("#notice")).to_contain_text(f"No worker answers in {folder}.")
+            with serve(tmp_path):
+                expect(page.locator(STATE)).to_have_text("1 worker")
+                expect(page.locator("#notice")).to_be_hidden()
+                expect(page.locator(".card .use")).to_have_text("0 of 2 in use")
+        expect(page.locator(".card .use")).to_have_text("no worker has it")
+
+
+def test_login_lets_in_who_has_the_token(server: Gunicorn, module_folder: Path, open_page: Callable[..., Page]) -> None:
+    """And nobody else; the token is in no address, no cookie and no line of the log."""
+    env = {"DBSESSION_DASHBOARD_TOKEN": SECRET}
+    with Dashboard(module_folder / "sockets", env=env) as own:
+        page = open_page(own.url)
+        assert page.url == f"{own.url}login"
+        page.get_by_label("Token").fill("wrong horse battery..")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_have_text("That is not the token.")
+        page.get_by_label("Token").fill(SECRET)
+        page.get_by_role("button", name="Log in").click()
+        expect(page.locator(STATE)).to_have_text("1 worker")
+        assert page.url == own.url
+        (cookie,) = page.context.cookies()
+        assert cookie["httpOnly"] and cookie["sameSite"] == "Strict" and SECRET not in cookie["value"]
+        assert page.evaluate("document.cookie") == ""
+        page.get_by_role("button", name="Log out").click()
+        page.wait_for_url(f"{own.url}login")
+        assert own.end() == 0
+        assert SECRET not in own.logs() and "GET" not in own.logs()

@@ -1,0 +1,83 @@
+"""A real `dbsession dashboard` on a free loopback port, and a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+from .processes import Supervised, script_env
+from .waiting import wait_until
+
+
+class Dashboard:
+    """A context manager: inside it the page is served; at its end the process is gone.
+
+    Args:
+        folder: the workers' sockets.
+        port: 0: any that is free.
+        env: added to the environment.
+    """
+
+    def __init__(self, folder: Path, *, port: int = 0, env: dict[str, str] | None = None) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="dbs-"))
+        self.log = self._folder / "log"
+        self._command = [sys.executable, "-m", "dbsession", "dashboard", f"--folder={folder}", f"--port={port}"]
+        self._env = script_env(env)
+
+    def __enter__(self) -> Dashboard:
+        self._process = Supervised(self._command, log=self.log, remove=self._folder, env=self._env)
+        try:
+            self.url = wait_until(self._said, 20, "the dashboard says where it is")
+        except BaseException as error:
+            error.add_note(self.logs())
+            self._process.close()
+            raise
+        self.port = int(self.url.rstrip("/").rpartition(":")[2])
+        return self
+
+    def _said(self) -> str | None:
+        status = self._process.poll()
+        if status is not None:
+            raise RuntimeError(f"the dashboard ended with status {status}")
+        found = re.search(r"http://\S+", self.logs())
+        return found[0] if found else None
+
+    def end(self) -> int:
+        """SIGTERM; its exit status."""
+        self._process.signal(signal.SIGTERM)
+        return self._process.wait(10)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            error.add_note(f"the dashboard's output:\n{self.logs()}")
+        self._process.close()
+
+    def logs(self) -> str:
+        """All it has written so far."""
+        return self.log.read_text(errors="replace")
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Debian's Chromium, without a window."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("needs Chromium: tests/run installs it where it may (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path)
+        try:
+            yield browser
+        finally:
+            browser.close()

@@ -1,0 +1,61 @@
+"""What runs again and again, in a hub and in a thread."""
+
+from __future__ import annotations
+
+from support.processes import run_script
+
+
+def test_ticker_goes_on_after_a_turn_that_failed_and_is_one_in_each_process(mode):
+    done = run_script(
+        mode,
+        """
+        import os
+        from dbsession.ticker import Ticker
+
+        turns = []
+
+        def work():
+            turns.append(len(turns))
+            if turns[-1] in (0, 2):
+                raise RuntimeError(f"turn {turns[-1]}")
+            return 0.001
+
+        sleep(0)  # where there is a hub, it runs there
+        ticker = Ticker(work)
+        ticker._pause_s = 0.001
+        for _ in range(10):
+            ticker.start()
+        wait_until(lambda: len(turns) >= 6)
+        assert turns == sorted(set(turns))
+        ticker.start()
+        if os.fork() == 0:
+            seen = len(turns)
+            sleep(0.05)
+            assert len(turns) == seen  # it has none
+            ticker.start()
+            wait_until(lambda: len(turns) > seen + 3)
+            os._exit(0)
+        assert os.waitpid(-1, 0)[1] == 0
+        seen = len(turns)
+        wait_until(lambda: len(turns) > seen + 3)
+        """,
+    )
+    assert done.stderr.count("RuntimeError: turn") == 2
+
+
+def test_ticker_keeps_no_process_running(mode):
+    run_script(
+        mode,
+        """
+        from dbsession.ticker import Ticker
+
+        turns = []
+        sleep(0)  # where there is a hub, it runs there
+        Ticker(lambda: turns.append(1) or 0.001).start()
+        wait_until(lambda: turns)
+        if MODE != "threads":
+            import gevent
+            gevent.wait()  # returns when nothing is left to wait for
+        """,
+        timeout=20,
+    )

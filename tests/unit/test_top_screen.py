@@ -1,0 +1,265 @@
+"""The screen of `dbsession top`, driven by its keys over sockets that serve what the test says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+
+import pytest
+from textual.widgets import DataTable, Input, Static
+
+from dbsession.stats import BOUNDS_S
+from dbsession.watch import folder as folders
+from dbsession.watch.screen import Top
+
+BAR_OF_ONE = "█" + "░" * 19
+NASTY = "GET /[bold red]x[/bold red][link=file:///etc]"
+
+
+def holder(scope, held_s=1.0, **values):
+    return {
+        "database": "default",
+        "scope": scope,
+        "greenlet": "a greenlet",
+        "held_s": held_s,
+        "state": "idle in transaction",
+        "state_s": held_s,
+        "place": "/srv/shop/orders.py:12 in get_order",
+        "stack": ["/srv/shop/orders.py:12 in get_order"],
+        "statement": "SELECT ?",
+        **values,
+    }
+
+
+def snapshot(pid, *holders, warnings=()):
+    waits = {"counts": [0] * (len(BOUNDS_S) + 1)}
+    counts = {"limit": 20, "in_use": len(holders), "idle": 1, "waiting": 0, "checkouts": 5, "timeouts": 0}
+    database = {"name": "default", "waits": waits, **counts}
+    return {"version": 1, "pid": pid, "databases": [database], "holders": [*holders], "warnings": [*warnings]}
+
+
+class Workers:
+    """The sockets of workers; `said` (pid -> snapshot) may be changed meanwhile."""
+
+    def __init__(self, folder, *snapshots):
+        self.folder = folders.make(folder)
+        self.said = {each["pid"]: each for each in snapshots}
+        self._listeners = {pid: socket.socket(socket.AF_UNIX) for pid in self.said}
+        self._threads = [threading.Thread(target=self._serve, args=each) for each in self._listeners.items()]
+        for pid, listener in self._listeners.items():
+            listener.bind(str(self.folder / f"{pid}.sock"))
+            listener.listen()
+        for thread in self._threads:
+            thread.start()
+
+    def _serve(self, pid, listener):
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            with client:
+                try:
+                    client.sendall(json.dumps(self.said[pid]).encode())
+                except OSError:  # it has what it wanted
+                    pass
+
+    def close(self):
+        for listener in self._listeners.values():
+            listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        for thread in self._threads:
+            thread.join(10)
+
+
+@pytest.fixture
+def workers(tmp_path):
+    made = []
+
+    def make(*snapshots):
+        made.append(Workers(tmp_path / "sockets", *snapshots))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def drive(folder, *steps, size=(160, 40)):
+    """Run the screen: it looks once; then each step is a key to press, or a function of the screen to call, and to
+    await if it says so."""
+
+    async def run():
+        screen = Top(str(folder), 3600.0)  # looks when it is told to
+        async with screen.run_test(size=size) as pilot:
+            await screen.look()
+            await pilot.pause()
+            for step in steps:
+                if isinstance(step, str):
+                    await pilot.press(step)
+                elif (waited := step(screen)) is not None:
+                    await waited
+                await pilot.pause()
+            await pilot.press("q")
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def look(screen):
+    return screen.look()
+
+
+def cells(screen, table="holders"):
+    found = screen.query_one(f"#{table}", DataTable)
+    return [[str(cell) for cell in found.get_row_at(row)] for row in range(found.row_count)]
+
+
+def scopes(screen):
+    return [row[3] for row in cells(screen)]
+
+
+def said(screen, which):
+    return str(screen.query_one(f"#{which}", Static).content)
+
+
+def expect(read, value):
+    def check(screen):
+        assert read(screen) == value
+
+    return check
+
+
+def test_screen_shows_databases_and_holders_of_all_workers_longest_first(workers):
+    one = snapshot(1, holder("GET /a", 2.0), holder("GET /c", 0.5))
+    folder = workers(one, snapshot(2, holder("GET /b", 700.0))).folder
+
+    def check(screen):
+        [database] = cells(screen, "databases")
+        assert database[:5] == ["default", "3/40", "██░░░░░░░░░░░░░░░░░░", "2", "0"]
+        assert scopes(screen) == ["GET /b", "GET /a", "GET /c"]
+        longest = cells(screen)[0]
+        assert longest[:3] == ["12 min", "idle in transaction", "12 min"]
+        assert longest[4:] == ["default", "2", "shop/orders.py:12 in get_order", "SELECT ?"]
+        assert "2 workers, 0 s old" in said(screen, "state")
+        assert said(screen, "details").startswith("GET /b in a greenlet\nshop/orders.py:12")
+
+    drive(folder, check)
+
+
+def test_keys_sort_by_their_column_and_the_other_way_when_pressed_again(workers):
+    first = holder("GET /b", 3.0, database="audit", state="executing")
+    folder = workers(snapshot(1, first, holder("GET /c", 2.0), holder("GET /a", 1.0, state="idle"))).folder
+    drive(
+        folder,
+        expect(scopes, ["GET /b", "GET /c", "GET /a"]),
+        "h",
+        expect(scopes, ["GET /a", "GET /c", "GET /b"]),
+        "s",
+        expect(scopes, ["GET /a", "GET /b", "GET /c"]),
+        "s",
+        expect(scopes, ["GET /c", "GET /b", "GET /a"]),
+        "t",
+        expect(scopes, ["GET /b", "GET /a", "GET /c"]),
+        "d",
+        expect(scopes, ["GET /b", "GET /c", "GET /a"]),
+        "h",
+        expect(scopes, ["GET /b", "GET /c", "GET /a"]),
+    )
+
+
+def test_key_shows_each_worker_by_itself_and_all_together_again(workers):
+    folder = workers(snapshot(1, holder("GET /a")), snapshot(2)).folder
+
+    def first_columns(screen):
+        return [row[:3] for row in cells(screen, "databases")]
+
+    by_worker = [["default", "1", "1/20"], ["default", "2", "0/20"]]
+    together = [["default", "1/40", BAR_OF_ONE]]
+    drive(folder, "w", expect(first_columns, by_worker), "w", expect(first_columns, together))
+
+
+def test_pause_keeps_what_is_shown_until_it_is_pressed_again(workers):
+    running = workers(snapshot(1, holder("GET /a")))
+
+    def change(screen):
+        running.said[1] = snapshot(1, holder("GET /b"))
+
+    drive(
+        running.folder,
+        "p",
+        change,
+        look,
+        expect(scopes, ["GET /a"]),
+        expect(lambda screen: "PAUSED" in said(screen, "state"), True),
+        "p",
+        look,
+        expect(scopes, ["GET /b"]),
+    )
+
+
+def test_filter_takes_a_part_of_any_column_and_is_dropped_by_escape(workers):
+    folder = workers(snapshot(1, holder("GET /a", statement="INSERT INTO orders"), holder("POST /b"))).folder
+    drive(
+        folder,
+        "slash",
+        *"insert",
+        expect(scopes, ["GET /a"]),
+        "enter",
+        "s",  # a key again, and no letter
+        expect(scopes, ["GET /a"]),
+        expect(lambda screen: screen.query_one("#filter", Input).value, "insert"),
+        "escape",
+        expect(scopes, ["GET /a", "POST /b"]),
+        "slash",
+        *"nothing",
+        expect(scopes, []),
+        expect(lambda screen: said(screen, "details"), "No holder matches the filter."),
+    )
+
+
+def test_cursor_stays_with_its_holder_when_others_come_and_go(workers):
+    chosen = holder("GET /b", 2.0, place="/srv/b.py:1 in b")
+    running = workers(snapshot(1, holder("GET /a", 3.0), chosen))
+
+    def change(screen):
+        running.said[1] = snapshot(1, holder("GET /c", 9.0), holder("GET /a", 4.0), chosen | {"held_s": 3.0})
+
+    def of_b(screen):
+        return said(screen, "details").startswith("GET /b")
+
+    drive(running.folder, expect(of_b, False), "down", expect(of_b, True), change, look, expect(of_b, True))
+
+
+def test_markup_and_control_characters_of_a_snapshot_are_shown_as_they_are(workers):
+    warned = {"time_s": 0.0, "level": "WARNING", "logger": "[red]dbsession", "text": "[b]of\x1b[2J[/b]\nstack"}
+    bad = holder(NASTY, greenlet="[red]g", statement="SELECT '[blink]\x1b]0;title\x07'", place="[i]x", stack=["[i]x"])
+    bad |= {"database": "[u]d", "state": "[red]idle[/red]"}
+    folder = workers(snapshot(1, bad, warnings=[warned])).folder
+
+    def check(screen):
+        [row] = cells(screen)
+        assert row[1] == "[red]idle[/red]" and row[3] == NASTY
+        assert row[4:] == ["[u]d", "1", "[i]x", r"SELECT '[blink]\x1b]0;title\x07'"]
+        assert said(screen, "details").startswith(f"{NASTY} in [red]g\n[i]x\n")
+        assert said(screen, "warnings").endswith(r"[1] WARNING [red]dbsession: [b]of\x1b[2J[/b]")
+        drawn = "\n".join(strip.text for strip in screen.screen._compositor.render_strips())
+        assert drawn.count(NASTY) == 2  # the table and the details
+        assert r"[b]of\x1b[2J[/b]" in drawn and "\x1b" not in drawn and "\x07" not in drawn
+
+    drive(folder, check)
+
+
+def test_screen_says_when_nobody_answers_and_who_is_silent(workers, tmp_path):
+    drive(tmp_path / "none", expect(lambda s: "No worker serves its snapshot in" in said(s, "state"), True))
+    running = workers(snapshot(1, holder("GET /a")))
+    running.said[1] = {}
+    drive(running.folder, expect(lambda s: "No worker answers; silent: 1." in said(s, "state"), True))
+    (tmp_path / "file").write_text("")
+    drive(tmp_path / "file", expect(lambda s: "[DBS-CONFIG]" in said(s, "state"), True))
+
+
+def test_screen_fits_a_small_terminal(workers):
+    folder = workers(snapshot(1, *[holder(f"GET /{n}") for n in range(60)])).folder
+    drive(folder, *["down"] * 3, "w", "end", size=(40, 12))
