@@ -45,6 +45,8 @@ def post_worker_init(worker: Any) -> None:
     need not be patched, so that no driver could be judged there, would hold every worker up for as long as a silent
     server does, and would leave them its connections.
 
+    Where the environment's DBSESSION_METRICS names a path, it is answered with the metrics from now on.
+
     Raises:
         ConfigError: [DBS-CONFIG] it was wrapped with a deadline, and this worker does not run gevent. gunicorn then
             says "Worker failed to boot" and ends.

@@ -33,7 +33,7 @@ CHECKOUT = "dbsession.checkout"
 SCOPE = "dbsession.scope"
 """Key in a connection's `info`: a weak reference to the scope of the session that uses it."""
 
-STACK_FRAMES = 5
+STACK_FRAMES = 3
 """How many frames of the user's own are noted at a checkout: all of them would cost more than the rest of it."""
 
 _WHOLE_STACK = 200
@@ -142,11 +142,10 @@ class HeldConnections:
         except KeyError:
             note = info[CHECKOUT] = Checkout()
             note.record = weakref.ref(record)
-            note.in_use = False  # until the rest is there, too
+            note.in_use = note.executing = False  # until the rest is there, too
+            note.statement = None
+            note.reported = ()
             self._notes.add(note)
-        note.statement = None
-        note.executing = False
-        note.reported = ()
         note.stack = places.noted_from_pool(self._frames)
         note.thread = ident.thread()
         try:
@@ -170,8 +169,10 @@ class HeldConnections:
         note.in_use = False
         note.statement = None  # it may be large
         self._stats.holds.add(time.monotonic() - note.since)
-        if note.reported and self.tell is not None:
-            self.tell(note)
+        if note.reported:
+            if self.tell is not None:
+                self.tell(note)
+            note.reported = ()
 
     def listen(self, engine: Engine) -> None:
         """Follow a pool that does not call `taken` and `returned` itself."""

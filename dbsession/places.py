@@ -26,37 +26,34 @@ _outside: set[str] = set()
 
 
 # A frame object costs as much to make as to be rid of, so those between the pool and the user's code, which are nearly
-# always the same, are skipped: code at the first of these depths -> code at the second -> at the third, wherever all
-# between was SQLAlchemy's and ours. All that are passed are looked at: code at one depth alone may have a listener of
-# the user's below it the next time. Written by anybody, a step each; it grows no further than SQLAlchemy has methods
-# that begin to use a connection.
-_FIRST = 4  # below it there is only the pool
-_DEPTHS = (8, 12, 15)
-_known: dict[int, Any] = {}  # id(code) -> the same, one depth further
+# always the same, are skipped: code at the outer depth -> code at the inner one, wherever all below the outer was
+# SQLAlchemy's and ours. Both are looked at: code at one depth alone may have a listener of the user's below it the next
+# time. Written by anybody, a step each; it grows no further than SQLAlchemy has methods that begin to use a connection.
+_FIRST, _INNER, _OUTER = 4, 12, 15  # below the first there is only the pool
+_known: dict[int, CodeType] = {}  # id(code) -> code
 _known_codes: list[CodeType] = []  # so that they keep their ids
 
 
 def noted_from_pool(count: int) -> Noted:
     """As `noted`, for what is called two calls below SQLAlchemy's `_ConnectionFairy._checkout()`, as it takes a
     connection."""
-    depth, frame, known = _FIRST, None, _known
-    for next_depth in _DEPTHS:
-        try:
-            next_frame = sys._getframe(next_depth)
-        except ValueError:  # a short stack
+    frame: FrameType | None
+    try:
+        frame = sys._getframe(_OUTER)
+        inner = _known.get(id(frame.f_code))
+        if inner is not None and inner is sys._getframe(_INNER).f_code:
+            return noted(frame.f_back, count)
+    except ValueError:  # a short stack
+        pass
+    inner, frame = None, sys._getframe(_FIRST)
+    for depth in range(_FIRST, _OUTER + 1):
+        if frame is None or not is_inside(frame.f_code.co_filename):
             break
-        deeper = known.get(id(next_frame.f_code))
-        if deeper is None:
-            break
-        depth, frame, known = next_depth, next_frame, deeper
-    else:
-        return noted(frame, count)
-    frame = (frame or sys._getframe(_FIRST)).f_back
-    while frame is not None and is_inside(frame.f_code.co_filename):
-        depth += 1
-        if depth in _DEPTHS:
+        if depth == _INNER:
+            inner = frame.f_code
+        elif depth == _OUTER and inner is not None:
             _known_codes.append(frame.f_code)
-            known = known.setdefault(id(frame.f_code), {})
+            _known[id(frame.f_code)] = inner
         frame = frame.f_back
     return noted(frame, count)
 
@@ -67,8 +64,7 @@ def noted(frame: FrameType | None, count: int) -> Noted:
         frame = frame.f_back
     stack: Noted = []
     while frame is not None and count:
-        stack.append(frame.f_code)
-        stack.append(frame.f_lasti)
+        stack += (frame.f_code, frame.f_lasti)
         frame = frame.f_back
         count -= 1
     return stack

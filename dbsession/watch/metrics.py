@@ -10,12 +10,14 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from dbsession import fork
+from dbsession import fork, hub
 from dbsession.engines import Database
 from dbsession.errors import ConfigError, describe
 from dbsession.stats import BOUNDS_S, Stats
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PUBLISH_S = 1.0
+
+READINGS, READING_S = 20, 0.01
+"""How often the shared files are read until they are whole, and the seconds between: prometheus_client makes a file in
+several steps, and a reader that comes in between gets an error."""
 
 
 def _gauge(name: str, text: str, *labels: str, mode: Any = "livesum") -> prometheus_client.Gauge:
@@ -160,6 +166,23 @@ class _Collector(prometheus_client.registry.Collector):
             yield from metric.describe()
 
 
+class _SharedCollector(prometheus_client.registry.Collector):
+    """The metrics of all processes that share the folder."""
+
+    def __init__(self) -> None:
+        self._files: Any = multiprocess.MultiProcessCollector(None)  # type: ignore[no-untyped-call]
+
+    def collect(self) -> Iterable[prometheus_client.Metric]:
+        for _ in range(READINGS - 1):
+            with suppress(struct.error, RuntimeError):  # a file that a worker is just making
+                return list(self._files.collect())
+            hub.sleep(READING_S)
+        return list(self._files.collect())
+
+    def describe(self) -> Iterable[prometheus_client.Metric]:
+        return ()  # whatever the files have
+
+
 if metrics_folder.folder() is None:
     prometheus_client.REGISTRY.register(_Collector())
 else:
@@ -172,8 +195,7 @@ def _scraped() -> Any:
     registry = prometheus_client.REGISTRY
     if metrics_folder.folder() is not None:
         registry = prometheus_client.CollectorRegistry()
-        collector: Any = multiprocess.MultiProcessCollector  # untyped
-        collector(registry)
+        registry.register(_SharedCollector())
     return prometheus_client.make_wsgi_app(registry)
 
 

@@ -78,10 +78,13 @@ def begin(master: Any) -> None:
     global _owner
     _owner = os.getpid()  # gunicorn's `daemon` has forked since prepare()
     if path() and not master.master_pid:
-        for file in os.scandir(folder()):
-            found = _FILE.fullmatch(file.name)
-            if found and int(found[1]) != os.getpid():  # those are of an application that was preloaded
-                os.remove(file)
+        try:
+            for file in os.scandir(folder()):
+                found = _FILE.fullmatch(file.name)
+                if found and int(found[1]) != os.getpid():  # those are of an application that was preloaded
+                    os.remove(file)
+        except OSError as error:
+            logger.warning("The metrics of an earlier run could not be removed: %s.", describe(error))
 
 
 def forget(pid: int) -> None:

@@ -46,6 +46,7 @@ def test_requests_give_everything_back(app):
 
 
 def test_deadline_of_the_configuration_answers_503():
+    gevent.get_hub()  # as in a gevent worker
     app = Flask(__name__)
     app.config["DBSESSION_DEADLINE_S"] = 0.05
     dbsession.flask.init_app(app)

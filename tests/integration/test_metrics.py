@@ -55,6 +55,13 @@ def wait_for(server, value, *key):
         raise
 
 
+def begun(server, by_the_import=0):
+    """Waits until the master's first worker has looked at its databases, one checkout, which is counted as any other
+    is; how many checkouts there are then."""
+    wait_for(server, 1 + by_the_import, "checkouts_total", "default")
+    return 1 + by_the_import
+
+
 def published(folder):
     """The checkouts in the files of the workers, none of which is asked."""
     families = MultiProcessCollector(None, path=folder).collect()
@@ -85,15 +92,15 @@ def facts(server):
 def test_metrics_sum_the_workers_exactly_whoever_is_scraped(tmp_path, preload, config):
     with serve(tmp_path, *preload, workers=3, config=config, METRICS_QUERY_AT_IMPORT="1") as server:
         extra = 0 if preload else 3  # the import's own: once in each worker, or in the master, which is not counted
-        asked = query_all_workers(server) + len(query(server, 100))
+        asked = begun(server, extra) + query_all_workers(server) + len(query(server, 100))
         folder = facts(server)["folder"]
-        wait_until(lambda: published(folder) == asked + extra, 10)
+        wait_until(lambda: published(folder) == asked, 10)
         for _ in range(9):
             found = scrape(server)
-            assert found["checkouts_total", "default"] == asked + extra
-            assert found["connection_hold_seconds_count", "default"] == asked + extra
-            assert found["connection_hold_seconds_bucket", "default", "+Inf"] == asked + extra
-            assert found["pool_wait_seconds_count", "default"] == asked + extra
+            assert found["checkouts_total", "default"] == asked
+            assert found["connection_hold_seconds_count", "default"] == asked
+            assert found["connection_hold_seconds_bucket", "default", "+Inf"] == asked
+            assert found["pool_wait_seconds_count", "default"] == asked
             assert found["pool_limit", "default"] == found["pool_size", "default"] == 3 * 2
             assert found["pool_connections", "default", "in_use"] == found["pool_waiting", "default"] == 0
             assert found["pool_timeouts_total", "default"] == found["oldest_holder_seconds", "default"] == 0
@@ -104,7 +111,7 @@ def test_metrics_of_threaded_workers_are_summed_too(tmp_path):
     config = tmp_path / "gunicorn.conf.py"
     config.write_text("from dbsession.gunicorn_hooks import *\nworker_class, threads = 'gthread', 4\n")
     with serve(tmp_path, "--worker-class=gthread", config=config) as server:
-        asked = query_all_workers(server) + len(query(server, 50))
+        asked = begun(server) + query_all_workers(server) + len(query(server, 50))
         wait_for(server, asked, "checkouts_total", "default")
         assert scrape(server)["connection_hold_seconds_count", "default"] == asked
         before = server.worker_pids()
@@ -117,7 +124,7 @@ def test_metrics_of_threaded_workers_are_summed_too(tmp_path):
 
 def test_metrics_keep_counts_and_lose_gauges_when_a_worker_is_killed(tmp_path):
     with serve(tmp_path) as server:
-        asked = query_all_workers(server)
+        asked = begun(server) + query_all_workers(server)
         wait_for(server, asked, "checkouts_total", "default")
         wait_until(lambda: scrape(server)["pool_connections", "default", "idle"] >= 2)
         victim = server.worker_pids()[0]
@@ -137,7 +144,7 @@ def test_metrics_keep_counts_and_lose_gauges_when_a_worker_is_killed(tmp_path):
 def test_metrics_lose_no_count_when_workers_end_before_they_have_published(tmp_path):
     with serve(tmp_path) as server:
         before = server.worker_pids()
-        asked = len(query(server, 40))
+        asked = begun(server) + len(query(server, 40))
         for pid in before:
             os.kill(pid, signal.SIGTERM)
         wait_gone(before, 20)
@@ -149,7 +156,7 @@ def test_metrics_lose_no_count_when_workers_end_before_they_have_published(tmp_p
 def test_metrics_go_on_when_gunicorn_reloads(tmp_path):
     with serve(tmp_path) as server:
         before, folder = server.worker_pids(), facts(server)["folder"]
-        asked = len(query(server, 20))
+        asked = begun(server) + len(query(server, 20))
         os.kill(server.pid, signal.SIGHUP)
         wait_gone(before, 20)
         wait_until(lambda: len(server.worker_pids()) == 2 and all(map(takes_signals, server.worker_pids())), 20)
@@ -163,12 +170,13 @@ def test_metrics_of_two_masters_are_summed_in_the_folder_of_the_environment_when
     # PYTHONSAFEPATH: or the second one's sys.path would begin with gunicorn's folder, as it is started by `python -m`.
     with serve(tmp_path, PYTHONSAFEPATH="1", PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "shared")) as server:
         first = server.worker_pids()
-        asked = len(query(server, 20))
+        asked = begun(server) + len(query(server, 20))
         os.kill(server.pid, signal.SIGUSR2)
         wait_until(lambda: len(server.worker_pids()) == 3, 20)
         (second,) = set(server.worker_pids()) - set(first)
         try:
             wait_until(lambda: facts(server)["pid"] not in first, 20)
+            asked += 1  # the second master's first worker has looked, too
             wait_for(server, asked, "checkouts_total", "default")
             os.kill(server.pid, signal.SIGTERM)
             assert server.wait() == 0
@@ -183,6 +191,7 @@ def test_metrics_of_two_masters_are_summed_in_the_folder_of_the_environment_when
 def test_metrics_answer_when_the_pool_is_exhausted(tmp_path):
     until = tmp_path / "until"
     with serve(tmp_path, workers=1) as server, ThreadPoolExecutor(3) as pool:
+        begun(server)
         try:
             held = [pool.submit(server.get, f"/hold?until={until}") for _ in range(2)]
             wait_for(server, 2, "pool_connections", "default", "in_use")
@@ -198,9 +207,9 @@ def test_metrics_answer_when_the_pool_is_exhausted(tmp_path):
         assert {each.result().status for each in held} == {200}
         wait_for(server, 2, "pool_connections", "default", "idle")
         found = scrape(server)
-        assert found["checkouts_total", "default"] == 2
-        assert found["pool_wait_seconds_count", "default"] == 3
-        assert found["pool_wait_seconds_bucket", "default", "0.001"] == 2
+        assert found["checkouts_total", "default"] == 1 + 2
+        assert found["pool_wait_seconds_count", "default"] == 1 + 3
+        assert found["pool_wait_seconds_bucket", "default", "0.001"] == 1 + 2
         assert found["pool_wait_seconds_sum", "default"] >= 0.5
         assert found["oldest_holder_seconds", "default"] == 0
 
@@ -237,8 +246,8 @@ def test_metrics_folder_of_the_environment_is_made_or_emptied_at_the_start_and_k
     folder = tmp_path / "some" / "folder"
     with serve(tmp_path, workers=1, PROMETHEUS_MULTIPROC_DIR=str(folder)) as server:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        query(server, 5)
-        wait_for(server, 5, "checkouts_total", "default")
+        asked = begun(server) + len(query(server, 5))
+        wait_for(server, asked, "checkouts_total", "default")
     assert list(folder.glob("counter_*.db"))
     for name in ("notes.txt", "shop.db", "counter.db"):
         (folder / name).touch()
@@ -248,7 +257,7 @@ def test_metrics_folder_of_the_environment_is_made_or_emptied_at_the_start_and_k
         assert all((folder / name).exists() for name in ("notes.txt", "shop.db", "counter.db"))
         for name in ("shop.db", "counter.db"):  # prometheus_client reads all that end so
             (folder / name).unlink()
-        assert scrape(server)["checkouts_total", "default"] == 0
+        begun(server)
 
 
 @pytest.mark.parametrize("wrong", [{"DBSESSION_METRICS": "metrics"}, {"PROMETHEUS_MULTIPROC_DIR": "/dev/null/x"}])

@@ -98,3 +98,11 @@ def test_wrong_usage_ends_with_2():
     assert run("chekc").returncode == 2
     assert run("check", "--workers=0").returncode == 2
     assert run("--help").returncode == 0
+
+
+def test_command_ends_without_a_traceback_when_nobody_reads_its_output(tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "dbsession", "check", "--json"]
+    env = script_env({"DBSESSION_URL": f"sqlite:///{tmp_path}/a.db"})
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == (b"", 1)

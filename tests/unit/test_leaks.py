@@ -120,7 +120,7 @@ def test_nothing_is_watched_when_both_are_0(run):
         dbsession.configure(configure(leak_after_s=0))
         with dbsession.session_scope():
             session.execute(text("SELECT 1"))
-            assert not leaks._started and not leaks._watches
+            assert not leaks._ticker._started and not leaks._watches
         # One more database, with a limit: then there is a watcher, and it leaves the first alone.
         manager = dbsession.SessionManager(configure("watched", leak_after_s=0.1))
         end = Event()
@@ -131,7 +131,7 @@ def test_nothing_is_watched_when_both_are_0(run):
         told("INFO", "'watched'")
         end.set()
         join(first)
-        assert len(leaks._started) == 1 and len(heard) == 2, heard
+        assert len(leaks._ticker._started) == 1 and len(heard) == 2, heard
         """,
     )
 
@@ -251,7 +251,7 @@ def test_process_ends_in_silence_while_the_watch_runs(patched, ends, tmp_path):
             held = dbsession.get_engine().connect()
             held.execute(text("SELECT 1"))
             wait_until(lambda: not reported or held.connection.record_info["dbsession.checkout"].reported)
-        assert leaks._started
+        assert leaks._ticker._started
         {ends}
         """,
         timeout=20,
@@ -286,7 +286,7 @@ def test_watcher_is_one_for_all_engines_and_goes_on_after_them(run):
             manager.dispose()
             del manager
             gc.collect()
-        assert len(leaks._started) == 1
+        assert len(leaks._ticker._started) == 1
         wait_until(lambda: gc.collect() >= 0 and not leaks._watches, 10)
         """,
     )

@@ -250,6 +250,32 @@ assert scrape()["checkouts_total", "default"] == 3
     )
 
 
+def test_scrape_reads_again_when_a_file_is_just_being_made(tmp_path, shared):
+    run(
+        tmp_path,
+        """
+from dbsession import hub
+dbsession.configure({"default": "sqlite:///a.db"})
+folder = os.environ["PROMETHEUS_MULTIPROC_DIR"]
+use(dbsession.get_dbsession(), 3)
+assert scrape()["checkouts_total", "default"] == 3
+half = os.path.join(folder, "counter_1.db")
+open(half, "w").close()
+slept = []
+hub.sleep = lambda seconds: slept.append(seconds) or (len(slept) == 3 and os.remove(half))
+assert scrape()["checkouts_total", "default"] == 3 and len(slept) == 3
+open(half, "w").close()  # it stays so: an error, and no answer that looks whole
+try:
+    scrape()
+except Exception as error:
+    assert type(error).__name__ == "error"
+else:
+    raise AssertionError
+""",
+        PROMETHEUS_MULTIPROC_DIR=str(shared),
+    )
+
+
 def test_metrics_have_a_counter_for_each_count():
     run_python(
         """
