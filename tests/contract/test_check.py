@@ -95,6 +95,7 @@ def test_check_is_bounded_and_sees_the_others_when_one_server_is_silent(mariadb,
     with Proxy(mariadb.port) as proxy:
         proxy.stall()
         silent = mariadb_url.replace(f":{mariadb.port}/", f":{proxy.port}/")
+        silent += "?connect_timeout=2"
         _, findings = report(DBSESSION_URL=mariadb_url, DBSESSION_SILENT_URL=silent, status=1)
     assert findings[("silent", "reachable")]["found"] == "no connection: OperationalError (2013)"
     assert findings[("default", "reachable")]["level"] == "ok"
@@ -133,6 +134,7 @@ def test_check_fails_when_a_driver_blocks_the_hub(tmp_path, mariadb, mariadb_url
     assert findings[("default", "driver")]["level"] == "ok"
 
 
+@pytest.mark.slow
 def test_check_is_bounded_when_a_driver_blocks_at_a_silent_server(tmp_path, mariadb, mariadb_url):
     """Nothing can interrupt that driver; the report comes all the same, and the process ends."""
     with Proxy(mariadb.port) as proxy:

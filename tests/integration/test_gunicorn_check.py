@@ -76,6 +76,7 @@ def test_server_starts_and_serves_when_a_database_is_silent(mariadb, mariadb_url
     with Proxy(mariadb.port) as proxy:
         proxy.stall()
         silent = mariadb_url.replace(f":{mariadb.port}/", f":{proxy.port}/").replace(mariadb.password, SECRET)
+        silent += "?connect_timeout=3"
         url = f"sqlite:///{tmp_path}/a.db"
         with serve(url, "--worker-connections=20", *preload, workers=1, DBSESSION_SILENT_URL=silent) as server:
             assert server.get("/token?token=t").text == "t/t"
