@@ -41,9 +41,7 @@ def add_dashboard(commands: Any) -> None:
         help="the same in a browser, with the last minutes",
         description="Serves until Ctrl-C. Exit status: 0; 2 when it cannot start as it is asked to.",
     )
-    parser.add_argument(
-        "--folder", metavar="DIR", help=f"where the workers' sockets are (default: ${folders.VARIABLE})"
-    )
+    folders.add_option(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=_port, default=8765, help="the port; 0: any that is free (default: 8765)")
     parser.add_argument(
@@ -57,7 +55,7 @@ def add_dashboard(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; return the exit status: 0, or 2 if it cannot start as it was asked to."""
-    folder = options.folder or os.environ.get(folders.VARIABLE, "")
+    folder = options.folder
     token = options.token if options.token is not None else os.environ.get(TOKEN_VARIABLE)
     problem = _problem(folder, options.host, token)
     if problem is not None:
@@ -88,7 +86,7 @@ def _port(text: str) -> int:
 def _problem(folder: str, host: str, token: str | None) -> str | None:
     """Why it cannot be started so, as a sentence."""
     if not folder:
-        return f"Which workers? Name the folder of their sockets with --folder or {folders.VARIABLE}."
+        return folders.UNNAMED
     if not Path(folder).is_dir():
         return f"The folder {folder!r} does not exist: name the one that {folders.VARIABLE} names to the workers."
     if not host:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import socket
@@ -14,8 +15,23 @@ from dbsession.errors import ConfigError
 VARIABLE = "DBSESSION_INSPECT"
 """The environment variable that names it."""
 
+UNNAMED = (
+    f"Set {VARIABLE} to the folder of the inspection sockets, the same as for the workers, or name it with --folder."
+)
+"""What a command says that knows of none."""
+
 PATH_BYTES = 107  # of a Unix socket's name, on Linux
 LONGEST_NAME = "4194304.sock.new"  # Linux's largest pid
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--folder`, whose default is the environment's ("" where it names none)."""
+    parser.add_argument(
+        "--folder",
+        metavar="DIR",
+        default=os.environ.get(VARIABLE, "").strip(),
+        help=f"where the workers' inspection sockets are (default: ${VARIABLE})",
+    )
 
 
 def make(folder: str | os.PathLike[str]) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import sys
 from typing import Any
 
@@ -23,11 +22,7 @@ def add_top(commands: Any) -> None:
         help="who uses the databases' connections, in all workers that serve their snapshots",
         description="Exit status: 0; with --once or --json 1 when no worker answers; 2 for wrong usage.",
     )
-    parser.add_argument(
-        "--folder",
-        default=os.environ.get(folders.VARIABLE, "").strip(),
-        help=f"where the workers' inspection sockets are (default: ${folders.VARIABLE})",
-    )
+    folders.add_option(parser)
     parser.add_argument("--once", action="store_true", help="print it once, as text")
     parser.add_argument("--json", action="store_true", help="print the workers' snapshots once, as JSON")
     parser.add_argument(
@@ -49,10 +44,7 @@ def _interval(text: str) -> float:
 def _run(options: argparse.Namespace) -> int:
     """The exit status: 0, 1 when no worker answers (not on the screen, which waits for one), 2 wrong usage."""
     if not options.folder:
-        return _refuse(
-            f"Set {folders.VARIABLE} to the folder of the inspection sockets, the same as for the workers, or name it "
-            "with --folder.",
-        )
+        return _refuse(folders.UNNAMED)
     if not (options.once or options.json):
         return _live(options)
     try:

@@ -10,27 +10,12 @@ from typing import Any
 
 import gevent
 import pytest
-from sqlalchemy import ForeignKey, select, text
+from sqlalchemy import select, text
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy.orm import Session
 
 from dbsession import ConfigError, DBSessionMiddleware, ForeignSession, SessionManager, session_scope
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Order(Base):
-    __tablename__ = "orders"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    lines: Mapped[list[Line]] = relationship()
-
-
-class Line(Base):
-    __tablename__ = "lines"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    order_id: Mapped[int] = mapped_column(ForeignKey("orders.id"))
+from support.models import Base, Line, Order
 
 
 @pytest.fixture

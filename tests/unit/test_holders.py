@@ -12,13 +12,14 @@ from pathlib import Path
 import gevent
 import gevent.event
 import pytest
-from sqlalchemy import ForeignKey, create_engine, event, exc, pool, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy import create_engine, event, exc, pool, select, text
+from sqlalchemy.orm import Session
 
 import dbsession
 from dbsession import DBSessionMiddleware, PoolTimeout, SessionManager, places, snapshot
 from dbsession.errors import SHOWN_HOLDERS
 from dbsession.holders import CHECKOUT, Holder
+from support.models import Base, Order
 from support.pools import make
 
 
@@ -54,22 +55,6 @@ def line_of(part):
 def nothing_left(manager):
     database = manager.database("default")
     assert not database.held.notes() and database.engine.pool.checkedout() == 0
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Order(Base):
-    __tablename__ = "orders"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    lines: Mapped[list[Line]] = relationship()
-
-
-class Line(Base):
-    __tablename__ = "lines"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    order_id: Mapped[int] = mapped_column(ForeignKey("orders.id"))
 
 
 # -- PoolTimeout -------------------------------------------------------------------------------------------------------
