@@ -11,6 +11,7 @@ from typing import Any
 
 from dbsession.watch import folder as folders
 
+_NOTHING: dict[str, Any] = {"databases": [], "holders": [], "scopes": [], "warnings": []}
 _MOST_BYTES = 64 * 1024 * 1024  # of one snapshot
 
 
@@ -80,4 +81,4 @@ def _understood(answer: bytearray) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     known = isinstance(snapshot, dict) and snapshot.get("version") == 1 and isinstance(snapshot.get("pid"), int)
-    return snapshot if known else None
+    return {**_NOTHING, **snapshot} if known else None

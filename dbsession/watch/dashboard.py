@@ -178,4 +178,12 @@ def _poll(history: History, folder: str) -> None:
                 said = str(error)
                 print(said, file=sys.stderr, flush=True)
             collected = Collected(time.time(), [], [])
+        _add(history, collected)
+
+
+def _add(history: History, collected: Collected) -> None:
+    try:
         history.add(collected)
+    except (AttributeError, KeyError, TypeError, ValueError):  # one of them sent what is no snapshot
+        pids = [worker["pid"] for worker in collected.workers]
+        history.add(Collected(collected.time_s, [], sorted({*collected.silent, *pids})))

@@ -129,7 +129,7 @@ def test_socket_drops_the_clients_that_do_not_read_and_answers_the_next(mode, tm
         START
         + """
 from types import SimpleNamespace
-large = {"version": 1, "pid": os.getpid(), "holders": "x" * 8_000_000}
+large = {"version": 1, "pid": os.getpid(), "databases": [], "holders": "x" * 8_000_000, "scopes": [], "warnings": []}
 inspection.snapshot = lambda: SimpleNamespace(as_dict=lambda: large)
 inspection.ANSWER_S = 0.2
 dbsession.serve_snapshots(folder)

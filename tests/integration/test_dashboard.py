@@ -113,7 +113,9 @@ def holding(server: Gunicorn, *paths: str) -> Iterator[None]:
 
 
 def rows(page: Page, table: str = "holders") -> Any:
-    return page.locator(f"#{table} tbody tr")
+    # The first worker's own `dbsession check`, a thread, may hold a connection for a moment, too.
+    found = page.locator(f"#{table} tbody tr")
+    return found.filter(has_text="/hold/") if table == "holders" else found
 
 
 def test_dashboard_shows_who_holds_a_connection_as_long_as_it_does(server: Gunicorn, page: Page) -> None:

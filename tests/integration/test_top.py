@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -69,14 +70,16 @@ def test_held_connection_is_shown_with_its_route_in_text_and_json(tmp_path, fold
     # The request outlives its worker's grace: that is killed in the end.
     with serve(tmp_path, folder, *preload, "--graceful-timeout=1") as server, held(server):
         seen(folder, server.worker_pids())
-        wait_until(lambda: any(each["holders"] for each in collect(folder, 5).workers), 20)
+        wait_until(lambda: "GET /token" in top("--once", "--folder", folder).stdout, 20)
         told = json.loads(top("--json", "--folder", folder).stdout)
         assert [each["pid"] for each in told["workers"]] == server.worker_pids() and told["silent"] == []
-        [holder] = [holder for each in told["workers"] for holder in each["holders"]]
-        assert holder["scope"] == "GET /token" and holder["statement"] == "SELECT ?"
+        # The first worker's own `dbsession check` may hold one for a moment, too.
+        holders = [holder for each in told["workers"] for holder in each["holders"]]
+        [holder] = [holder for holder in holders if holder["scope"] == "GET /token"]
+        assert holder["statement"] == "SELECT ?"
         text = top("--once", DBSESSION_INSPECT=str(folder)).stdout
         assert text.startswith("2 workers (pid ") and "  GET /token  default  " in text and "\x1b" not in text
-        assert "probe_app.py:" in text and "in token" in text and "1     40" in text
+        assert "probe_app.py:" in text and "in token" in text and re.search(r"default +[12] +40 ", text)
         assert "s3cret" not in text + json.dumps(told)
         assert folder.stat().st_mode & 0o777 == 0o700
         assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}

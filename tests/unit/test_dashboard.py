@@ -12,6 +12,7 @@ import pytest
 from dbsession import cli
 from dbsession.watch import access, dashboard
 from dbsession.watch.access import FAILURES, FAILURES_S, LEAST_TOKEN, FailedLogins, Token, is_local_name, is_loopback
+from dbsession.watch.collect import Collected
 from dbsession.watch.history import History
 from dbsession.watch.web import ASSETS, HEADERS, create_app
 from support.processes import run_python
@@ -441,3 +442,14 @@ def test_client_is_dropped_when_its_request_comes_byte_by_byte(before: str) -> N
         """
     )
     assert told.stdout == "dropped\n" and told.stderr == ""
+
+
+def test_poller_takes_for_silent_whoever_sends_what_is_no_snapshot() -> None:
+    """A process of another version, say. The others, and the looks that follow, are shown."""
+    history = History()
+    odd = {"version": 1, "pid": 7, "databases": [{"name": "default"}], "holders": [], "scopes": [], "warnings": []}
+    dashboard._add(history, Collected(1.0, [odd], [3]))
+    assert history.answer("", 1.0)["silent"] == [3, 7]
+    fine = {**odd, "databases": []}
+    dashboard._add(history, Collected(2.0, [fine], []))
+    assert history.answer("", 2.0)["workers"] == [7]
