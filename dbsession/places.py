@@ -29,9 +29,11 @@ _outside: set[str] = set()
 # always the same, are skipped: code at the outer depth -> code at the inner one, wherever all below the outer was
 # SQLAlchemy's and ours. Both are looked at: code at one depth alone may have a listener of the user's below it the next
 # time. Written by anybody, a step each; it grows no further than SQLAlchemy has methods that begin to use a connection.
-_FIRST, _INNER, _OUTER = 4, 12, 15  # below the first there is only the pool
-_known: dict[int, CodeType] = {}  # id(code) -> code
-_known_codes: list[CodeType] = []  # so that they keep their ids
+_FIRST, _INNER = 4, 12  # below the first there is only the pool
+# By outer depth: id(code) -> code at the inner one. The first is that of a scoped session's execute(), the other that
+# of a Session's, and of a scoped session's connection(), whose caller stands at the first.
+_known: dict[int, dict[int, CodeType]] = {15: {}, 14: {}}
+_known_codes: dict[int, CodeType] = {}  # by id, so that they keep it
 
 
 def noted_from_pool(count: int) -> Noted:
@@ -39,21 +41,22 @@ def noted_from_pool(count: int) -> Noted:
     connection."""
     frame: FrameType | None
     try:
-        frame = sys._getframe(_OUTER)
-        inner = _known.get(id(frame.f_code))
-        if inner is not None and inner is sys._getframe(_INNER).f_code:
-            return noted(frame.f_back, count)
+        for depth, known in _known.items():
+            frame = sys._getframe(depth)
+            inner = known.get(id(frame.f_code))
+            if inner is not None and inner is sys._getframe(_INNER).f_code:
+                return noted(frame.f_back, count)
     except ValueError:  # a short stack
         pass
     inner, frame = None, sys._getframe(_FIRST)
-    for depth in range(_FIRST, _OUTER + 1):
+    for depth in range(_FIRST, max(_known) + 1):
         if frame is None or not is_inside(frame.f_code.co_filename):
             break
         if depth == _INNER:
             inner = frame.f_code
-        elif depth == _OUTER and inner is not None:
-            _known_codes.append(frame.f_code)
-            _known[id(frame.f_code)] = inner
+        elif depth in _known and inner is not None:
+            _known_codes[id(frame.f_code)] = frame.f_code
+            _known[depth][id(frame.f_code)] = inner
         frame = frame.f_back
     return noted(frame, count)
 

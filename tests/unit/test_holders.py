@@ -313,7 +313,7 @@ def test_stack_goes_outwards_for_three_frames_and_all_the_way_after_a_leak(manag
 @pytest.mark.parametrize("helpers", range(12))
 def test_place_of_a_listener_is_its_own_however_deep_it_stands(managed, helpers, monkeypatch):
     """One of SQLAlchemy's frames outside it is then as deep as in a statement that takes a connection itself."""
-    monkeypatch.setattr(places, "_known", {})  # what the other tests have taught it
+    monkeypatch.setattr(places, "_known", {depth: {} for depth in places._known})  # what the other tests have taught it
     manager = managed(guard="off")
     found = []
 
