@@ -9,10 +9,10 @@ frames, a weak reference to the greenlet, the text of the statement that SQLAlch
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 from sqlalchemy import event
@@ -156,7 +156,7 @@ class HeldConnections:
             note.greenlet = note.label = None
         except (AttributeError, IndexError):
             note.label = None
-        note.since = note.changed = time.monotonic()
+        note.since = note.changed = monotonic()
         note.in_use = True
         self._stats.checkouts += 1
 
@@ -168,7 +168,7 @@ class HeldConnections:
             return
         note.in_use = False
         note.statement = None  # it may be large
-        self._stats.holds.add(time.monotonic() - note.since)
+        self._stats.holds.add(monotonic() - note.since)
         if note.reported:
             if self.tell is not None:
                 self.tell(note)
@@ -221,7 +221,7 @@ class HeldConnections:
 
     def holders(self) -> tuple[Holder, ...]:
         """The same, as pictures."""
-        now = time.monotonic()
+        now = monotonic()
         return tuple(self.picture(note, now) for note in self.notes())
 
     def picture(self, note: Checkout, now: float) -> Holder:

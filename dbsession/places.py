@@ -11,6 +11,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import sqlalchemy
+from sqlalchemy.engine import Engine
 
 Noted = list[Any]
 """Code, offset, code, offset ...: innermost first. It keeps no frame, and so nothing that a frame refers to."""
@@ -29,10 +30,11 @@ _outside: set[str] = set()
 # always the same, are skipped: code at the outer depth -> code at the inner one, wherever all below the outer was
 # SQLAlchemy's and ours. Both are looked at: code at one depth alone may have a listener of the user's below it the next
 # time. Written by anybody, a step each; it grows no further than SQLAlchemy has methods that begin to use a connection.
-_FIRST, _INNER = 4, 12  # below the first there is only the pool
+_FIRST, _ENGINE, _INNER = 4, 8, 12  # below the first there is only the pool; at the second Engine.connect(), if at all
 # By outer depth: id(code) -> code at the inner one. The first is that of a scoped session's execute(), the other that
 # of a Session's, and of a scoped session's connection(), whose caller stands at the first.
 _known: dict[int, dict[int, CodeType]] = {15: {}, 14: {}}
+_CONNECT = Engine.connect.__code__
 _known_codes: dict[int, CodeType] = {}  # by id, so that they keep it
 
 
@@ -48,8 +50,14 @@ def noted_from_pool(count: int) -> Noted:
                 return noted(frame.f_back, count)
     except ValueError:  # a short stack
         pass
-    inner, frame = None, sys._getframe(_FIRST)
-    for depth in range(_FIRST, max(_known) + 1):
+    try:
+        first, frame = _ENGINE, sys._getframe(_ENGINE)
+    except ValueError:
+        frame = None
+    if frame is None or frame.f_code is not _CONNECT:
+        first, frame = _FIRST, sys._getframe(_FIRST)
+    inner = None
+    for depth in range(first, max(_known) + 1):
         if frame is None or not is_inside(frame.f_code.co_filename):
             break
         if depth == _INNER:

@@ -43,15 +43,24 @@ from .common import Report, Samples, interleave, options
 from .pool_loads import FAIR, POOLS, QUEUE
 
 AGAIN = f"{QUEUE} (again, control)"
+BARE = f"{FAIR}, without notes"
 BOTH = {FAIR: FairPool, QUEUE: QueuePool}
 
 
+def bare() -> Any:
+    pool: Any = POOLS[FAIR]()
+    pool.held = Unnoted()
+    return pool
+
+
 def uncontended(report: Report, count: int) -> None:
-    makes = POOLS | {AGAIN: POOLS[QUEUE]}
+    makes = POOLS | {AGAIN: POOLS[QUEUE], BARE: bare}
     cases = {name: functools.partial(pool_loads.uncontended, make, count) for name, make in makes.items()}
     samples = interleave(cases, max(5, report.options.rounds))
     report.table("uncontended checkout + checkin", samples, {"us": "us"}, base=QUEUE)
     report.goal("uncontended checkout + checkin / QueuePool", samples.ratio(FAIR, QUEUE, "us"), "<=", 0.65)
+    without = samples.ratio(BARE, QUEUE, "us")
+    report.goal("the same without the notes of who holds a connection", without, "<=", 0.65)
     report.control("QueuePool, uncontended", samples.ratio(AGAIN, QUEUE, "us"))
 
 
