@@ -218,6 +218,7 @@ def test_holders_are_filtered_by_what_is_typed(server: Gunicorn, page: Page) -> 
 def test_holder_that_was_opened_stays_open_while_the_page_goes_on(server: Gunicorn, page: Page) -> None:
     """And keeps the focus; inside is the stack."""
     with holding(server, "a"):
+        expect(rows(page)).to_have_count(1)  # those of the test before have gone
         summary = rows(page).locator("summary")
         summary.focus()
         page.keyboard.press("Enter")
