@@ -7,6 +7,8 @@ import pytest
 from support.processes import run_script
 from support.proxy import Proxy
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import gc, os, sys, threading, traceback
 from sqlalchemy import text

@@ -10,7 +10,7 @@ import pytest
 from support.galera import GaleraCluster, GaleraMissing
 from support.processes import run_script
 
-pytestmark = pytest.mark.galera
+pytestmark = [pytest.mark.galera, pytest.mark.slow]
 
 # What both scripts with a load begin with. A script says at its end what each unit of work was told.
 UNITS = """

@@ -145,6 +145,7 @@ def test_dashboard_shows_markup_as_text(server: Gunicorn, page: Page) -> None:
         assert page.evaluate("window.hit") is None
 
 
+@pytest.mark.slow
 def test_dashboard_draws_charts_that_have_words_for_who_does_not_see_them(server: Gunicorn, page: Page) -> None:
     with holding(server, "a"):
         chart = page.get_by_role("img", name="In use: now 1 of 2; at most")
@@ -157,6 +158,7 @@ def test_dashboard_draws_charts_that_have_words_for_who_does_not_see_them(server
         expect(page.get_by_role("img", name=name)).to_be_visible()
 
 
+@pytest.mark.slow
 def test_dashboard_shows_who_waits_and_who_waited_in_vain(server: Gunicorn, page: Page) -> None:
     facts = page.locator(".card > .facts")
     with holding(server, "a", "b", "c"):
@@ -168,6 +170,7 @@ def test_dashboard_shows_who_waits_and_who_waited_in_vain(server: Gunicorn, page
         expect(facts.locator(".bad")).to_have_text("1")
 
 
+@pytest.mark.slow
 def test_holders_are_sorted_by_the_column_that_was_chosen(server: Gunicorn, page: Page) -> None:
     """By keyboard, the other way at the second time; the longest first to begin with."""
     with holding(server, "b"):
@@ -200,6 +203,7 @@ def holding_more(server: Gunicorn, page: Page, path: str) -> Iterator[None]:
         request.join(20)
 
 
+@pytest.mark.slow
 def test_holders_are_filtered_by_what_is_typed(server: Gunicorn, page: Page) -> None:
     """Any column, in any case."""
     with holding(server, "orders", "reports"):
@@ -215,6 +219,7 @@ def test_holders_are_filtered_by_what_is_typed(server: Gunicorn, page: Page) -> 
         expect(rows(page)).to_have_count(2)
 
 
+@pytest.mark.slow
 def test_holder_that_was_opened_stays_open_while_the_page_goes_on(server: Gunicorn, page: Page) -> None:
     """And keeps the focus; inside is the stack."""
     with holding(server, "a"):
@@ -231,6 +236,7 @@ def test_holder_that_was_opened_stays_open_while_the_page_goes_on(server: Gunico
         expect(summary).to_be_focused()
 
 
+@pytest.mark.slow
 def test_page_stands_still_while_it_is_paused(server: Gunicorn, page: Page) -> None:
     pause = page.get_by_role("button", name="Pause")
     pause.click()
@@ -266,6 +272,7 @@ def test_page_is_usable_by_keyboard_alone(server: Gunicorn, page: Page) -> None:
     assert len(stops) == shown > 15, stops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [320, 360, 768])
 def test_page_fits_when_it_is_narrow(
     server: Gunicorn, dashboard: Dashboard, open_page: Callable[..., Page], width: int
@@ -288,6 +295,7 @@ def luminance(colour: str) -> float:
     return sum(int(part) for part in colour[4:-1].split(",")) / 765
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
 def test_page_is_dark_when_the_browser_is(
     dashboard: Dashboard, open_page: Callable[..., Page], scheme: str, dark: bool
@@ -299,6 +307,7 @@ def test_page_is_dark_when_the_browser_is(
     assert (background < 0.2 and text > 0.8) if dark else (background > 0.8 and text < 0.2)
 
 
+@pytest.mark.slow
 def test_nothing_moves_by_itself_when_the_browser_says_so(dashboard: Dashboard, open_page: Callable[..., Page]) -> None:
     page = open_page(dashboard.url, reduced_motion="reduce")
     expect(page.locator(".fill")).to_have_css("transition-property", "none")
@@ -310,6 +319,7 @@ def points_drawn(page: Page) -> int:
     return path.count("M") + path.count("L")
 
 
+@pytest.mark.slow
 def test_page_goes_on_when_the_dashboard_was_started_anew(
     server: Gunicorn, module_folder: Path, open_page: Callable[..., Page]
 ) -> None:
@@ -329,6 +339,7 @@ def test_page_goes_on_when_the_dashboard_was_started_anew(
         assert points_drawn(page) > told  # it still has what the first one told
 
 
+@pytest.mark.slow
 def test_page_goes_on_when_gunicorn_was_started_anew(tmp_path: Path, open_page: Callable[..., Page]) -> None:
     folder = tmp_path / "sockets"
     folder.mkdir(0o700)
@@ -344,6 +355,7 @@ def test_page_goes_on_when_gunicorn_was_started_anew(tmp_path: Path, open_page: 
         expect(page.locator(".card .use")).to_have_text("no worker has it")
 
 
+@pytest.mark.slow
 def test_login_lets_in_who_has_the_token(server: Gunicorn, module_folder: Path, open_page: Callable[..., Page]) -> None:
     """And nobody else; the token is in no address, no cookie and no line of the log."""
     env = {"DBSESSION_DASHBOARD_TOKEN": SECRET}

@@ -122,6 +122,7 @@ def test_metrics_of_threaded_workers_are_summed_too(tmp_path):
         wait_for(server, asked, "checkouts_total", "default")
 
 
+@pytest.mark.slow
 def test_metrics_keep_counts_and_lose_gauges_when_a_worker_is_killed(tmp_path):
     with serve(tmp_path) as server:
         asked = begun(server) + query_all_workers(server)
@@ -141,6 +142,7 @@ def test_metrics_keep_counts_and_lose_gauges_when_a_worker_is_killed(tmp_path):
         wait_for(server, asked, "checkouts_total", "default")
 
 
+@pytest.mark.slow
 def test_metrics_lose_no_count_when_workers_end_before_they_have_published(tmp_path):
     with serve(tmp_path) as server:
         before = server.worker_pids()
@@ -153,6 +155,7 @@ def test_metrics_lose_no_count_when_workers_end_before_they_have_published(tmp_p
         wait_for(server, 2 * 2, "pool_limit", "default")
 
 
+@pytest.mark.slow
 def test_metrics_go_on_when_gunicorn_reloads(tmp_path):
     with serve(tmp_path) as server:
         before, folder = server.worker_pids(), facts(server)["folder"]
@@ -165,6 +168,7 @@ def test_metrics_go_on_when_gunicorn_reloads(tmp_path):
         wait_for(server, asked, "checkouts_total", "default")
 
 
+@pytest.mark.slow
 def test_metrics_of_two_masters_are_summed_in_the_folder_of_the_environment_when_gunicorn_is_upgraded(tmp_path):
     """SIGUSR2: the second master does not empty what the first one's workers still count in."""
     # PYTHONSAFEPATH: or the second one's sys.path would begin with gunicorn's folder, as it is started by `python -m`.
@@ -242,6 +246,7 @@ def test_metrics_folder_is_private_and_goes_with_the_master(tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_metrics_folder_of_the_environment_is_made_or_emptied_at_the_start_and_kept(tmp_path):
     folder = tmp_path / "some" / "folder"
     with serve(tmp_path, workers=1, PROMETHEUS_MULTIPROC_DIR=str(folder)) as server:
