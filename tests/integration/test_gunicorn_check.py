@@ -9,27 +9,13 @@ import pytest
 
 from dbsession import gunicorn_hooks
 from dbsession.watch.facts import BOUND_S
-from support.gunicorn import Gunicorn
+from support.gunicorn import DEMO_CONFIG as CONFIG
+from support.gunicorn import serve_probe as serve
 from support.proxy import Proxy
 from support.waiting import wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "deploy" / "gunicorn.conf.py"
 LATE = Path(__file__).with_name("gunicorn_late.conf.py")
 SECRET = "n0tth1s"
-
-
-def serve(url, *arguments, config=CONFIG, workers=2, **env):
-    return Gunicorn(
-        "support.probe_app:wrapped",
-        "--worker-class=gevent",
-        "--graceful-timeout=5",
-        *arguments,
-        config=config,
-        workers=workers,
-        env={"DBSESSION_URL": url, **env},
-        ready="/state",
-    )
 
 
 def logged(server, text):

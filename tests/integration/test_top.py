@@ -17,11 +17,9 @@ from pathlib import Path
 import pytest
 
 from dbsession.watch.collect import collect
-from support.gunicorn import Gunicorn
+from support.gunicorn import serve_probe
 from support.processes import script_env
 from support.waiting import wait_until
-
-CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "gunicorn.conf.py"
 
 
 @pytest.fixture
@@ -29,17 +27,8 @@ def folder(tmp_path):
     return tmp_path / "sockets"
 
 
-def serve(tmp_path, folder, *arguments, workers=2, config=CONFIG, **env):
-    return Gunicorn(
-        "support.probe_app:wrapped",
-        "--worker-class=gevent",
-        "--graceful-timeout=5",
-        *arguments,
-        config=config,
-        workers=workers,
-        env={"DBSESSION_URL": f"sqlite:///{tmp_path}/a.db", "DBSESSION_INSPECT": str(folder), **env},
-        ready="/state",
-    )
+def serve(tmp_path, folder, *arguments, workers=2, **env):
+    return serve_probe(f"sqlite:///{tmp_path}/a.db", *arguments, workers=workers, DBSESSION_INSPECT=str(folder), **env)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from typing import NamedTuple
 from .processes import Supervised, child_pids, script_env, wait_gone
 from .waiting import wait_until
 
+DEMO_CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "gunicorn.conf.py"
+
 
 class Response(NamedTuple):
     status: int
@@ -175,3 +177,17 @@ class Gunicorn:
     def wait(self, timeout_s: float = 30.0) -> int:
         """The master's exit status, once it has ended."""
         return self._process.wait(timeout_s)
+
+
+def serve_probe(url: str, *arguments: str, config: Path = DEMO_CONFIG, workers: int = 2, **env: str) -> Gunicorn:
+    """`support.probe_app` on the database at `url`, with gevent workers."""
+    return Gunicorn(
+        "support.probe_app:wrapped",
+        "--worker-class=gevent",
+        "--graceful-timeout=5",
+        *arguments,
+        config=config,
+        workers=workers,
+        env={"DBSESSION_URL": url, **env},
+        ready="/state",
+    )
