@@ -8,36 +8,40 @@ Each greenlet or thread, and in it each unit of work, has its own session; the m
 response's body has been sent. README.md tells the rest.
 """
 
-from dbsession.api import (
-    clear_dbsession,
-    configure,
-    dispose,
-    get_dbsession,
-    get_engine,
-    on_engine_created,
-    release_dbsession,
-    run_in_transaction,
-    session_scope,
-    transactional,
-)
-from dbsession.deadline import DeadlineExceeded, deadline
-from dbsession.errors import (
-    CommitOutcomeUnknown,
-    ConfigError,
-    DBSessionError,
-    ForeignSession,
-    PoolTimeout,
-    RollbackRequired,
-    ScopeEnded,
-    ScopeRequired,
-    UnknownDatabase,
-    UnsavedWork,
-    UsedInHub,
-)
-from dbsession.manager import SessionManager
-from dbsession.watch.inspection import serve_snapshots
-from dbsession.watch.snapshot import Snapshot, snapshot
-from dbsession.wsgi import DBSessionMiddleware
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dbsession.api import (
+        clear_dbsession,
+        configure,
+        dispose,
+        get_dbsession,
+        get_engine,
+        on_engine_created,
+        release_dbsession,
+        run_in_transaction,
+        session_scope,
+        transactional,
+    )
+    from dbsession.deadlines import DeadlineExceeded, deadline
+    from dbsession.errors import (
+        CommitOutcomeUnknown,
+        ConfigError,
+        DBSessionError,
+        ForeignSession,
+        PoolTimeout,
+        RollbackRequired,
+        ScopeEnded,
+        ScopeRequired,
+        UnknownDatabase,
+        UnsavedWork,
+        UsedInHub,
+    )
+    from dbsession.manager import SessionManager
+    from dbsession.watch.inspection import serve_snapshots
+    from dbsession.watch.snapshot import Snapshot, snapshot
+    from dbsession.wsgi import DBSessionMiddleware
 
 __version__ = "0.1.0"
 
@@ -71,3 +75,50 @@ __all__ = [
     "snapshot",
     "transactional",
 ]
+
+# Imported at their first use (PEP 562): `import dbsession.aio` would load gevent otherwise, which no asyncio program
+# wants. A module may not be called what one of these names is called: importing it would put it in the name's place.
+_NAMES = {
+    "api": (
+        "clear_dbsession",
+        "configure",
+        "dispose",
+        "get_dbsession",
+        "get_engine",
+        "on_engine_created",
+        "release_dbsession",
+        "run_in_transaction",
+        "session_scope",
+        "transactional",
+    ),
+    "deadlines": ("DeadlineExceeded", "deadline"),
+    "errors": (
+        "CommitOutcomeUnknown",
+        "ConfigError",
+        "DBSessionError",
+        "ForeignSession",
+        "PoolTimeout",
+        "RollbackRequired",
+        "ScopeEnded",
+        "ScopeRequired",
+        "UnknownDatabase",
+        "UnsavedWork",
+        "UsedInHub",
+    ),
+    "manager": ("SessionManager",),
+    "watch.inspection": ("serve_snapshots",),
+    "watch.snapshot": ("Snapshot", "snapshot"),
+    "wsgi": ("DBSessionMiddleware",),
+}
+_MODULES = {name: f"dbsession.{module}" for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.engine import Engine
 
-from dbsession import block, engines
+from dbsession import block, engines, source
 from dbsession.config import Databases
 from dbsession.created import Listener
 from dbsession.manager import SessionManager
@@ -29,6 +29,7 @@ def configure(databases: Databases | None = None) -> None:
         ConfigError: [DBS-CONFIG] naming the database, the key and the fix; nothing was applied.
     """
     manager.configure(databases)
+    source.process_wide = manager.source
 
 
 def get_dbsession(name: str = "default") -> ScopedSession:

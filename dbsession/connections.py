@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 from pymysql.cursors import SSCursor
@@ -16,20 +15,18 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
-from dbsession import fork, leaks, mysql, sqlite
+from dbsession import fork, leaks, sqlite
 from dbsession.config import DatabaseConfig
-from dbsession.holders import CHECKOUT, COMMITTING, SCOPE, HeldConnections
+from dbsession.holders import HeldConnections
 from dbsession.homes import HOME, home_of
-from dbsession.mysql import state
+from dbsession.keys import CHECKOUT, COMMITTING, DOOMED, READ_TIMEOUT, SCOPE
+from dbsession.mysql import connector, state
 from dbsession.mysql.connection import Connection as MySQLConnection
-from dbsession.outcome import DOOMED, TransactionWatch, is_autocommit, wrote
+from dbsession.outcome import TransactionWatch
 from dbsession.pool import FairPool
 from dbsession.stats import Stats
 
 logger = logging.getLogger(__name__)
-
-READ_TIMEOUT = "dbsession.read_timeout"
-"""Key in a connection's `info`: the read timeout that it had before its scope set another."""
 
 CLEANING_S = 5.0
 """Seconds that the server has for each answer while a returned connection is cleaned; then it is discarded."""
@@ -46,7 +43,7 @@ class ConnectionLinks:
         self.stats = Stats()
         self.held = HeldConnections(config.name, config.backend, self.stats)
         self._leaks = leaks.LeakWatch(config, self.held)  # for its life only
-        self._connector = mysql.Connector(config, self.stats) if mysql.uses_pymysql(config) else None
+        self._connector = connector.Connector(config, self.stats) if connector.uses_pymysql(config) else None
         self._watch = TransactionWatch(config)
         self._config = config
         self._line: deque[sqlite.Connection] = deque()
@@ -182,21 +179,10 @@ class ConnectionLinks:
         return self._executing(cursor, statement, None, context)
 
     def _executing(self, cursor: Any, statement: str, _: Any, context: ExecutionContext) -> bool:
-        """Refuse what must not be sent, and remember that something was written, so that `release_dbsession()` does
-        not throw it away. True: the statement is not to be executed any more."""
-        connection = context.root_connection
-        if self._watch.is_doomed(connection):
-            if statement.startswith("ROLLBACK TO SAVEPOINT"):
-                # Of a block that the error goes through: its savepoint may be gone, and all is rolled back anyway.
-                cursor.execute("DO 0")
-                return True
-            self._watch.refuse_if_doomed(connection.info)
-        verb = _reading_verb(statement[:200])
-        writes = not verb or (verb == "with" and _WRITES.search(statement))
-        if writes and not is_autocommit(connection, self._config):  # there it is committed already
-            wrote.add(connection)
+        if self._watch.executing(cursor, statement, context):
+            return True
         if isinstance(cursor, SSCursor) and isinstance(cursor.connection, MySQLConnection):
-            cursor.connection.stream_of = weakref.ref(connection)
+            cursor.connection.stream_of = weakref.ref(context.root_connection)
         return False
 
     def abandon(self) -> None:
@@ -206,18 +192,3 @@ class ConnectionLinks:
         self.held.forget()
         self.stats.reset()
         fork.abandon(inherited)
-
-
-_READS = re.compile(
-    r"(?:\s|\(|--[^\n]*\n|#[^\n]*\n|/\*.*?\*/)*+"  # white space, parentheses and comments come first
-    r"(select|with|show|explain|describe|desc|pragma|values|table|set|use|savepoint|release|rollback)\b",
-    re.IGNORECASE | re.DOTALL,
-)
-_WRITES = re.compile(r"\b(?:insert|update|delete|replace|merge)\b", re.IGNORECASE)
-
-
-@lru_cache(maxsize=2048)
-def _reading_verb(beginning: str) -> str:
-    """The verb of a statement that begins so, if it changes no row; "" for what is not known to only read."""
-    match = _READS.match(beginning)
-    return match[1].lower() if match else ""

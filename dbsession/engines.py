@@ -13,14 +13,16 @@ from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import Pool, QueuePool
 
-from dbsession import created, ident, mysql, sqlite
+from dbsession import created, ident, sqlite
 from dbsession.config import DatabaseConfig, shown
 from dbsession.connections import ConnectionLinks
 from dbsession.created import Listener, Told
 from dbsession.errors import ConfigError
+from dbsession.factory import make_factory
 from dbsession.hub import Waiter
+from dbsession.mysql import connector
 from dbsession.pool import FairPool
-from dbsession.sessions import DatabaseOwner, make_factory
+from dbsession.sessions import DatabaseOwner
 from dbsession.source import Source
 
 # Every Database of this process that is still referenced, those of earlier configurations included, by weak references.
@@ -134,8 +136,8 @@ def build(config: DatabaseConfig, owner: DatabaseOwner) -> Database:
             f"Database {name!r}: create_engine refuses {what} in `options` "
             f"({type(error).__name__}). Remove or correct it; what a pool takes depends on `poolclass`."
         ) from None
-    if mysql.uses_pymysql(config):
-        mysql.warn_of_what_is_bypassed(config, engine)
+    if connector.uses_pymysql(config):
+        connector.warn_of_what_is_bypassed(config, engine)
     links = ConnectionLinks(config)
     links.listen(engine)
     database = Database(config, owner, engine, make_factory(config, engine), links)
@@ -155,7 +157,7 @@ def _defaults(config: DatabaseConfig, options: dict[str, Any]) -> dict[str, Any]
     if config.backend == "sqlite":
         defaults |= sqlite.engine_options(config.name, config.url, options)
     elif config.backend in ("mysql", "mariadb"):
-        defaults |= mysql.engine_options(config)
+        defaults |= connector.engine_options(config)
     if "pool" in options:
         return defaults  # a ready-made pool has its sizes already
     poolclass = options.get("poolclass")
@@ -164,7 +166,7 @@ def _defaults(config: DatabaseConfig, options: dict[str, Any]) -> dict[str, Any]
         poolclass = dialect.get_pool_class(config.url)
         if poolclass is QueuePool:
             poolclass = defaults["poolclass"] = FairPool
-            if mysql.uses_pymysql(config) and "creator" not in options:
+            if connector.uses_pymysql(config) and "creator" not in options:
                 # Our pool cleans what comes back, and what the server calls clean costs no round trip.
                 defaults["pool_reset_on_return"] = None
     if not (inspect.isclass(poolclass) and issubclass(poolclass, Pool)):
@@ -214,7 +216,7 @@ class EngineCache:
     """
 
     def __init__(self, source: Source, owner: DatabaseOwner) -> None:
-        self._source = source
+        self.source = source
         self._owner = owner
         self._built: dict[str, Database] = {}
         self._flights: dict[str, _Flight] = {}
@@ -222,12 +224,12 @@ class EngineCache:
 
     def build_all(self) -> None:
         """Build every engine that is known, so that what is wrong with one is said at once. No connection is made."""
-        for name in self._source.known():
+        for name in self.source.known():
             self._build(name)
 
     def known(self) -> list[str]:
         """The names that are known to exist, sorted: of a callable, those that it was asked for."""
-        return sorted(self._source.known())
+        return sorted(self.source.known())
 
     def get(self, name: str) -> Database:
         """The Database of `name`, built on first use: once, however many ask at once. May switch greenlets then.
@@ -255,7 +257,7 @@ class EngineCache:
             flight.wait()
 
     def _build(self, name: str) -> Database:
-        database = build(self._source.lookup(name), self._owner)
+        database = build(self.source.lookup(name), self._owner)
         self._built[name] = database
         if self._retired:  # while it was being built, so whoever retired the others did not see it
             database.retire()

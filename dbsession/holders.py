@@ -21,17 +21,9 @@ from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from dbsession import ident, places
 from dbsession.errors import PoolTimeout
+from dbsession.keys import CHECKOUT, COMMITTING, SCOPE
 from dbsession.masking import masked
 from dbsession.stats import Stats
-
-COMMITTING = "dbsession.committing"
-"""Key in a connection's `info`: a commit was begun that has not succeeded."""
-
-CHECKOUT = "dbsession.checkout"
-"""Key in a pool record's `record_info`: its Checkout."""
-
-SCOPE = "dbsession.scope"
-"""Key in a connection's `info`: a weak reference to the scope of the session that uses it."""
 
 STACK_FRAMES = 3
 """How many frames of the user's own are noted at a checkout: all of them would cost more than the rest of it."""

@@ -78,6 +78,11 @@ class SessionManager:
         for database in replaced.databases():
             database.retire()
 
+    @property
+    def source(self) -> source.Source:
+        """Where the present configuration comes from."""
+        return self._engines.source
+
     def get(self, name: str = "default") -> ScopedSession:
         """The scoped session of `name`; see `dbsession.get_dbsession`."""
         ready = self.ready

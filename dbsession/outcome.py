@@ -15,19 +15,17 @@ import weakref
 from typing import Any
 
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine, ExceptionContext
+from sqlalchemy.engine import Connection, Engine, ExceptionContext, ExecutionContext
 
 from dbsession.config import DatabaseConfig
+from dbsession.driver import KnownConnection
 from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, describe
-from dbsession.holders import CHECKOUT, COMMITTING, SCOPE
+from dbsession.keys import CHECKOUT, COMMITTING, DOOMED, SCOPE
 from dbsession.mysql import codes
-from dbsession.mysql.connection import Connection as MySQLConnection
+from dbsession.statements import writes
 
 wrote: weakref.WeakSet[Connection] = weakref.WeakSet()
 """Connections on which something was written in their last transaction. Written by the engine's events."""
-
-DOOMED = "dbsession.doomed"
-"""Key in a connection's `info`: the error that has undone a part of the transaction under way."""
 
 
 def is_autocommit(connection: Connection, config: DatabaseConfig) -> bool:
@@ -61,9 +59,19 @@ class TransactionWatch:
         self._do_rollback_twophase, dialect.do_rollback_twophase = dialect.do_rollback_twophase, self._rollback_twophase
         event.listen(engine, "handle_error", self._judge)
 
-    def is_doomed(self, connection: Connection) -> bool:
-        """Whether the transaction under way has lost a part of its work."""
-        return self._ever_doomed and DOOMED in connection.info
+    def executing(self, cursor: Any, statement: str, context: ExecutionContext) -> bool:
+        """Called before each statement: refuse what must not be sent, and remember that something was written, so that
+        `release_dbsession()` does not throw it away. True: the statement is not to be executed any more."""
+        connection = context.root_connection
+        if self._ever_doomed and DOOMED in connection.info:
+            if statement.startswith("ROLLBACK TO SAVEPOINT"):
+                # Of a block that the error goes through: its savepoint may be gone, and all is rolled back anyway.
+                cursor.execute("DO 0")
+                return True
+            self.refuse_if_doomed(connection.info)
+        if writes(statement) and not is_autocommit(connection, self._config):  # there it is committed already
+            wrote.add(connection)
+        return False
 
     def refuse_if_doomed(self, info: dict[Any, Any]) -> None:
         """Raise RollbackRequired if the transaction under way has lost a part of its work. `info` is its
@@ -108,8 +116,8 @@ class TransactionWatch:
             self._do_rollback(proxied)
             return
         self._forget(info)
-        driver = proxied.dbapi_connection
-        reader = driver.stream_of() if isinstance(driver, MySQLConnection) and driver.unread else None
+        driver: Any = proxied.dbapi_connection
+        reader = driver.stream_of() if isinstance(driver, KnownConnection) and driver.unread else None
         if reader is not None and reader.in_transaction():
             reader.invalidate()  # not read on for a ROLLBACK; the server rolls back what it has lost
         else:
@@ -117,8 +125,8 @@ class TransactionWatch:
 
     def _rollback_twophase(self, connection: Connection, *arguments: Any, **more: Any) -> None:
         self._forget(connection.info)
-        driver = connection.connection.dbapi_connection
-        if isinstance(driver, MySQLConnection) and driver.unread:
+        driver: Any = connection.connection.dbapi_connection
+        if isinstance(driver, KnownConnection) and driver.unread:
             connection.invalidate()
         else:
             self._do_rollback_twophase(connection, *arguments, **more)
@@ -134,16 +142,16 @@ class TransactionWatch:
                 context.is_disconnect = True
             return None
         from_driver = isinstance(error, context.dialect.loaded_dbapi.Error)
-        driver = connection.connection.dbapi_connection
+        driver: Any = connection.connection.dbapi_connection
         verdict = codes.classify(error) if from_driver and self._is_mysql else codes.Verdict.FATAL
         if self._readonly and verdict is codes.Verdict.FAILOVER:
             verdict = codes.Verdict.FATAL  # a write, which is refused as it should be
-        if isinstance(driver, MySQLConnection) and driver.gave_up:
+        if isinstance(driver, KnownConnection) and driver.gave_up:
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
         elif verdict in (codes.Verdict.DISCONNECT, codes.Verdict.FAILOVER):
             context.is_disconnect = True
-        elif not from_driver and not isinstance(driver, MySQLConnection):
+        elif not from_driver and not isinstance(driver, KnownConnection):
             # Whether a driver that we do not know is still in step with its server, nobody can say.
             context.is_disconnect = context.is_disconnect or (
                 context.execution_context is not None and not isinstance(error, RollbackRequired)
@@ -152,7 +160,7 @@ class TransactionWatch:
         # In this order: while SQLAlchemy asks a new server what it can, the connection has no `info`.
         statement = context.statement
         if (statement is None or statement.startswith("XA COMMIT")) and connection.info.pop(COMMITTING, False):
-            if statement is None and isinstance(driver, MySQLConnection) and not driver.commit_sent:
+            if statement is None and isinstance(driver, KnownConnection) and not driver.commit_sent:
                 return None
             return self._judge_commit(context, connection, error, from_driver)
         if (

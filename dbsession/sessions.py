@@ -7,20 +7,18 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 # Private, and the only way to end a session without the sweep that close() is; see ManagedSession.close.
 # tests/unit/test_private_names.py fails loudly when the name goes.
 from sqlalchemy.orm.session import _SessionCloseState
 
-from dbsession import scope, teardown
+from dbsession import discarding
 from dbsession.config import DatabaseConfig
-from dbsession.connections import READ_TIMEOUT
+from dbsession.driver import KnownConnection
 from dbsession.errors import ConfigError
-from dbsession.guard import guarded
-from dbsession.holders import SCOPE
-from dbsession.mysql.connection import Connection as MySQLConnection
+from dbsession.keys import READ_TIMEOUT, SCOPE
 from dbsession.outcome import is_autocommit, wrote
 
 # The connections of the transactions under way in scopes. SQLAlchemy's own finalizer would roll one back wherever the
@@ -34,7 +32,7 @@ class ManagedSession(Session):
     `sqlalchemy.exc.InvalidRequestError` (close_resets_only=False) instead of checking a connection out again."""
 
     # Defaults of the class: a session that nothing is done with costs as little as SQLAlchemy's own.
-    _scope: weakref.ref[scope.Scope] | None = None
+    _scope: weakref.ref[Any] | None = None  # the Scope
     _database: Database
     _open_connections: tuple[Connection, ...] = ()  # those of the transaction under way
     _committed = False  # the transaction under way
@@ -64,21 +62,23 @@ class ManagedSession(Session):
         if self._close_state is _SessionCloseState.CLOSE_IS_RESET:
             return  # it is as good as new afterwards
         home = self._scope() if self._scope is not None else None
-        if home is not None and home.sessions.get(self._database) is self:
-            del home.sessions[self._database]
+        if home is not None:
+            held = home.sessions.get(self._database)
+            if held is self or getattr(held, "sync_session", None) is self:  # the AsyncSession round it, in asyncio
+                del home.sessions[self._database]
 
     def _close_or_discard(self, close: Callable[[], None]) -> None:
         # SQLAlchemy forgets its connections before it closes them (SessionTransaction.close has no try/finally), so a
         # second close() would do nothing, and the pool's places would be gone.
         connections = self._open_connections
         for held in connections:
-            driver = _mysql_connection(held)
+            driver = _known_connection(held)
             if driver is not None:  # the bound of teardown, for a close() of the user's own and where no timer runs
-                held.info.setdefault(READ_TIMEOUT, driver.read_within_at_most(teardown.BOUND_S))
+                held.info.setdefault(READ_TIMEOUT, driver.read_within_at_most(discarding.BOUND_S))
         try:
             close()
         except BaseException as error:
-            kill = teardown.discard(connections)
+            kill = discarding.discard(connections)
             if kill is not None and isinstance(error, Exception):
                 raise kill from error
             raise
@@ -103,44 +103,32 @@ class DatabaseOwner(Protocol):
     def database(self, name: str) -> Any: ...
 
 
-class SessionFactory(sessionmaker[Any]):
-    """A sessionmaker whose call without arguments, which every first use in a scope makes, copies none."""
-
-    def __call__(self, **arguments: Any) -> Any:
-        return super().__call__(**arguments) if arguments else self.class_(**self.kw)
-
-
-def make_factory(config: DatabaseConfig, engine: Engine) -> sessionmaker[Any]:
-    """The sessionmaker of one database, bound to its engine.
+def managed_class(name: str, base: Any) -> type[ManagedSession]:
+    """The session class `base` of the database `name`, as one that lives in scopes.
 
     Raises:
-        ConfigError: [DBS-CONFIG] an argument in `session` that the session class refuses.
+        ConfigError: [DBS-CONFIG] it is no session class.
     """
-    arguments = {"autoflush": False, "close_resets_only": False, **config.session}
-    base = arguments.pop("class_", Session)
     if not (isinstance(base, type) and issubclass(base, Session)):
-        raise ConfigError(
-            f"Database {config.name!r}: `class_` in `session` must be a subclass of sqlalchemy.orm.Session."
-        )
+        raise ConfigError(f"Database {name!r}: `class_` in `session` must be a subclass of sqlalchemy.orm.Session.")
     managed = base if issubclass(base, ManagedSession) else ManagedSession
     if not issubclass(managed, base):
         stock = base.close is Session.close and base.expunge_all is Session.expunge_all
         own = {"_always_closes": not stock}
         managed = type(f"Managed{base.__name__}", (ManagedSession, base), own)
-    if config.guard != "off":
-        managed = guarded(managed, config.name, config.guard)
-    factory = SessionFactory(bind=engine, class_=managed, **arguments)
-    if config.session:
-        try:
-            factory().close()
-        except (TypeError, ValueError, LookupError) as error:
-            raise ConfigError(
-                f"Database {config.name!r}: the session class refuses what `session` says: {error}."
-            ) from error
-    event.listen(factory, "after_begin", _connection_in_use)
-    event.listen(factory, "after_commit", _committed)
-    event.listen(factory, "after_transaction_end", _connections_returned)
-    return factory
+    return managed
+
+
+def refused(name: str, error: Exception) -> ConfigError:
+    """The error for an argument in `session` that the session class refuses."""
+    return ConfigError(f"Database {name!r}: the session class refuses what `session` says: {error}.")
+
+
+def watch(target: Any) -> None:
+    """Follow the transactions of the sessions of `target`, a sessionmaker or a session class."""
+    event.listen(target, "after_begin", _connection_in_use)
+    event.listen(target, "after_commit", _committed)
+    event.listen(target, "after_transaction_end", _connections_returned)
 
 
 def unsaved(session: Any) -> str:
@@ -163,17 +151,17 @@ def _connection_in_use(session: ManagedSession, _: SessionTransaction, connectio
             _pinned.add(connection)
             connection.info[SCOPE] = session._scope
             if home.read_timeout_s is not None:
-                driver = _mysql_connection(connection)
+                driver = _known_connection(connection)
                 if driver is not None:
                     before = driver.read_within(home.read_timeout_s)
                     connection.info.setdefault(READ_TIMEOUT, before)
 
 
-def _mysql_connection(connection: Connection) -> MySQLConnection | None:
+def _known_connection(connection: Connection) -> KnownConnection | None:
     if connection.closed or connection.invalidated:
         return None
     driver = connection.connection.dbapi_connection
-    return driver if isinstance(driver, MySQLConnection) else None
+    return driver if isinstance(driver, KnownConnection) else None
 
 
 def _committed(session: ManagedSession) -> None:
@@ -200,7 +188,7 @@ def _connections_returned(session: ManagedSession, transaction: SessionTransacti
         if not session._committed:
             _note_outcome(session, "rolled back")
         for held in session._open_connections:
-            driver = _mysql_connection(held)
+            driver = _known_connection(held)
             if driver is not None and READ_TIMEOUT in held.info:  # the user's own, which goes on
                 driver.read_within(held.info.pop(READ_TIMEOUT))
         _pinned.difference_update(session._open_connections)

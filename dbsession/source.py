@@ -99,6 +99,10 @@ class EnvironmentSource:
         return found
 
 
+process_wide: Source = EnvironmentSource()
+"""What `dbsession.configure` was given last: for `dbsession.aio`, which is configured by it unless it has its own."""
+
+
 def source_of(databases: object) -> Source:
     """The source that `databases` is: a mapping, a callable, or None for the environment. Raises ConfigError."""
     if databases is None:

@@ -119,12 +119,6 @@ class Connection(sqlite3.Connection):
             super().close()
 
 
-def is_retryable(error: BaseException) -> bool:
-    """Whether another writer was quicker, so that the whole unit of work may be run again."""
-    code: int = getattr(error, "sqlite_errorcode", 0)
-    return isinstance(error, sqlite3.OperationalError) and code & 0xFF == sqlite3.SQLITE_BUSY
-
-
 def set_up(connection: Any, config: DatabaseConfig, line: deque[Connection]) -> None:
     """Prepare a connection just opened, whose writers stand in `line`. May switch greenlets."""
     if isinstance(connection, Connection):

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
 from typing import Any, Protocol
 
-from sqlalchemy.engine import Connection
-
-from dbsession import hub
+from dbsession import discarding, hub
 from dbsession.errors import describe
 from dbsession.stats import Stats
 
 logger = logging.getLogger(__name__)
-
-BOUND_S = 5.0
-"""Seconds that the sessions of a scope have together to close; then their connections are discarded."""
 
 
 class ClosableSession(Protocol):
@@ -52,7 +46,7 @@ def close_all(sessions: Sessions, label: str) -> None:
             already and nobody could do anything with them.
     """
     kill: BaseException | None = None
-    end = time.monotonic() + BOUND_S
+    end = time.monotonic() + discarding.BOUND_S
     while sessions:
         try:
             database, session = sessions.popitem()
@@ -81,7 +75,7 @@ def close_one(database: SessionKey, session: ClosableSession, label: str, end: f
                 session.close()
         return None
     except hub.BoundExceeded:
-        failure: BaseException = TimeoutError(f"not closed within {BOUND_S:g} s")
+        failure: BaseException = TimeoutError(f"not closed within {discarding.BOUND_S:g} s")
     except BaseException as error:
         failure = error
     database.stats.teardown_failures += 1
@@ -103,17 +97,3 @@ def close_one(database: SessionKey, session: ClosableSession, label: str, end: f
         if isinstance(failure, Exception):
             failure = error
     return failure
-
-
-def discard(connections: Iterable[Connection]) -> BaseException | None:
-    """Throw these connections away, so that their places in the pool come back; return the first kill that landed
-    on the way. May switch greenlets."""
-    kill: BaseException | None = None
-    for connection in connections:
-        for step in (connection.invalidate, connection.close):
-            try:
-                step()
-            except BaseException as error:
-                if not isinstance(error, Exception):
-                    kill = kill or error
-    return kill

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dbsession.config import positive_seconds
-from dbsession.deadline import ConnectionCut, DeadlineExceeded, RequestTimer, require_gevent
+from dbsession.deadlines import ConnectionCut, DeadlineExceeded, RequestTimer, require_gevent
 from dbsession.errors import describe, plain
 from dbsession.hub import run_aside
 from dbsession.reply import Reply

@@ -59,7 +59,7 @@ def number(error: BaseException) -> int | None:
 
 
 def classify(error: BaseException) -> Verdict:
-    """What has to follow `error`, an error of PyMySQL or SQLAlchemy's wrapper of one."""
+    """What has to follow `error`, an error of PyMySQL or asyncmy, or SQLAlchemy's wrapper of one."""
     code = number(error)
     if code == 1180 and _wraps_retryable(error):
         return Verdict.RETRY
@@ -72,7 +72,7 @@ def classify(error: BaseException) -> Verdict:
 
 def is_retryable(error: BaseException) -> bool:
     """Whether `error`, of any driver, is one after which the whole unit of work may be run again."""
-    return isinstance(error, MySQLError) and classify(error) is Verdict.RETRY
+    return _is_of_mysql(error) and classify(error) is Verdict.RETRY
 
 
 def commit_may_have_happened(error: BaseException) -> bool:
@@ -81,6 +81,12 @@ def commit_may_have_happened(error: BaseException) -> bool:
     if number(error) == 0:
         return False  # the socket was closed already: nothing was sent
     return verdict is Verdict.DISCONNECT or (verdict is not Verdict.RETRY and number(error) in _INTERRUPTED)
+
+
+def _is_of_mysql(error: BaseException) -> bool:
+    """Whether its number is of the table: an error of PyMySQL, whose errors aiomysql raises, too, or of asyncmy, which
+    has its own."""
+    return isinstance(error, MySQLError) or any(each.__module__ == "asyncmy.errors" for each in type(error).__mro__)
 
 
 def _wraps_retryable(error: BaseException) -> bool:

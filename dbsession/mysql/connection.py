@@ -18,6 +18,7 @@ from pymysql import err
 from pymysql.constants import CR, SERVER_STATUS
 
 from dbsession import fork
+from dbsession.driver import KnownConnection
 from dbsession.mysql.answers import LAZY, Result
 from dbsession.mysql.codes import is_from_socket
 from dbsession.mysql.wire import Wire
@@ -31,7 +32,7 @@ def _nobody() -> None:
     return None
 
 
-class Connection(Wire):
+class Connection(Wire, KnownConnection):
     """A `pymysql.connections.Connection`. Lives as long as its place in the pool, or until a read or write on it is
     ended by any exception: then its socket is closed, and the exception goes on as it is.
 

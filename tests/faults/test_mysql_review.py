@@ -13,7 +13,7 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
 from dbsession import CommitOutcomeUnknown, RollbackRequired, SessionManager
-from dbsession.outcome import COMMITTING
+from dbsession.keys import COMMITTING
 from support.processes import run_python
 from support.proxy import Proxy
 from support.waiting import wait_until

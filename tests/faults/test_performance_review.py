@@ -193,7 +193,7 @@ def test_close_of_the_users_own_is_bounded_as_teardown_is(mariadb_url):
         STALLED
         + """
 import dbsession
-from dbsession import teardown
+from dbsession import discarding
 from dbsession.mysql.connection import Connection
 from sqlalchemy import text
 dbsession.configure({"default": {"url": sys.argv[1], "read_timeout_s": 60, "options": {"pool_size": 1}}})
@@ -206,7 +206,7 @@ for end in ("close", "reset", "invalidate"):
         session.execute(text("SELECT * FROM seq_1_to_2"))
         getattr(session, end)()
         assert dbsession.get_dbsession().connection().connection.dbapi_connection._read_timeout == 60
-assert set(seen) == {teardown.BOUND_S}, seen
+assert set(seen) == {discarding.BOUND_S}, seen
 """,
         mariadb_url,
     )

@@ -22,9 +22,9 @@ from dbsession import (
     SessionManager,
     UnknownDatabase,
     block,
-    connections,
     hub,
     sessions,
+    statements,
 )
 from dbsession import scope as scopes
 from support.processes import run_python
@@ -426,8 +426,8 @@ def test_label_cannot_forge_a_log_line(manager):
 
 
 def test_statement_of_many_comments_is_classified_at_once():
-    assert connections._reading_verb("/**/" * 48 + "INSERT") == ""
-    assert connections._reading_verb("/**/" * 40 + "SELECT 1") == "select"
+    assert statements._reading_verb("/**/" * 48 + "INSERT") == ""
+    assert statements._reading_verb("/**/" * 40 + "SELECT 1") == "select"
 
 
 def test_read_only_file_can_be_opened(tmp_path):

@@ -15,8 +15,9 @@ import pytest
 from benchmarks import summary
 
 import dbsession
-from dbsession import errors, mysql
+from dbsession import errors
 from dbsession.config import KEYS, TIMEOUTS
+from dbsession.mysql import connector
 from support.gunicorn import Gunicorn
 from support.processes import run_python
 
@@ -345,7 +346,7 @@ def test_knob_table_tells_the_defaults():
         "idle_in_transaction_s": f"{manager.database('default').config.idle_in_transaction_s:g}",
         "guard": "off",
         "kill_abandoned": manager.database("default").config.kill_abandoned,
-        "charset": mysql.engine_options(manager.database("default").config)["connect_args"]["charset"],
+        "charset": connector.engine_options(manager.database("default").config)["connect_args"]["charset"],
         "pool_size": pool.size(),
         "max_overflow": pool._max_overflow,
         "pool_timeout": f"{pool.timeout():g}",

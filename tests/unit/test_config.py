@@ -237,10 +237,10 @@ def test_engine_defaults_may_each_be_overridden():
 
 
 def test_mysql_defaults_are_finite_timeouts_and_utf8mb4_below_the_url_and_the_options():
-    from dbsession import mysql
+    from dbsession.mysql import connector
 
     def connect_args(url: str) -> object:
-        return mysql.engine_options(parse("a", url)).get("connect_args")
+        return connector.engine_options(parse("a", url)).get("connect_args")
 
     assert connect_args("mariadb+pymysql://h/db") == {
         "charset": "utf8mb4", "connect_timeout": 10, "read_timeout": 60, "write_timeout": 60,
@@ -301,9 +301,9 @@ def test_unknown_reset_lists_the_valid_ones():
 
 
 def test_timeouts_reach_the_driver():
-    from dbsession import mysql
+    from dbsession.mysql import connector
 
     config = parse("a", {"url": "mysql+pymysql://h/db", "connect_timeout_s": 1, "read_timeout_s": 2.5})
-    assert mysql.engine_options(config)["connect_args"] == {
+    assert connector.engine_options(config)["connect_args"] == {
         "charset": "utf8mb4", "connect_timeout": 1, "read_timeout": 2.5, "write_timeout": 60,
     }  # fmt: skip

@@ -18,7 +18,8 @@ from sqlalchemy.orm import Session
 import dbsession
 from dbsession import DBSessionMiddleware, PoolTimeout, SessionManager, places, snapshot
 from dbsession.errors import SHOWN_HOLDERS
-from dbsession.holders import CHECKOUT, Holder
+from dbsession.holders import Holder
+from dbsession.keys import CHECKOUT
 from support.models import Base, Order
 from support.pools import make
 
