@@ -13,7 +13,7 @@ from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import Pool, QueuePool
 
-from dbsession import created, ident, sqlite
+from dbsession import created, ident, sqlite, sqlite_files
 from dbsession.config import DatabaseConfig, shown
 from dbsession.connections import ConnectionLinks
 from dbsession.created import Listener, Told
@@ -100,7 +100,7 @@ def close_idle_sqlite_files() -> None:
     that it holds what its parent holds (https://www.sqlite.org/howtocorrupt.html). An in-memory database is left."""
     for database in all_databases():
         url = database.config.url
-        if database.config.backend == "sqlite" and not sqlite.is_memory(url):
+        if database.config.backend == "sqlite" and not sqlite_files.is_memory(url):
             database.dispose()
 
 

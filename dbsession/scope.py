@@ -15,82 +15,32 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 import weakref
-from collections.abc import Mapping
 from functools import lru_cache, partial
-from types import MappingProxyType
 from typing import Any
 
 from dbsession import ident, teardown
 from dbsession.errors import ScopeEnded
 from dbsession.hub import run_aside, run_in_thread
+from dbsession.unit import Unit
 
 logger = logging.getLogger(__name__)
 
-_NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
-
-class Scope:
+class Scope(Unit):
     """One unit of work: a request, a job, or the rest of a greenlet or thread. Ended by `end()`, by the end of its
-    greenlet or thread (an implicit one), or when the last reference to it goes.
+    greenlet or thread (an implicit one), or when the last reference to it goes."""
 
-    `label` is what reports call it, `kind` what it is: a "request", the "block" of a `session_scope()`, or "implicit";
-    `since` when it began, by time.monotonic(), `ended` whether it is over, `outcomes` what became of the last
-    transaction that wrote something to each database: "committed", "rolled back", or "unknown" when the connection was
-    lost at COMMIT.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "_parked_in",
-        "above",
-        "ended",
-        "home",
-        "kind",
-        "label",
-        "outcomes",
-        "read_timeout_s",
-        "sessions",
-        "since",
-        "timer",
-        "units",
-    )
+    __slots__ = ("_parked_in", "above", "home", "timer")
 
     def __init__(self, label: str, kind: str = "block", read_timeout_s: float | None = None) -> None:
-        self.label = label
-        self.kind = kind
-        self.since = time.monotonic()
-        self.read_timeout_s = read_timeout_s
-        self.ended = False
-        # These three are replaced and not added to: most scopes never need one of their own.
-        self.outcomes: Mapping[str, str] = _NOTHING
-        # Units of work that began with this scope: (whose, database) -> the error of a part of it, or None.
-        self.units: Mapping[Any, BaseException | None] = _NOTHING
-        # Scopes opened inside this one by generators of its body: they are suspended and resumed with it.
+        super().__init__(label, kind, read_timeout_s)
+        # Scopes opened inside this one by generators of its body: they are suspended and resumed with it. Replaced and
+        # not added to, since most scopes never have any.
         self.above: tuple[Scope, ...] = ()
         self.timer: Any = None  # a request's deadline: stopped when the scope ends
-        self.sessions: teardown.Sessions = {}
         self.home: Any = None  # the hub whose sockets its sessions use, known with the first session
         self._parked_in: list[weakref.ref[Scope]] | None = None
-
-    def __repr__(self) -> str:
-        return f"<Scope {self.label!r}{' ended' if self.ended else ''}, {len(self.sessions)} sessions>"
-
-    @property
-    def outcome(self) -> str | None:
-        """What became of the work done in this scope: "unknown" if that is so for any database, else the outcome of
-        the last transaction; None before one has ended."""
-        found = list(self.outcomes.values())
-        return "unknown" if "unknown" in found else found[-1] if found else None
-
-    def note_outcome(self, name: str, outcome: str, lasting: bool = True) -> None:
-        """Remember what became of a transaction on the database `name`. "unknown" stays; what is not `lasting` (it
-        wrote nothing) takes no other's place."""
-        earlier = self.outcomes.get(name)
-        if earlier is None or (lasting and earlier != "unknown"):
-            others = {other: ended for other, ended in self.outcomes.items() if other != name}
-            self.outcomes = {**others, name: outcome}  # the last one stands last
 
     def clear(self) -> None:
         """Close every session of this scope, which stays usable and empty. May switch greenlets; a kill passes."""

@@ -13,7 +13,7 @@ from sqlalchemy.engine import URL
 
 from dbsession import fork, hub
 from dbsession.config import DatabaseConfig
-from dbsession.errors import ConfigError
+from dbsession.sqlite_files import refuse_memory, set_pragmas
 
 T = TypeVar("T")
 
@@ -124,23 +124,7 @@ def set_up(connection: Any, config: DatabaseConfig, line: deque[Connection]) -> 
     if isinstance(connection, Connection):
         connection.busy_timeout_s = config.busy_timeout_s
         connection.line = line
-    cursor = connection.cursor()
-    try:
-        cursor.execute("PRAGMA journal_mode=WAL")  # readers and the writer do not wait for each other
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_READONLY:  # a file that may only be read stays as it is
-            raise
-    else:
-        if config.readonly:
-            cursor.execute("PRAGMA query_only=ON")
-    finally:
-        cursor.close()
-
-
-def is_memory(url: URL) -> bool:
-    """Whether the database has no file."""
-    database = url.database or ":memory:"
-    return ":memory:" in database or "mode=memory" in database or url.query.get("mode") == "memory"
+    set_pragmas(connection, config.readonly)
 
 
 def engine_options(name: str, url: URL, options: dict[str, Any]) -> dict[str, Any]:
@@ -149,11 +133,7 @@ def engine_options(name: str, url: URL, options: dict[str, Any]) -> dict[str, An
     Raises:
         ConfigError: [DBS-CONFIG] an in-memory database without a pool class.
     """
-    if is_memory(url) and not {"poolclass", "pool", "creator"} & options.keys():
-        raise ConfigError(
-            f"Database {name!r} is an in-memory SQLite database: each greenlet would get an empty one of its own. Use "
-            "a file ('sqlite:///data.db'), or set `poolclass` in `options` if one connection for all is what you mean."
-        )
+    refuse_memory(name, url, options)
     if url.get_driver_name() != "pysqlite":
         return {}
     return {"connect_args": {"timeout": 0, "factory": Connection}}

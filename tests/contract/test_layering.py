@@ -23,6 +23,8 @@ ORDER = (
     "discarding",
     "driver",
     "statements",
+    "unit",
+    "sqlite_files",
     "hub",
     "ident",
     "teardown",
