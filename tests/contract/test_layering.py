@@ -56,6 +56,7 @@ ORDER = (
     "reply",
     "wsgi",
     "watch",
+    "aio",
     "__init__",
     "flask",
     "gunicorn_hooks",

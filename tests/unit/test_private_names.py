@@ -193,3 +193,31 @@ def test_prometheus_histogram_keeps_one_value_for_each_bucket_and_the_sum():
     below = lambda le: registry.get_sample_value("h_bucket", {"database": "a", "le": le})  # noqa: E731
     assert [below(le) for le in ("1.0", "2.0", "+Inf")] == [5, 12, 19]
     assert registry.get_sample_value("h_sum", {"database": "a"}) == 101.5
+
+
+def test_sqlalchemys_asyncio_pool_is_a_queue_pool_and_makes_nothing_of_a_loop_until_it_waits():
+    """aio.pool.FairPool overrides and copies what pool.FairPool does, and may be made where no loop runs."""
+    from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+    assert issubclass(AsyncAdaptedQueuePool, QueuePool) and AsyncAdaptedQueuePool._is_asyncio
+    for name in ("_do_get", "_do_return_conn", "_create_connection", "recreate", "status"):
+        assert getattr(AsyncAdaptedQueuePool, name) is getattr(QueuePool, name), name
+    pool = AsyncAdaptedQueuePool(object, timeout=None)
+    assert pool._timeout is None and pool._dialect.is_async
+
+
+def test_sqlalchemy_tells_whether_something_can_be_awaited_here():
+    """aio.pool asks it before a connection is given out, or closed in peace."""
+    import asyncio
+
+    from sqlalchemy.util import await_, greenlet_spawn
+    from sqlalchemy.util.concurrency import in_greenlet
+
+    def inside():
+        return in_greenlet(), await_(asyncio.sleep(0, "awaited"))
+
+    async def main():
+        assert not in_greenlet()
+        return await greenlet_spawn(inside)
+
+    assert asyncio.run(main()) == (True, "awaited") and not in_greenlet()

@@ -1,0 +1,1 @@
+"""The asyncio counterpart of dbsession."""

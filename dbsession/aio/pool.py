@@ -1,0 +1,243 @@
+"""The pool of an asyncio engine: a connection that comes back goes straight to whoever has waited longest.
+
+    _idle      deque of records        open and not in use
+    _waiting   OrderedDict of futures  first come, first served
+    _open      records in use, idle, being opened or being closed; at most pool_size + max_overflow
+    _returned  deque                   what came back (None: a place) and is not yet one of the above
+
+An engine belongs to one event loop, so only that loop's thread writes the first three, and only between two awaits:
+no lock. Two things come in between all the same. A garbage collection returns what somebody dropped, at any line of
+this thread or in any other one. So what is returned is put down in `_returned`, which is one step, and settled by
+this thread alone: at once, or, if it is in the middle of settling already (`_settling`), by that very loop, which
+looks again at its end, or, coming from another thread, by a callback of the event loop.
+
+As long as somebody waits, nothing is idle and `_open` is at its limit: only `_settle()` makes something idle or `_open`
+less, and it serves the line before it ends; who joins the line calls it, too. So nobody who comes later can be quicker,
+and no wake-up is lost: what was handed to a waiter that was cancelled meanwhile is handed on by that waiter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import OrderedDict, deque
+from contextlib import suppress
+from time import monotonic
+from typing import Any
+
+from sqlalchemy import exc
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
+from sqlalchemy.util import await_
+from sqlalchemy.util.concurrency import in_greenlet
+
+from dbsession.errors import PoolTimeout
+from dbsession.stats import Stats
+
+# Somebody's place in the line. Its result: a record; or, in place of one, the right to open it; or None: time is up.
+_Waiter = asyncio.Future[tuple[ConnectionPoolEntry | None] | None]
+
+SINCE = "dbsession.since"
+"""Key in a pool record's `record_info`: when it was taken out, by time.monotonic()."""
+
+
+class FairPool(AsyncAdaptedQueuePool):
+    """An `AsyncAdaptedQueuePool` that serves first come, first served. Lives as long as its engine, or until a
+    dispose() puts another in its place. Its arguments are QueuePool's. `name` is what errors call the database, and
+    `stats` what is counted of it: checkouts, waits, timeouts and how long connections are held.
+
+    A connection is to be asked for in the greenlet in which SQLAlchemy runs what is awaited of an AsyncEngine or
+    AsyncSession; asking waits (`pool_timeout`) where all are in use, and where one is opened.
+
+    `_do_get`, `_do_return_conn` and `_create_connection` are what SQLAlchemy's Pool has for its subclasses to
+    override and call; private by their names only (tests/unit/test_private_names.py).
+    """
+
+    # As slots, because every checkout and checkin reads them (see dbsession.pool).
+    __slots__ = (
+        "_idle",
+        "_lifo",
+        "_limit",
+        "_loop",
+        "_max_idle",
+        "_open",
+        "_returned",
+        "_settling",
+        "_size",
+        "_thread",
+        "_waiting",
+        "name",
+        "stats",
+    )
+
+    def __init__(
+        self,
+        creator: Any,
+        pool_size: int = 20,
+        max_overflow: int = 0,
+        timeout: float | None = 30.0,
+        use_lifo: bool = False,
+        **kw: Any,
+    ) -> None:
+        super().__init__(creator, pool_size, max_overflow, timeout, use_lifo, **kw)  # type: ignore[arg-type]
+        self._size, self._lifo = pool_size, use_lifo
+        self._limit = float("inf") if pool_size == 0 or max_overflow < 0 else pool_size + max_overflow
+        self._max_idle = pool_size or float("inf")  # 0: disposed, nothing is kept
+        self._idle: deque[ConnectionPoolEntry] = deque()
+        self._waiting: OrderedDict[_Waiter, None] = OrderedDict()
+        self._returned: deque[ConnectionPoolEntry | None] = deque()
+        self._open, self._settling = 0, False
+        self._thread: int | None = None  # of those who take; before the first one nothing comes back
+        self._loop: asyncio.AbstractEventLoop | None = None  # in which somebody has waited
+        self.name: str | None = None
+        self.stats = Stats()
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        if not in_greenlet():
+            raise exc.MissingGreenlet(
+                "A connection was asked for where nothing can be awaited, as not by a method of AsyncEngine or "
+                "AsyncSession. Use these, with `await`; what is written for a Session runs in `run_sync()`."
+            )
+        if not self._idle:
+            record = self._wait_or_connect()
+        elif self._lifo:  # nobody waits, or nothing were idle; a destructor that comes in between adds, if anything
+            record = self._idle.pop()
+        else:
+            record = self._idle.popleft()
+        info: Any = record.record_info
+        info[SINCE] = monotonic()
+        self.stats.checkouts += 1
+        return record
+
+    def _wait_or_connect(self) -> ConnectionPoolEntry:
+        self._thread = threading.get_ident()
+        waited = self._open >= self._limit
+        if not waited:
+            self._open += 1
+        elif (record := self._wait()) is not None:
+            return record
+        try:
+            return self._create_connection()
+        except BaseException:
+            self.stats.unserved += waited
+            self._give_back(None)
+            raise
+
+    def _wait(self) -> ConnectionPoolEntry | None:
+        """Stand in the line until it is our turn. A record, or None: the right to open one."""
+        began = monotonic()
+        self._loop = loop = asyncio.get_running_loop()
+        waiter: _Waiter = loop.create_future()
+        timer = None if self._timeout is None else loop.call_later(self._timeout, _expire, waiter)
+        self._waiting[waiter] = None
+        try:
+            self._settle()  # a destructor may have returned something since we looked
+            granted = await_(waiter)
+        except BaseException:
+            self._waiting.pop(waiter, None)
+            if waiter.done() and not waiter.cancelled() and (granted := waiter.result()) is not None:
+                self._give_back(granted[0])  # it goes to the next one
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        waited_s = monotonic() - began
+        self.stats.waits.add(waited_s)
+        if granted is not None:
+            return granted[0]
+        self._waiting.pop(waiter, None)
+        self.stats.timeouts += 1
+        sizes = self.size(), self.overflow(), self.checkedout()
+        raise PoolTimeout(self.name, *sizes, self.waiting(), waited_s)
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        """Hand a connection to the longest waiter, or keep it idle. Closes one too many; only that may wait."""
+        info: Any = record.record_info
+        self.stats.holds.add(monotonic() - info[SINCE])
+        self._give_back(record)
+
+    def _give_back(self, record: ConnectionPoolEntry | None) -> None:
+        """Give back a connection, or (None) a place where one may be opened. From any thread."""
+        self._returned.append(record)
+        if threading.get_ident() == self._thread:
+            self._settle()
+        elif self._loop is not None:  # else nobody has ever waited, and the next one to come settles it
+            with suppress(RuntimeError):  # closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._settle)
+
+    def _settle(self) -> None:
+        """Make idle what came back, serve those who wait, and close what is too much."""
+        again = True
+        while again and not self._settling:
+            self._settling = True
+            surplus: list[ConnectionPoolEntry] = []
+            try:
+                while self._returned:
+                    record = self._returned.popleft()
+                    if record is None or record.dbapi_connection is None:  # a place; or invalidated, or detached
+                        self._open -= 1
+                    else:
+                        self._idle.append(record)
+                self._serve()
+                while len(self._idle) > self._max_idle:
+                    surplus.append(self._idle.pop())
+            finally:
+                self._settling = False
+            self._close(surplus)
+            again = bool(self._returned)
+
+    def _serve(self) -> None:
+        while self._waiting and (self._idle or self._open < self._limit):
+            waiter, _ = self._waiting.popitem(last=False)
+            if waiter.done() or waiter.get_loop().is_closed():  # cancelled or too late, and not awake yet; or never
+                continue
+            record = None
+            if self._idle:
+                record = self._idle.popleft()
+            else:
+                self._open += 1
+            waiter.set_result((record,))
+
+    def _close(self, records: list[ConnectionPoolEntry]) -> None:
+        """Their places are free once they are closed, so that there are never more open than may be."""
+        while records:
+            record = records.pop()
+            try:
+                # Outside of the greenlet nothing can be awaited, and close() would leave it open; this cuts it off.
+                record.close() if in_greenlet() else record.invalidate()
+            except BaseException:  # a cancellation in there costs no place, and leaves no other one open
+                self._returned.extend(records)
+                records.clear()
+                raise
+            finally:
+                self._returned.append(None)
+                self._settle()
+
+    def dispose(self) -> None:
+        """Close what is idle now, and what is in use when it comes back. Whoever waits here, or holds a reference,
+        is still served; nothing is kept."""
+        self._max_idle = 0
+        self._settle()
+
+    def recreate(self) -> FairPool:
+        successor = super().recreate()
+        assert isinstance(successor, FairPool)
+        successor.name, successor.stats = self.name, self.stats
+        return successor
+
+    def checkedin(self) -> int:
+        return len(self._idle)
+
+    def checkedout(self) -> int:
+        return self._open - len(self._idle) - len(self._returned)
+
+    def overflow(self) -> int:
+        return self._open - self._size if self._size else 0
+
+    def waiting(self) -> int:
+        """How many wait for a connection."""
+        return len(self._waiting)
+
+
+def _expire(waiter: _Waiter) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
