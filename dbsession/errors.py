@@ -61,6 +61,30 @@ class ScopeEnded(DBSessionError, RuntimeError):
     code = "DBS-SCOPE-ENDED"
 
 
+class LoopRequired(DBSessionError, RuntimeError):
+    """No event loop runs here, or the one given is not in a state in which the work can be done."""
+
+    code = "DBS-LOOP"
+
+
+class RecursiveUse(DBSessionError, RuntimeError):
+    """Something was asked for by its own making or closing, which could only wait for itself."""
+
+    code = "DBS-RECURSION"
+
+
+class UnusableArgument(DBSessionError, TypeError):
+    """An argument that cannot be told from others, or that the function does not take."""
+
+    code = "DBS-ARGUMENT"
+
+
+class ExitUnfinished(DBSessionError, TimeoutError):
+    """The exit of a resource did not end within its time, or was cancelled before its end."""
+
+    code = "DBS-EXIT-UNFINISHED"
+
+
 class ForeignSession(DBSessionError, RuntimeError):
     """A session was used by another greenlet or thread than the one whose unit of work it is of (`guard="raise"`)."""
 

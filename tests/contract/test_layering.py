@@ -53,6 +53,7 @@ ORDER = (
     "manager",
     "deadlines",
     "api",
+    "aio",
     "reply",
     "wsgi",
     "watch",

@@ -1,0 +1,94 @@
+"""When two calls of a factory are the same call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from functools import lru_cache
+from types import NoneType
+from typing import Any
+
+from .. import errors
+
+_NO_KEY = object()  # of a default that cannot be hashed: equal to no argument
+_ANY_ARGUMENTS = inspect.signature(lambda *args, **kwargs: None)
+_REMEMBERED_CALLS = 128  # of each factory, whose keys need not be found out again
+_PLAIN = frozenset((str, bytes, int, float, bool, NoneType))  # lru_cache(typed=True) tells these apart as we do
+
+
+def label(what: object) -> str:
+    """How messages call it: never its repr, which may hold a password."""
+    named = getattr(what, "func", what)  # of @asynccontextmanager's objects and of functools.partial
+    return str(getattr(named, "__qualname__", type(what).__qualname__))
+
+
+def typed(value: Any) -> tuple[type, Hashable]:
+    """A key that is equal only for values of the same type that are equal: 1, True and 1.0 have three. The same
+    holds for what is inside tuples and frozensets."""
+    if isinstance(value, tuple):
+        return type(value), tuple(map(typed, value))
+    if isinstance(value, frozenset):
+        return type(value), frozenset(map(typed, value))
+    return type(value), value
+
+
+class Calls:
+    """The keys of one factory's calls; lives as long as what decorates the factory.
+
+    The object itself is the key of the call without arguments. The others have only what differs from the factory's
+    defaults, under the parameter's name: `f()`, `f(1)` and `f(size=1)` are the same when 1 is the default of `size`,
+    and the order of keywords makes no difference.
+    """
+
+    def __init__(self, factory: Callable[..., object]) -> None:
+        self.label = label(factory)
+        try:
+            self._signature = inspect.signature(factory)
+        except ValueError:  # some classes and functions written in C tell none
+            self._signature = _ANY_ARGUMENTS
+        parameters = self._signature.parameters.values()
+        self.take_none = not parameters
+        self._keywords = {each.name for each in parameters if each.kind is each.VAR_KEYWORD}
+        self._defaults = {each.name: self._of_default(each) for each in parameters}
+        self._remembered = lru_cache(_REMEMBERED_CALLS, typed=True)(self._key)
+
+    def key(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+        """The key of `factory(*args, **kwargs)`.
+
+        Raises:
+            TypeError: the factory cannot be called with these, in Python's own words.
+            UnusableArgument: one cannot be hashed.
+        """
+        if _PLAIN.issuperset(map(type, args)) and _PLAIN.issuperset(map(type, kwargs.values())):
+            return self._remembered(*args, **kwargs)
+        return self._key(*args, **kwargs)
+
+    def _key(self, /, *args: Any, **kwargs: Any) -> Hashable:
+        items = []
+        for name, value in self._signature.bind(*args, **kwargs).arguments.items():
+            if name in self._keywords:
+                value = frozenset(self._item(each, value[each]) for each in value)
+            item = self._item(name, value)
+            if item != (name, self._defaults[name]):
+                items.append(item)
+        return (self, *items) if items else self
+
+    def _item(self, name: str, value: Any) -> tuple[str, Hashable]:
+        try:
+            key = typed(value)
+            hash(key)
+        except TypeError:
+            raise errors.UnusableArgument(
+                f"{self.label}() is kept once for each set of arguments, and {name!r} (of type "
+                f"{type(value).__name__}) cannot be hashed: pass something that cannot change, such as a tuple in "
+                "place of a list."
+            ) from None
+        return name, key
+
+    def _of_default(self, parameter: inspect.Parameter) -> Hashable:
+        try:
+            key = typed(parameter.default)
+            hash(key)
+        except TypeError:
+            return _NO_KEY
+        return key

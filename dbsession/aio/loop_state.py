@@ -1,0 +1,274 @@
+"""What one event loop keeps for `loop_local`: its values, and the exits that end them.
+
+    loop -> LoopState -> storage    whatever the user puts there
+                      -> values     key -> value, of what is made once per loop
+                      -> exits      Exit -> None, oldest first; popped from the end
+                      -> turns      key -> Turn, only while somebody makes or ends the value of that key
+
+All four are written by the loop's own thread alone, each in steps between two awaits; what has to hold across an
+await is held by a Turn (one key) or by `_closing` (all exits).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import os
+import sys
+from collections.abc import Awaitable, Callable, Hashable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar
+
+from .. import errors
+
+T = TypeVar("T")
+Callback = Callable[[], Awaitable[object]]
+
+EXIT_TIMEOUT_S = 5.0
+_CANCEL_GRACE_S = 1.0  # for an exit that ran out of time and was cancelled: its own cleaning up
+
+log = logging.getLogger("dbsession.aio.loop_local")
+
+
+class Exit:
+    """One callback to be awaited when its loop's resources are closed, in the context it was registered in."""
+
+    __slots__ = ("callback", "context", "key", "label", "pid")
+
+    def __init__(self, callback: Callback, label: str, key: Hashable = None) -> None:
+        self.callback = callback
+        self.label = label
+        self.key = key  # of the value that ends with it
+        self.context = contextvars.copy_context()
+        self.pid = os.getpid()
+
+    def start(self) -> asyncio.Task[None]:
+        # Not create_task(context=...): a task factory of the user may take no such argument.
+        return self.context.run(asyncio.get_running_loop().create_task, self._run())
+
+    async def _run(self) -> None:
+        await self.callback()
+
+
+class Turn:
+    """The right to make or to end the value of one key; lives as long as somebody has it or waits for it."""
+
+    __slots__ = ("_key", "_lock", "_state", "_users", "owner")
+
+    def __init__(self, state: LoopState, key: Hashable) -> None:
+        self.owner: asyncio.Task[Any] | None = None
+        self._state = state
+        self._key = key
+        self._lock = asyncio.Lock()
+        self._users = 0
+
+    async def __aenter__(self) -> Turn:
+        task = asyncio.current_task()
+        waiting = self._state.waiting
+        # Whom the owner waits for, and so on: were that this task, all of them would wait for ever.
+        turn: Turn | None = self
+        while turn is not None and turn.owner is not None:
+            if turn.owner is task:
+                raise errors.RecursiveUse(
+                    "A value that is made once per loop was asked for by the code that makes or closes it, directly "
+                    "or through another such value: that could only wait for itself. Break the circle."
+                )
+            turn = waiting.get(turn.owner)
+        self._users += 1
+        waiting[task] = self
+        try:
+            await self._lock.acquire()
+        except BaseException:
+            self._leave()
+            raise
+        finally:
+            del waiting[task]
+        self.owner = task
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        self.owner = None
+        self._lock.release()
+        self._leave()
+
+    def _leave(self) -> None:
+        self._users -= 1
+        if not self._users:
+            del self._state.turns[self._key]
+
+
+class LoopState:
+    """Lives as long as its loop, which alone refers to it; emptied by `close()`."""
+
+    def __init__(self) -> None:
+        self.storage: dict[Any, Any] = {}
+        self.values: dict[Hashable, Any] = {}
+        self.exits: dict[Exit, None] = {}
+        self.turns: dict[Hashable, Turn] = {}
+        self.waiting: dict[asyncio.Task[Any] | None, Turn] = {}
+        self._making: set[Hashable] = set()
+        self._closing = asyncio.Lock()
+        self._exiting: asyncio.Task[None] | None = None
+
+    def make(self, key: Hashable, factory: Callable[[], T]) -> T:
+        """The value of `key`, made by `factory` when there is none. Nothing else runs in the loop meanwhile."""
+        if key not in self.values:
+            if key in self._making:
+                raise errors.RecursiveUse(
+                    "A singleton was asked for by its own factory, with the same arguments. Break the circle."
+                )
+            self._making.add(key)
+            try:
+                self.values[key] = factory()
+            finally:
+                self._making.discard(key)
+        value: T = self.values[key]
+        return value
+
+    async def make_async(self, key: Hashable, factory: Callable[[], Awaitable[T]]) -> T:
+        """The same, where others may come in between: they wait. When this task is cancelled or fails, the next one
+        makes it."""
+        async with self._turn(key):
+            if key not in self.values:
+                self.values[key] = await factory()
+            value: T = self.values[key]
+            return value
+
+    async def enter(self, acm: AbstractAsyncContextManager[T, Any], label: str, key: Hashable) -> T:
+        """Enters `acm` and registers its exit, with no await between the two."""
+        leave = acm.__aexit__
+        value = await acm.__aenter__()
+        self.add(Exit(lambda: leave(None, None, None), label, key))
+        return value
+
+    def add(self, exit: Exit) -> None:
+        self.exits[exit] = None
+
+    async def evict(self, key: Hashable) -> bool:
+        """Forgets the value of `key` and awaits its exits, newest first; not a parent process's."""
+        async with self._turn(key) as turn:
+            known = key in self.values
+            self.values.pop(key, None)
+            failures: list[Exception] = []
+            for exit in [each for each in reversed(self.exits) if each.key == key]:
+                known = True
+                if exit not in self.exits or exit.pid != os.getpid():
+                    continue
+                del self.exits[exit]
+                turn.owner = task = exit.start()
+                try:
+                    await task
+                except Exception as error:
+                    failures.append(error)
+            if failures:
+                raise ExceptionGroup(f"{len(failures)} exits failed while a value was evicted", failures)
+            return known
+
+    def own_exits(self) -> list[str]:
+        """Those registered in this process, and not in the one that it was forked from; for a report."""
+        return [exit.label for exit in self.exits if exit.pid == os.getpid()]
+
+    def to_close(self) -> bool:
+        """Whether exits have to run; also when an interrupt stopped the loop while they did."""
+        return bool(self.own_exits()) or self._closing.locked()
+
+    async def close(self, timeout_s: float | None) -> None:
+        """Awaits every exit, newest first, those registered meanwhile as well, and empties the rest.
+
+        The exits run in tasks of their own and one after another. A cancellation of this task is kept until the last
+        of them has ended.
+
+        Raises:
+            BaseExceptionGroup: what they raised; to the loop's exception handler instead when a cancellation goes on.
+        """
+        if self._exiting is not None and self._exiting is asyncio.current_task():
+            raise errors.RecursiveUse("An exit asked to close all exits, of which it is one. They are being closed.")
+        failures: list[BaseException] = []
+        cancelled: asyncio.CancelledError | None = None
+        async with self._closing:
+            while self.exits:
+                exit, _ = self.exits.popitem()
+                self.values.pop(exit.key, None)
+                if exit.pid != os.getpid():
+                    continue
+                self._exiting = task = exit.start()
+                cancelled = await _ended(task, timeout_s) or cancelled
+                late = not task.done()
+                if late:
+                    task.cancel()
+                    cancelled = await _ended(task, _CANCEL_GRACE_S) or cancelled
+                self._exiting = None
+                failure = _failure(task, exit.label, timeout_s if late else None)
+                if failure is not None:
+                    failures.append(failure)
+            self.clear()
+        if not failures:
+            if cancelled is not None:
+                raise cancelled
+            return
+        group = BaseExceptionGroup(f"{len(failures)} exits failed while a loop's resources were closed", failures)
+        if cancelled is None:
+            raise group
+        report(asyncio.get_running_loop(), group)
+        raise cancelled
+
+    def clear(self) -> None:
+        self.storage.clear()
+        self.values.clear()
+        self.exits.clear()
+
+    def _turn(self, key: Hashable) -> Turn:
+        turn = self.turns.get(key)
+        if turn is None:
+            turn = self.turns[key] = Turn(self, key)
+        return turn
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.exits and not is_finalizing() and (never_ran := self.own_exits()):
+            log.warning(
+                "an event loop was collected without having been closed; these exits never ran: %s",
+                ", ".join(never_ran),
+            )
+
+
+async def _ended(task: asyncio.Task[None], timeout_s: float | None) -> asyncio.CancelledError | None:
+    """When `task` is done or its time is over. A cancellation of the caller meanwhile is returned."""
+    loop = asyncio.get_running_loop()
+    end = None if timeout_s is None else loop.time() + timeout_s
+    cancelled = None
+    while not task.done() and (end is None or loop.time() < end):
+        try:
+            await asyncio.wait((task,), timeout=None if end is None else end - loop.time())
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return cancelled
+
+
+def _failure(task: asyncio.Task[None], label: str, timeout_s: float | None) -> BaseException | None:
+    """What became of an exit; `timeout_s` is the time it overran, if it did."""
+    raised = None
+    if not task.done():
+        task.add_done_callback(_take_exception)
+    elif not task.cancelled():
+        raised = task.exception()
+    if timeout_s is not None:
+        failure = errors.ExitUnfinished(f"The exit of {label} did not end within {timeout_s:g} s and was cancelled.")
+        failure.__cause__ = raised
+        return failure
+    if task.cancelled():
+        return errors.ExitUnfinished(f"The exit of {label} was cancelled before its end.")
+    if raised is not None:
+        raised.add_note(f"raised by the exit of {label}")
+    return raised
+
+
+def _take_exception(task: asyncio.Task[None]) -> None:
+    """Of an exit that went on after its cancellation: its failure was reported, asyncio need not do it again."""
+    if not task.cancelled():
+        task.exception()
+
+
+def report(loop: asyncio.AbstractEventLoop, group: BaseException) -> None:
+    """To the loop's exception handler, for want of a caller."""
+    loop.call_exception_handler({"message": "dbsession.aio.loop_local: exits failed", "exception": group})

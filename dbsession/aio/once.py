@@ -1,0 +1,166 @@
+"""What is made once per loop: look-ups that are fast when it is there, and make it when it is not."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Generic, TypeVar
+
+from .. import errors
+from .calls import Calls, label
+from .loop_state import LoopState
+from .running import ABSENT, running_loop, running_state
+
+T = TypeVar("T")
+
+_ACM = object()
+
+
+def key_of_acm(acm: object) -> Hashable:
+    """Of that very object, equal ones have others. Valid while the acm lives, which its registered exit sees to."""
+    return _ACM, id(acm)
+
+
+def singleton_of(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """`factory`, whose values the loop keeps."""
+    calls = Calls(factory)
+
+    def get(*args: Any, **kwargs: Any) -> Any:
+        key = calls.key(args, kwargs) if args or kwargs else calls
+        try:
+            return running_loop()._dbsession_loop_local.values[key]
+        except ABSENT:
+            pass  # what the factory raises should not be "during handling" of this
+        return running_state().make(key, lambda: factory(*args, **kwargs))
+
+    def get_without() -> Any:  # the same for a factory that takes no arguments: half the time
+        try:
+            return running_loop()._dbsession_loop_local.values[calls]
+        except ABSENT:
+            pass
+        return running_state().make(calls, factory)
+
+    return _evictable(get_without if calls.take_none else get, factory, calls)
+
+
+def async_singleton_of(factory: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
+    """`factory`, the values of whose awaitables the loop keeps."""
+    calls = Calls(factory)
+
+    def get(*args: Any, **kwargs: Any) -> Call[Any]:
+        key = calls.key(args, kwargs) if args or kwargs else calls
+        return Call(key, lambda: factory(*args, **kwargs))
+
+    return _evictable(get, factory, calls)
+
+
+def sticky_singleton_of(factory: Callable[..., AbstractAsyncContextManager[T, Any]]) -> Callable[..., Sticky[T]]:
+    """`factory`, whose context managers are entered once per loop."""
+    calls = Calls(factory)
+    bare = Sticky(calls, calls.label, factory)
+
+    def get(*args: Any, **kwargs: Any) -> Sticky[T]:
+        key = calls.key(args, kwargs) if args or kwargs else calls
+        return Sticky(key, calls.label, lambda: factory(*args, **kwargs))
+
+    def get_bare() -> Sticky[T]:
+        return bare
+
+    return _evictable(get_bare if calls.take_none else get, factory, calls)
+
+
+def _evictable(get: Callable[..., T], factory: Callable[..., object], calls: Calls) -> Callable[..., T]:
+    functools.update_wrapper(get, factory)
+    get._dbsession_calls = calls  # type: ignore[attr-defined]
+    return get
+
+
+def key_to_evict(what: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    """The key of what `loop_local.evict` was told to forget."""
+    calls = getattr(what, "_dbsession_calls", None)
+    if isinstance(calls, Calls):
+        return calls.key(args, kwargs)
+    if args or kwargs:
+        raise errors.UnusableArgument(
+            f"evict() got arguments for {label(what)}, which was made without: only what `singleton` or "
+            "`sticky_singleton_acm` decorated is kept once for each set of arguments."
+        )
+    return what.key if isinstance(what, Kept) else key_of_acm(what)
+
+
+class Kept(Generic[T]):
+    """Awaitable any number of times, in any loop: gives what the loop keeps under a key, made where it is missing."""
+
+    __slots__ = ("key",)
+    key: Hashable
+
+    def _make(self, state: LoopState) -> Awaitable[T]:
+        raise NotImplementedError
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        try:
+            value: T = running_loop()._dbsession_loop_local.values[self.key]
+            return value
+        except ABSENT:
+            pass
+        state = running_state()
+        return (yield from state.make_async(self.key, lambda: self._make(state)).__await__())
+
+
+class Call(Kept[T], Coroutine[Any, Any, T]):
+    """One call of an `async def` singleton: a coroutine, so that create_task() takes it."""
+
+    __slots__ = ("_factory", "_steps")
+
+    def __init__(self, key: Hashable, factory: Callable[[], Awaitable[T]]) -> None:
+        self.key = key
+        self._factory = factory
+        self._steps: Generator[Any, Any, T] | None = None
+
+    def _make(self, state: LoopState) -> Awaitable[T]:
+        return self._factory()
+
+    def _stepped(self) -> Generator[Any, Any, T]:
+        if self._steps is None:
+            self._steps = self.__await__()
+        return self._steps
+
+    def send(self, value: Any) -> Any:
+        return self._stepped().send(value)
+
+    def throw(self, *raised: Any) -> Any:
+        return self._stepped().throw(*raised)
+
+    def close(self) -> None:
+        self._stepped().close()
+
+
+class Sticky(Kept[T]):
+    """An asynchronous context manager that is entered once per loop, at the first `async with` or `await`."""
+
+    __slots__ = ("_factory", "_label")
+
+    def __init__(self, key: Hashable, label: str, factory: Callable[..., AbstractAsyncContextManager[T, Any]]) -> None:
+        self.key = key
+        self._label = label
+        self._factory = factory
+
+    def _make(self, state: LoopState) -> Awaitable[T]:
+        return state.enter(self._factory(), self._label, self.key)
+
+    def __aenter__(self) -> Awaitable[T]:
+        return self
+
+    def __aexit__(self, *raised: object) -> Awaitable[None]:
+        return _NOTHING
+
+
+class _Nothing(tuple[()]):
+    """Awaitable: at once, with None. All of it in C, a coroutine would cost more than the look-up."""
+
+    __slots__ = ()
+    __await__: Any = tuple.__iter__
+
+
+_NOTHING = _Nothing()
