@@ -8,7 +8,7 @@ from functools import lru_cache
 from types import NoneType
 from typing import Any
 
-from .. import errors
+from dbsession import errors
 
 _NO_KEY = object()  # of a default that cannot be hashed: equal to no argument
 _ANY_ARGUMENTS = inspect.signature(lambda *args, **kwargs: None)

@@ -24,12 +24,12 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, ParamSpec, TypeVar, overload
 
-from .. import errors
-from . import nets
-from .calls import label
-from .loop_state import EXIT_TIMEOUT_S, Callback, Exit
-from .once import Sticky, async_singleton_of, key_of_acm, key_to_evict, singleton_of, sticky_singleton_of
-from .running import ABSENT, running_loop, running_state
+from dbsession import errors
+from dbsession.aio import nets
+from dbsession.aio.calls import label
+from dbsession.aio.current import ABSENT, running_loop, running_state
+from dbsession.aio.loop_state import EXIT_TIMEOUT_S, Callback, Exit
+from dbsession.aio.once import Sticky, async_singleton_of, key_of_acm, key_to_evict, singleton_of, sticky_singleton_of
 
 P = ParamSpec("P")
 T = TypeVar("T")

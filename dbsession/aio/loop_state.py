@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Hashable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
-from .. import errors
+from dbsession import errors
 
 T = TypeVar("T")
 Callback = Callable[[], Awaitable[object]]
@@ -44,8 +44,8 @@ class Exit:
         self.pid = os.getpid()
 
     def start(self) -> asyncio.Task[None]:
-        # Not create_task(context=...): a task factory of the user may take no such argument.
-        return self.context.run(asyncio.get_running_loop().create_task, self._run())
+        # Not by the loop's create_task(): a task factory of the user may fail, or take no context.
+        return asyncio.Task(self._run(), loop=asyncio.get_running_loop(), context=self.context)
 
     async def _run(self) -> None:
         await self.callback()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 
-from .loop_state import EXIT_TIMEOUT_S, LoopState, log, report
+from dbsession.aio.loop_state import EXIT_TIMEOUT_S, LoopState, log, report
 
 
 def spread(loop: asyncio.AbstractEventLoop, state: LoopState) -> None:
@@ -48,7 +48,7 @@ def spread(loop: asyncio.AbstractEventLoop, state: LoopState) -> None:
                         ", ".join(state.own_exits()),
                     )
                 else:
-                    _run_to_its_end(loop, loop.create_task(close_resources()))
+                    _run_to_its_end(loop, asyncio.Task(close_resources(), loop=loop))
         except Exception as error:
             log.warning("closing the resources of a loop that was closed failed: %s", type(error).__name__)
         finally:
@@ -59,14 +59,14 @@ def spread(loop: asyncio.AbstractEventLoop, state: LoopState) -> None:
             nets.clear()
             close_loop()
 
-    nets = {"close": close, "shutdown_asyncgens": shutdown_asyncgens}
+    nets = {"shutdown_asyncgens": shutdown_asyncgens, "close": close}
     try:
         for name, net in nets.items():
             setattr(loop, name, net)
     except AttributeError:
         log.warning(
-            "methods of %s cannot be replaced, so that the exits of its resources run only when loop_local.aclose() "
-            "is awaited or loop_local.close() called",
+            "shutdown_asyncgens() or close() of %s cannot be replaced, so that the end of the loop may not close its "
+            "resources: await loop_local.aclose() before",
             type(loop).__name__,
         )
 

@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Generic, TypeVar
 
-from .. import errors
-from .calls import Calls, label
-from .loop_state import LoopState
-from .running import ABSENT, running_loop, running_state
+from dbsession import errors
+from dbsession.aio.calls import Calls, label
+from dbsession.aio.current import ABSENT, running_loop, running_state
+from dbsession.aio.loop_state import LoopState
 
 T = TypeVar("T")
 

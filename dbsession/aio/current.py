@@ -12,9 +12,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from .. import errors
-from . import nets
-from .loop_state import LoopState
+from dbsession import errors
+from dbsession.aio import nets
+from dbsession.aio.loop_state import LoopState
 
 # Any: mypy knows of no such attribute. For `running_loop()._dbsession_loop_local`, where every nanosecond counts.
 running_loop: Callable[[], Any] = asyncio.get_running_loop
