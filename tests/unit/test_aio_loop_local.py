@@ -172,7 +172,7 @@ def test_4_singleton_tells_arguments_apart_by_type_and_value(run):
         values = [make(each) for each in different]
         assert len(set(values)) == len(different)
         assert values == [make(each) for each in different] == [make(value=each) for each in different]
-        assert make(1, 2) is not make(1, True) and make(1, 2) is make(1, 2)
+        assert make(1, 1) is not make(1, True) and make(1, 1) is make(1, 1)
         assert make(x=1) is not make(x=True) and make(x=1) is not make(y=1) and make(x=(1,)) is not make(x=(True,))
 
     run(main())
@@ -308,12 +308,14 @@ def test_5_exit_that_ignores_its_cancellation_does_not_hold_up_the_others(run, m
                 await stop.wait()
             except asyncio.CancelledError:
                 seen.append("ignored")
+        raise ValueError("late")
 
     async def main():
         nonlocal stop
         stop = asyncio.Event()
         await loop_local.enter(Resource("old", seen))
         loop_local.at_close(ignore)
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: seen.append(context))
         before = asyncio.all_tasks()
         with pytest.raises(ExceptionGroup, match="1 exits failed"):
             await loop_local.aclose(timeout=0.01)
@@ -322,6 +324,8 @@ def test_5_exit_that_ignores_its_cancellation_does_not_hold_up_the_others(run, m
         await asyncio.wait(asyncio.all_tasks() - before)
 
     run(main())
+    gc.collect()
+    assert seen == ["+old", "ignored", "-old"], "it was reported when it overran its time"
 
 
 def test_6_loop_that_is_collected_unclosed_warns_and_runs_nothing(caplog):
@@ -419,6 +423,23 @@ def test_9_exit_registered_while_closing_runs_too(run):
     assert seen[2:] == ["-new", "+late", "-late", "-old"]
 
 
+def test_9_exit_never_gets_what_is_closed_already(run):
+    seen = []
+
+    async def use_newer():
+        assert await newer() not in closed
+
+    newer = loop_local.sticky_singleton_acm(lambda: Resource("newer", seen))
+    closed = []
+
+    async def main():
+        await loop_local.enter(Resource("older", seen, on_exit=use_newer))
+        closed.append(await newer())
+
+    run(main())
+    assert seen[2:] == ["-newer", "-older", "+newer", "-newer"]
+
+
 def test_9_loop_closed_inside_another_warns_and_closes(new_loop, caplog):
     seen = []
 
@@ -455,8 +476,9 @@ def test_9_loop_collected_while_another_runs_breaks_nothing(caplog):
     assert gone() is None and seen == ["+lost"]
 
 
+@pytest.mark.parametrize("exits", [True, False])
 @pytest.mark.parametrize("collector", [True, False])
-def test_10_value_that_refers_to_the_loop_does_not_keep_it_alive(new_loop, collector):
+def test_10_value_that_refers_to_the_loop_does_not_keep_it_alive(new_loop, collector, exits):
     @loop_local.singleton
     def owner():
         return [asyncio.get_running_loop()]
@@ -465,7 +487,8 @@ def test_10_value_that_refers_to_the_loop_does_not_keep_it_alive(new_loop, colle
         loop = asyncio.get_running_loop()
         loop_local.storage()["loop"] = loop
         owner()
-        loop_local.at_close(partial(asyncio.sleep, 0, loop))
+        if exits:
+            loop_local.at_close(partial(asyncio.sleep, 0, loop))
 
     gone = []
     if not collector:
@@ -500,6 +523,19 @@ def test_11_interrupt_in_an_exit_closes_the_rest_and_goes_on(new_loop):
     with pytest.raises(KeyboardInterrupt):
         loop.close()
     assert loop.is_closed() and seen[2:] == ["-new", "-old", BaseExceptionGroup]
+
+
+def test_11_interrupt_in_the_last_exit_leaves_no_task_behind(new_loop, caplog):
+    async def interrupt():
+        raise KeyboardInterrupt
+
+    async def main():
+        loop_local.at_close(interrupt)
+
+    with pytest.raises(KeyboardInterrupt), asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(main())
+    gc.collect()
+    assert ["exits failed" in each.getMessage() for each in caplog.records] == [True]
 
 
 def test_11_exit_that_stops_the_loop_does_not_keep_the_others_from_running(new_loop):
@@ -606,11 +642,12 @@ def test_failed_build_is_not_kept(run, decorate):
     run(main())
 
 
-def test_failed_sync_build_is_not_kept(run):
+@pytest.mark.parametrize("args", [(), (1,)])
+def test_failed_sync_build_is_not_kept(run, args):
     calls = []
 
     @loop_local.singleton
-    def make():
+    def make(*args):
         calls.append(1)
         if len(calls) == 1:
             raise ValueError("first")
@@ -618,8 +655,8 @@ def test_failed_sync_build_is_not_kept(run):
 
     async def main():
         with pytest.raises(ValueError, match="first") as caught:
-            make()
-        assert caught.value.__context__ is None and make() is make() is calls and len(calls) == 2
+            make(*args)
+        assert caught.value.__context__ is None and make(*args) is make(*args) is calls and len(calls) == 2
 
     run(main())
 
@@ -1163,21 +1200,38 @@ def test_forked_child_does_not_run_the_exits_of_its_parent():
         async def main(name):
             loop_local.at_close(lambda: leave(name))
 
+        class Resource:
+            async def __aenter__(self):
+                pass
+
+            async def __aexit__(self, *raised):
+                seen.append("resource")
+
+        acm = Resource()
         loop = asyncio.new_event_loop()
         loop.run_until_complete(main("parent"))
+        loop.run_until_complete(loop_local.enter_once(acm))
         child = os.fork()
         if not child:
             try:
-                loop.close()
-                assert seen == [], seen
-                asyncio.run(main("child"))
+                assert loop.run_until_complete(loop_local.evict(acm))
+                loop.run_until_complete(main("child"))
+                loop_local.close(loop)
                 assert seen == ["child"], seen
+                asyncio.run(main("new loop"))
+                assert seen == ["child", "new loop"], seen
             except BaseException:
                 os._exit(1)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        child = os.fork()
+        if not child:
+            loop.run_until_complete = seen.append
+            loop.close()  # runs nothing on a loop that is the parent's
+            os._exit(0 if seen == [] and loop.is_closed() else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         loop.close()
-        assert seen == ["parent"], seen
+        assert seen == ["resource", "parent"], seen
         """
     )
 
