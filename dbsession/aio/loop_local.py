@@ -1,11 +1,11 @@
 """What belongs to one event loop: values made once in it, and resources that are closed before it ends.
 
-    @loop_local.singleton
-    async def redis_pool() -> Pool:
-        return await loop_local.enter(Pool.connect(url))
+    @loop_local.sticky_singleton_acm
+    def http_client(base_url: str) -> ClientSession:
+        return ClientSession(base_url)
 
-    pool = await redis_pool()                    # anywhere in the loop: made by the first, shared by all
-    await loop_local.aclose()                    # or nothing: the end of the loop does it
+    client = await http_client("https://a.test")   # anywhere in the loop: entered by the first, shared by all
+    await loop_local.aclose()                      # leaves it; without this the end of the loop does
 
 Exits run newest first: by `await aclose()`, else when asyncio.run, uvloop.run or uvicorn shut the loop down, while it
 and its executor still work, else in `loop.close()`. Each has a limited time, all run whatever fails, and the loop is
@@ -54,6 +54,9 @@ def storage() -> dict[Any, Any]:
 def at_close(callback: Callback) -> Callable[[], None]:
     """Awaits `callback()` when the running loop's resources are closed. Does not wait itself.
 
+    Args:
+        callback: `async def` or what gives an awaitable; messages call it by its `__qualname__`.
+
     Returns:
         A function that takes the registration back; it does nothing once the callback has started.
     """
@@ -72,6 +75,9 @@ async def enter(acm: AbstractAsyncContextManager[T, Any]) -> T:
 
     Returns:
         What its `__aenter__()` gave. `evict(acm)` leaves it earlier.
+
+    Raises:
+        LoopRequired: no event loop runs in this thread.
     """
     return await running_state().enter(acm, label(acm), key_of_acm(acm))
 

@@ -28,7 +28,7 @@ Callback = Callable[[], Awaitable[object]]
 EXIT_TIMEOUT_S = 5.0
 _CANCEL_GRACE_S = 1.0  # for an exit that ran out of time and was cancelled: its own cleaning up
 
-log = logging.getLogger("dbsession.aio.loop_local")
+logger = logging.getLogger("dbsession.aio.loop_local")
 
 
 class Exit:
@@ -226,7 +226,7 @@ class LoopState:
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if self.exits and not is_finalizing() and (never_ran := self.own_exits()):
-            log.warning(
+            logger.warning(
                 "an event loop was collected without having been closed; these exits never ran: %s",
                 ", ".join(never_ran),
             )

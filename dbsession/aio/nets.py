@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 
-from dbsession.aio.loop_state import EXIT_TIMEOUT_S, LoopState, log, report
+from dbsession.aio.loop_state import EXIT_TIMEOUT_S, LoopState, logger, report
 
 
 def spread(loop: asyncio.AbstractEventLoop, state: LoopState) -> None:
@@ -42,7 +42,7 @@ def spread(loop: asyncio.AbstractEventLoop, state: LoopState) -> None:
         try:
             if state.to_close():
                 if other_loop_runs():
-                    log.warning(
+                    logger.warning(
                         "a loop was closed while another one ran in the same thread, so that these exits could not "
                         "run: %s; await loop_local.aclose() in it before",
                         ", ".join(state.own_exits()),
@@ -50,7 +50,7 @@ def spread(loop: asyncio.AbstractEventLoop, state: LoopState) -> None:
                 else:
                     _run_to_its_end(loop, asyncio.Task(close_resources(), loop=loop))
         except Exception as error:
-            log.warning("closing the resources of a loop that was closed failed: %s", type(error).__name__)
+            logger.warning("closing the resources of a loop that was closed failed: %s", type(error).__name__)
         finally:
             state.clear()
             for name, ours in nets.items():
@@ -64,7 +64,7 @@ def spread(loop: asyncio.AbstractEventLoop, state: LoopState) -> None:
         for name, net in nets.items():
             setattr(loop, name, net)
     except AttributeError:
-        log.warning(
+        logger.warning(
             "shutdown_asyncgens() or close() of %s cannot be replaced, so that the end of the loop may not close its "
             "resources: await loop_local.aclose() before",
             type(loop).__name__,
