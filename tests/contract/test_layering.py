@@ -53,7 +53,6 @@ ORDER = (
     "manager",
     "deadlines",
     "api",
-    "aio",
     "reply",
     "wsgi",
     "watch",
