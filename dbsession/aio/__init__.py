@@ -1,1 +1,239 @@
-"""The asyncio counterpart of dbsession."""
+"""The asyncio counterpart of dbsession: the same verbs, for tasks instead of greenlets.
+
+    from dbsession import aio
+
+    aio.configure({"default": "mysql+asyncmy://app@db/shop"})
+    session = aio.get_dbsession("default")                # anywhere, also at module level
+    application = aio.DBSessionMiddleware(application)    # ASGI
+
+    async def view():
+        order = await session.get(Order, 7)
+
+Each task, and in it each unit of work, has its own AsyncSession; the middleware closes them at the request's end, and
+a task that nobody wraps has its sessions closed when it is done. Engines are built for each event loop, and closed
+before it ends. Nothing here imports gevent. `aio.loop_local` keeps other things per loop in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar, overload
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from dbsession.aio import block, databases, loop_local
+from dbsession.aio.asgi import DBSessionMiddleware
+from dbsession.aio.manager import SessionManager
+from dbsession.aio.sessions import AsyncScopedSession
+from dbsession.config import Databases
+from dbsession.created import Listener
+from dbsession.errors import (
+    CommitOutcomeUnknown,
+    ConfigError,
+    DBSessionError,
+    LoopRequired,
+    PoolTimeout,
+    RollbackRequired,
+    ScopeEnded,
+    ScopeRequired,
+    UnknownDatabase,
+    UnsavedWork,
+)
+
+__all__ = [
+    "CommitOutcomeUnknown",
+    "ConfigError",
+    "DBSessionError",
+    "DBSessionMiddleware",
+    "LoopRequired",
+    "PoolTimeout",
+    "RollbackRequired",
+    "ScopeEnded",
+    "ScopeRequired",
+    "SessionManager",
+    "UnknownDatabase",
+    "UnsavedWork",
+    "clear_dbsession",
+    "configure",
+    "dispose",
+    "get_dbsession",
+    "get_engine",
+    "loop_local",
+    "on_engine_created",
+    "release_dbsession",
+    "run_in_transaction",
+    "running",
+    "session_scope",
+    "transactional",
+]
+
+T = TypeVar("T")
+L = TypeVar("L", bound=Listener)
+
+manager = SessionManager()
+
+session_scope = block.session_scope
+
+
+def configure(databases: Databases | None = None) -> None:
+    """Set the databases of the process's asyncio half. Without it, those of `dbsession.configure` and of the
+    environment are used, each driver replaced by its asyncio twin (PyMySQL by asyncmy, pysqlite by aiosqlite).
+
+    Engines are built in each event loop on first use; see `SessionManager.configure` for what becomes of earlier ones.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] naming the database, the key and the fix; nothing was applied.
+    """
+    manager.configure(databases)
+
+
+def get_dbsession(name: str = "default") -> AsyncScopedSession:
+    """The session of the database `name`, for the running task.
+
+    What you get is a `sqlalchemy.ext.asyncio.async_scoped_session`, the same object for ever: keep it at module level,
+    use it from any task of any loop. Every use goes to the AsyncSession of the task's current scope, opened at the
+    first use there and closed when the scope ends: at the end of the request, of the `session_scope()`, or of the
+    task. A child task (gather, TaskGroup, create_task) has a scope, and so a session, of its own.
+
+    Never awaits. Before `configure` the name is not checked until the first use.
+
+    Raises:
+        UnknownDatabase: [DBS-UNKNOWN] no such name; the text lists those there are.
+        ConfigError: [DBS-CONFIG] what the callable or the environment says of it cannot be used.
+
+    Using the session may raise ScopeRequired (in a callback of the loop, or in a thread) and ScopeEnded.
+    """
+    try:
+        return manager.ready[name]
+    except (KeyError, TypeError):
+        return manager.get(name)
+
+
+async def clear_dbsession() -> None:
+    """Close every session of the current scope, which stays usable and empty. Idempotent. Waits for the server where a
+    transaction is open, for at most 5 seconds.
+
+    A session that fails to close is discarded with its connection and logged, and raises nothing; a cancellation that
+    lands on the way is raised after the last session. Objects loaded through a closed session are detached.
+    """
+    await manager.clear()
+
+
+async def release_dbsession(*names: str) -> None:
+    """Before slow work that needs no database: end the transactions of the current scope's sessions (of all, or of
+    the named databases) and give their connections back.
+
+    The sessions stay usable and their objects attached but expired: `await session.refresh(one)` before it is read,
+    which checks a connection out again. A write is seen by its statement's verb.
+
+    Raises:
+        UnsavedWork: [DBS-UNSAVED] new, dirty or deleted objects, or a write sent since the last commit. Nothing was
+            changed: commit or roll back first.
+        UnknownDatabase: [DBS-UNKNOWN].
+    """
+    await manager.release(*names)
+
+
+def get_engine(name: str = "default") -> AsyncEngine:
+    """The AsyncEngine of the database `name` in the running event loop: the same object there until the next
+    `configure`. It connects on its first use, and is closed before the loop ends.
+
+    Raises:
+        UnknownDatabase, ConfigError: as `get_dbsession`.
+        LoopRequired: [DBS-LOOP] no event loop runs here.
+    """
+    return manager.engine(name)
+
+
+def on_engine_created(fn: L) -> L:
+    """Call `fn(name, engine)` for each named engine when it is built, and at once for those that there are, of both
+    halves of dbsession: see `dbsession.on_engine_created`. Of an async engine `fn` gets the `sync_engine`, on which
+    event listeners and instrumentations are set.
+
+    Returns:
+        `fn`.
+    """
+    databases.on_created(fn)
+    return fn
+
+
+async def dispose() -> None:
+    """Close the connections of every engine of the running loop: the idle ones now, those in use when they are given
+    back. The engines stay usable, and connect anew.
+
+    Raises:
+        ExceptionGroup: what failed; every engine was seen to.
+        LoopRequired: [DBS-LOOP] no event loop runs here.
+    """
+    await manager.dispose()
+
+
+def running() -> AbstractAsyncContextManager[None]:
+    """`async with aio.running():` round a program's main work: at the end of the block the task's sessions are closed,
+    and the connections of the running loop's engines as by `dispose()`.
+
+    Without it, they are closed when the loop ends (`asyncio.run` and others run the loop's `shutdown_asyncgens()`), or
+    at the loop's `close()`.
+    """
+    return manager.running()
+
+
+@overload
+async def run_in_transaction(
+    fn: Callable[..., Awaitable[T]],
+    *,
+    name: str = "default",
+    attempts: int = 3,
+    backoff_s: float = 0.05,
+    label: str | None = None,
+) -> T: ...
+@overload
+async def run_in_transaction(
+    fn: Callable[..., T],
+    *,
+    name: str = "default",
+    attempts: int = 3,
+    backoff_s: float = 0.05,
+    label: str | None = None,
+) -> T: ...
+async def run_in_transaction(
+    fn: Callable[..., Any],
+    *,
+    name: str = "default",
+    attempts: int = 3,
+    backoff_s: float = 0.05,
+    label: str | None = None,
+) -> Any:
+    """Run `fn` as one unit of work in a scope of its own, commit its session of `name`, and return what it returned.
+
+    When the database says that the whole should be run again (a deadlock, a lock wait timeout, a Galera certification
+    failure; MySQL's 1213, 1205, 1020, SQLite's SQLITE_BUSY), it is rolled back and run again after a pause with
+    jitter. So `fn` may run several times: what it does outside the database has to bear that. Never after a COMMIT
+    whose outcome is unknown. Any other exception, and a cancellation, rolls back and goes on.
+
+    Called inside a unit of work of the same task on the same database, `fn` joins it: same scope, one commit, at the
+    outer one's end. If it fails there, the whole is refused at the end, even if its error was caught.
+
+    Args:
+        fn: a coroutine function, or a function; called with no argument, or with the session if it cannot be called
+            without one.
+        name: the database.
+        attempts: how often to run it at most.
+        backoff_s: the longest pause before the second attempt, doubled for each further one up to 2 s.
+        label: what reports call the unit of work; by default the function's name.
+
+    Raises:
+        CommitOutcomeUnknown: [DBS-COMMIT-UNKNOWN] it may have been committed, or not.
+        RollbackRequired: [DBS-ROLLBACK] a part of it failed, and it went on.
+        UnsavedWork: [DBS-UNSAVED] another database's session has unsaved work that nobody would commit.
+        ConfigError: [DBS-CONFIG] an argument is wrong.
+        Otherwise what `fn` raised, after the last attempt.
+    """
+    return await manager.run_in_transaction(fn, name=name, attempts=attempts, backoff_s=backoff_s, label=label)
+
+
+def transactional(func: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Decorator: each call of the coroutine function is a unit of work, as by `run_in_transaction`, whose arguments it
+    takes by keyword: `@aio.transactional`, or `@aio.transactional(name="reports", attempts=5)`."""
+    return manager.transactional(func, **options)

@@ -1,0 +1,145 @@
+"""Close every session of a unit of work, whatever fails on the way; a cancellation passes through at the end.
+
+A session without a connection in use is closed on the spot. The others need the server, for at most BOUND_S seconds;
+what is not closed by then, or is cancelled in the middle, has its connections thrown away without waiting for anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from functools import partial
+from typing import Any
+
+from dbsession import discarding
+from dbsession.errors import describe
+
+logger = logging.getLogger(__name__)
+
+Sessions = dict[Any, Any]  # databases.Database -> sessions.AsyncSession, the used set of one scope
+
+# The closing tasks under way: a loop keeps only weak references to its tasks. Each adds itself when it starts and is
+# taken out when it is done, in the thread of its loop; one set operation each.
+_under_way: set[asyncio.Task[None]] = set()
+
+_STARTS = 3  # how often a closing that is cancelled before its first step is started
+
+
+async def close_all(sessions: Sessions, label: str) -> None:
+    """Take every entry out of `sessions` and close it.
+
+    The entry goes first: whatever happens to the close, nobody finds that session again.
+
+    Raises:
+        BaseException: the first cancellation (anything that is no `Exception`) that landed on the way, after the last
+            session was seen to; from then on nothing is waited for. Errors are logged, one WARNING a session.
+    """
+    kill: BaseException | None = None
+    end: float | None = None
+    while sessions:
+        database, session = sessions.popitem()
+        if database.inherited:
+            continue  # it belongs to the parent process: not a byte on its connections
+        if not session.needs_server:
+            session.close_at_once()
+            continue
+        if end is None:
+            end = asyncio.get_running_loop().time() + discarding.BOUND_S
+        failure = kill
+        if kill is None:
+            failure = await _failure_of(session, end)
+            if failure is None:
+                continue
+            if not isinstance(failure, Exception):
+                kill = failure
+        _give_up(database, session, label, failure)
+    if kill is not None:
+        raise kill
+
+
+async def _failure_of(session: Any, end: float) -> BaseException | None:
+    try:
+        async with asyncio.timeout_at(end):
+            await session.close()
+        return None
+    except TimeoutError:
+        return TimeoutError(f"not closed within {discarding.BOUND_S:g} s")
+    except BaseException as error:
+        return error
+
+
+def _give_up(database: Any, session: Any, label: str, failure: BaseException | None) -> None:
+    database.stats.teardown_failures += 1
+    session.discard()
+    if failure is not None:
+        logger.warning(
+            "Database %r: a session of %s failed to close with %s; its connection was discarded.",
+            database.name,
+            label,
+            describe(failure),
+        )
+
+
+def close_aside(sessions: Sessions, label: str) -> None:
+    """Close them without waiting: those that need the server by a task of ours, which nobody has to wait for. In the
+    loop's thread."""
+    for database in list(sessions):
+        if database.inherited or not sessions[database].needs_server:
+            sessions.pop(database).close_at_once()
+    if sessions:
+        _start(sessions, label, 1)
+
+
+def run_aside(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Run `work` in a task of ours, in the running loop, and keep it until it is done."""
+    task = asyncio.get_running_loop().create_task(work)
+    _under_way.add(task)
+    task.add_done_callback(_under_way.discard)
+    return task
+
+
+def _start(sessions: Sessions, label: str, attempt: int) -> None:
+    run_aside(close_all(sessions, label)).add_done_callback(partial(_ended, sessions, label, attempt))
+
+
+def _ended(sessions: Sessions, label: str, attempt: int, task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()  # seen
+    if not sessions:
+        return
+    # Cancelled before its first step, as asyncio.run() does to everything at its end.
+    if attempt < _STARTS:
+        _start(sessions, label, attempt + 1)
+    else:
+        discard_all(sessions, label)
+
+
+def close_dropped(sessions: Sessions, label: str, loop: asyncio.AbstractEventLoop | None) -> None:
+    """Close the sessions of a scope that nobody refers to any more. From any thread, and from destructors."""
+    if loop is not None and not loop.is_closed():
+        try:
+            loop.call_soon_threadsafe(close_aside, dict(sessions), label)
+        except RuntimeError:  # closed just now
+            pass
+        else:
+            sessions.clear()
+            return
+    discard_all(sessions, label)
+
+
+def discard_all(sessions: Sessions, label: str) -> None:
+    """Throw their connections away. Waits for nobody."""
+    while sessions:
+        database, session = sessions.popitem()
+        if not database.inherited:
+            _give_up(database, session, label, None)
+
+
+async def settle(loop: asyncio.AbstractEventLoop) -> None:
+    """Wait for the closing tasks of the running `loop`; each is bounded."""
+    while True:
+        mine = [task for task in list(_under_way) if task.get_loop() is loop and task is not asyncio.current_task()]
+        if not mine:
+            return
+        await asyncio.wait(mine)

@@ -1,0 +1,186 @@
+"""The databases of one manager in one event loop: each an engine with its sessions, built at its first use there.
+
+An asyncio connection belongs to the loop that opened it, so every loop has engines of its own. They live in the loop's
+storage and are closed with what else it holds; see `loop_local`. All of it is written in the loop's own thread, and
+nothing here awaits between reading and writing, except `close`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import weakref
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+
+from dbsession import created
+from dbsession.aio import closing, engines, loop_local
+from dbsession.aio.sessions import DatabaseOwner, make_factory
+from dbsession.config import DatabaseConfig
+from dbsession.created import Listener, Told
+from dbsession.errors import ConfigError, describe
+from dbsession.source import Source
+
+logger = logging.getLogger(__name__)
+
+# Every Database of this process that is still referenced. Written when one is made or goes, one set operation each: a
+# WeakSet cannot be read while another thread adds to it.
+_databases: set[weakref.ref[Database]] = set()
+
+
+class Database:
+    """A named async engine of one loop with its session factory, and the key under which a scope keeps that engine's
+    session. `inherited` in a forked child, `retired` when another configuration has taken its place."""
+
+    def __init__(
+        self,
+        config: DatabaseConfig,
+        owner: DatabaseOwner,
+        engine: AsyncEngine,
+        factory: async_sessionmaker[Any],
+        links: engines.Links,
+    ) -> None:
+        self.config = config
+        self.name = config.name
+        self.owner = owner
+        self.engine = engine
+        self.factory = factory
+        self.inherited = False
+        self.retired = False
+        self.stats = links.stats
+        self.links = links
+        self.told = Told(config.name, engine.sync_engine)
+        _databases.add(weakref.ref(self, _databases.discard))
+
+    def retire(self) -> None:
+        """From now on what comes back is closed."""
+        self.retired = self.links.closing = True
+
+    async def dispose(self) -> None:
+        """Close the idle connections; those in use finish, and are closed on their return."""
+        await self.engine.dispose()
+
+    async def close(self) -> None:
+        """Close everything, at the loop's end."""
+        self.retire()
+        try:
+            await self.engine.dispose()
+        finally:
+            await self.links.cut()
+
+
+def all_databases() -> list[Database]:
+    """Those of this process, in every loop, in no order."""
+    return [each for each in (reference() for reference in list(_databases)) if each is not None]
+
+
+def on_created(listener: Listener) -> None:
+    """Call `listener` for each engine that there is and each that will be built, once."""
+    created.listeners.append(listener)  # first, so that none that is being built now is missed
+    for database in all_databases():
+        if not (database.inherited or database.retired):
+            database.told.tell(listener)
+
+
+class LoopDatabases:
+    """The databases of one manager in one loop. Lives in the loop's storage, until the loop's resources are closed."""
+
+    def __init__(self, owner: DatabaseOwner) -> None:
+        self._owner = owner
+        self._source: Source | None = None
+        self._built: dict[str, Database] = {}
+        self._building: set[str] = set()
+        self._retired: list[Database] = []
+        self._loop = asyncio.get_running_loop()
+
+    def get(self, name: str, source: Source) -> Database:
+        """The Database of `name` under the configuration `source`, built on first use.
+
+        Raises:
+            UnknownDatabase, ConfigError: as the configuration says.
+        """
+        if source is not self._source:
+            self._succeed(source)
+        found = self._built.get(name)
+        if found is None or found.inherited:
+            found = self._build(name, source)
+        return found
+
+    def _build(self, name: str, source: Source) -> Database:
+        if name in self._building:
+            raise ConfigError(f"Database {name!r}: the callable that is asked for its entry asks for its session.")
+        self._building.add(name)
+        try:
+            config = source.lookup(name)
+            engine, links = engines.build(config)
+            database = Database(config, self._owner, engine, make_factory(config, engine), links)
+            engines.tell(database.told)
+        finally:
+            self._building.discard(name)
+        self._built[name] = database
+        return database
+
+    def _succeed(self, source: Source) -> None:
+        """Another configuration: retire what there is. Its idle connections are closed by a task of ours."""
+        self._source = source
+        for database in self._built.values():
+            database.retire()
+            self._retired.append(database)
+            closing.run_aside(self._dispose(database))
+        self._built = {}
+
+    async def _dispose(self, database: Database) -> None:
+        try:
+            await database.dispose()
+        except Exception as error:
+            logger.warning("Database %r: its retired engine failed to close: %s.", database.name, describe(error))
+
+    async def dispose(self) -> None:
+        """Close the idle connections of every engine, whatever fails; errors come together in an ExceptionGroup."""
+        await self._each(Database.dispose)
+
+    async def close(self) -> None:
+        """Close everything, at the loop's end: first the sessions whose scopes have ended."""
+        await self._each(Database.close)
+        self._built, self._retired = {}, []
+
+    async def _each(self, close: Any) -> None:
+        await closing.settle(self._loop)
+        errors: list[Exception] = []
+        for database in [*self._retired, *self._built.values()]:
+            if database.inherited:
+                continue
+            try:
+                await close(database)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise ExceptionGroup("Engines of dbsession.aio failed to close.", errors)
+
+
+def of_this_loop(owner: DatabaseOwner) -> LoopDatabases:
+    """The databases of `owner` in the running loop.
+
+    Raises:
+        LoopRequired: [DBS-LOOP] no loop runs here.
+    """
+    storage = loop_local.storage()
+    found: LoopDatabases | None = storage.get(owner)
+    if found is None:
+        found = storage[owner] = LoopDatabases(owner)
+        loop_local.at_close(found.close)
+    return found
+
+
+_kept: list[Database] = []  # in a forked child, the parent's: never closed, nor collected
+
+
+def _after_fork_in_child() -> None:
+    for database in all_databases():
+        database.inherited = True
+        _kept.append(database)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

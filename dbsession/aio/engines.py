@@ -1,0 +1,153 @@
+"""The async engine of one database in one event loop."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.engine import ExecutionContext
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
+from sqlalchemy.util import greenlet_spawn
+
+from dbsession import created, sqlite_files
+from dbsession.aio import bounds
+from dbsession.aio.kill import Killer
+from dbsession.aio.pool import FairPool
+from dbsession.config import DatabaseConfig
+from dbsession.created import Told
+from dbsession.errors import ConfigError
+from dbsession.outcome import TransactionWatch
+from dbsession.stats import Stats
+
+
+class Links:
+    """What we know of an engine's open connections. Lives as long as the engine. Written by the pool's events, one
+    operation each."""
+
+    def __init__(self, config: DatabaseConfig) -> None:
+        self.stats = Stats()
+        self.closing = False  # whatever comes back is closed; set by whoever retires the engine
+        self._config = config
+        self._watch = TransactionWatch(config)
+        is_mysql = config.backend in ("mysql", "mariadb")
+        self._killer = Killer(config.name, self.stats) if is_mysql and config.kill_abandoned else None
+        self._records: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def listen(self, engine: AsyncEngine) -> None:
+        sync = engine.sync_engine
+        event.listen(sync, "connect", self._connected)
+        event.listen(sync, "checkin", self._returned)
+        event.listen(sync, "invalidate", self._invalidated)
+        event.listen(sync, "do_execute", self._executing)
+        event.listen(sync, "do_executemany", self._executing)
+        event.listen(sync, "do_execute_no_params", self._executing_without_parameters)
+        self._watch.listen(sync)
+        if self._config.backend in ("mysql", "mariadb"):
+            bounds.listen(sync, self._config, self._killer)
+        if isinstance(sync.pool, FairPool):
+            sync.pool.name = self._config.name
+            sync.pool.stats = self.stats
+
+    def _connected(self, connection: Any, record: Any) -> None:
+        self.stats.connects += 1
+        self._records.add(record)
+        if self._config.backend == "sqlite":
+            sqlite_files.set_pragmas(connection, self._config.readonly)
+        elif self._config.readonly and self._config.backend in ("mysql", "mariadb"):
+            cursor = connection.cursor()
+            cursor.execute("SET SESSION TRANSACTION READ ONLY")
+            cursor.close()
+        if self._killer is not None:
+            self._killer.note(connection, record.info)
+
+    def _returned(self, connection: Any, record: Any) -> None:
+        if connection is not None and self.closing:
+            record.close()
+
+    def _invalidated(self, *_: object) -> None:
+        self.stats.invalidated += 1
+
+    def _executing_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> bool:
+        return self._watch.executing(cursor, statement, context)
+
+    def _executing(self, cursor: Any, statement: str, _: Any, context: ExecutionContext) -> bool:
+        return self._watch.executing(cursor, statement, context)
+
+    async def cut(self) -> None:
+        """Close what is open still, whoever uses it: the loop ends, and nobody runs in it any more."""
+        for record in list(self._records):
+            if record.dbapi_connection is not None:
+                await greenlet_spawn(record.invalidate)
+
+
+def build(config: DatabaseConfig) -> tuple[AsyncEngine, Links]:
+    """The engine of `config`, for the running loop. Imports the driver; no connection is made.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] a missing driver, one that is not for asyncio, an option that create_async_engine
+            refuses.
+    """
+    name, options = config.name, dict(config.options)
+    dialect: Any = config.url.get_dialect()
+    if not getattr(dialect, "is_async", False) and not hasattr(dialect, "get_async_dialect_cls"):
+        raise ConfigError(
+            f"Database {name!r}: the driver of {config.url.drivername!r} is not for asyncio. Give aio.configure() one "
+            "that is, such as 'mysql+asyncmy://', 'sqlite+aiosqlite:///' or 'postgresql+asyncpg://'."
+        )
+    defaults = _defaults(config, options)
+    connect_args = {**defaults.pop("connect_args", {}), **options.pop("connect_args", {})}
+    try:
+        engine = create_async_engine(config.url, **{**defaults, **options, "connect_args": connect_args})
+    except ImportError as error:
+        raise ConfigError(
+            f"Database {name!r}: the driver of {config.url.drivername!r} is not installed (no module {error.name!r}). "
+            "Install it: dbsession[aio] brings aiosqlite, and asyncmy or aiomysql are for MySQL and MariaDB."
+        ) from None
+    except Exception as error:  # each option has its own way to refuse a value
+        # The names of refused arguments; their values are not shown, they may be secrets.
+        refused = re.findall(r"'(\w+)'", str(error).split(" sent to ")[0]) if "Invalid argument" in str(error) else []
+        what = ", ".join(f"`{key}`" for key in refused) or "one of its values"
+        raise ConfigError(
+            f"Database {name!r}: create_async_engine refuses {what} in `options` "
+            f"({type(error).__name__}). Remove or correct it; a `poolclass` has to be one for asyncio."
+        ) from None
+    links = Links(config)
+    links.listen(engine)
+    return engine, links
+
+
+def tell(told: Told) -> None:
+    """Tell everybody who wants to know of the new engine."""
+    for listener in list(created.listeners):
+        told.tell(listener)
+
+
+def _defaults(config: DatabaseConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of create_async_engine below the user's own, as far as the pool class in use takes them."""
+    if not isinstance(options.get("connect_args", {}), dict):
+        raise ConfigError(f"Database {config.name!r}: `connect_args` in `options` must be a mapping.")
+    defaults: dict[str, Any] = {}
+    if config.readonly:
+        # No transaction is ever open: nothing to roll back.
+        defaults |= {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
+    if config.backend == "sqlite":
+        sqlite_files.refuse_memory(config.name, config.url, options)
+        # The driver's own thread waits for the write lock, and not the loop.
+        defaults["connect_args"] = {"timeout": config.busy_timeout_s}
+    elif config.backend in ("mysql", "mariadb"):
+        defaults["connect_args"] = bounds.connect_args(config)
+    poolclass = options.get("poolclass")
+    if poolclass is None:
+        dialect: Any = config.url.get_dialect()
+        poolclass = dialect.get_pool_class(config.url)
+        if poolclass is AsyncAdaptedQueuePool:
+            poolclass = defaults["poolclass"] = FairPool
+    if not (isinstance(poolclass, type) and issubclass(poolclass, Pool)):
+        raise ConfigError(f"Database {config.name!r}: `poolclass` in `options` must be a sqlalchemy.pool.Pool class.")
+    defaults |= {"pool_recycle": 3600, "pool_pre_ping": True}
+    if issubclass(poolclass, AsyncAdaptedQueuePool):
+        defaults |= {"pool_size": 20, "max_overflow": 0}
+    return defaults

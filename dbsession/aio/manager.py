@@ -1,0 +1,153 @@
+"""SessionManager in asyncio: named databases and the verbs of the public contract."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from dbsession import config, source
+from dbsession.aio import block, closing, databases, scope, transaction
+from dbsession.aio.block import SessionScope
+from dbsession.aio.databases import Database
+from dbsession.aio.sessions import AsyncScopedSession
+from dbsession.aio.twins import TwinSource
+from dbsession.errors import UnsavedWork, describe
+from dbsession.sessions import unsaved
+
+logger = logging.getLogger(__name__)
+
+
+class SessionManager:
+    """Named databases and their sessions, in every event loop of the process. Lives as long as the last reference to
+    it, or as the last loop that used it.
+
+    Who writes: `_source`, and after it `ready`, are replaced by configure() in one step each; `_proxies` grows by
+    `setdefault`, one step; `ready` by get(), which may write to the one that was replaced meanwhile.
+
+    Args:
+        databases: see `configure`.
+    """
+
+    def __init__(self, databases: config.Databases | None = None) -> None:
+        self._proxies: dict[str, AsyncScopedSession] = {}
+        self.ready: dict[str, AsyncScopedSession] = {}
+        """Those of `_proxies` whose names were found right under the present configuration."""
+        self._source: TwinSource | None = None
+        self._of_process: TwinSource | None = None
+        self._units = transaction.Units(self)
+        if databases is not None:
+            self.configure(databases)
+
+    def configure(self, databases: config.Databases | None = None) -> None:
+        """Set the databases, in place of what was configured before: as `dbsession.configure`, for every event loop.
+
+        Everything in a mapping is checked first, and nothing is applied when something is wrong. Engines are built in
+        each loop on first use. Those of an earlier configuration are closed when a loop next asks for a session; a
+        session in the middle of a transaction finishes it where it began.
+
+        Args:
+            databases: as `dbsession.configure`. A driver that would stop the loop is replaced by its asyncio twin.
+
+        Raises:
+            ConfigError: [DBS-CONFIG] naming the database, the key and the fix.
+        """
+        found = TwinSource(source.source_of(databases))
+        if isinstance(found.of, source.MappingSource):
+            for name in found.known():
+                found.lookup(name)
+        self._source = found
+        self.ready = {}
+
+    def _present(self) -> TwinSource:
+        """The configuration in force: our own, or the process's."""
+        if self._source is not None:
+            return self._source
+        found = self._of_process
+        if found is None or found.of is not source.process_wide:
+            found = self._of_process = TwinSource(source.process_wide)
+        return found
+
+    def get(self, name: str = "default") -> AsyncScopedSession:
+        """The scoped session of `name`; see `dbsession.aio.get_dbsession`."""
+        ready = self.ready
+        if self._source is not None:
+            self._source.lookup(name)  # raises UnknownDatabase
+        proxy = self._proxies.get(name) or self._proxies.setdefault(name, AsyncScopedSession(self, name))
+        ready[name] = proxy
+        return proxy
+
+    def database(self, name: str) -> Database:
+        """The named database in the running loop, built on first use. Raises UnknownDatabase, ConfigError,
+        LoopRequired."""
+        return databases.of_this_loop(self).get(name, self._present())
+
+    def engine(self, name: str = "default") -> AsyncEngine:
+        """The engine of `name` in the running loop; the same object until the next configure()."""
+        return self.database(name).engine
+
+    def scope(self, label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope:
+        """See `dbsession.aio.session_scope`."""
+        return block.session_scope(label, read_timeout_s=read_timeout_s)
+
+    async def clear(self) -> None:
+        """Close this manager's sessions in the current scope; see `dbsession.aio.clear_dbsession`."""
+        current = scope.current()
+        if current is not None:
+            mine = [database for database in current.sessions if database.owner is self]
+            await closing.close_all({each: current.sessions.pop(each) for each in mine}, current.label)
+
+    async def release(self, *names: str) -> None:
+        """Give this scope's connections back; see `dbsession.aio.release_dbsession`."""
+        for name in names:
+            self.database(name)
+        current = scope.current()
+        held = [
+            (database, session)
+            for database, session in (current.sessions.items() if current else ())
+            if database.owner is self and (not names or database.name in names) and session.in_transaction()
+        ]
+        for database, session in held:
+            what = unsaved(session.sync_session)
+            if what:
+                raise UnsavedWork(
+                    f"Database {database.name!r}: the session has unsaved work ({what}), which releasing its "
+                    "connection would throw away. Call commit() or rollback() first; nothing was changed."
+                )
+        for database, session in held:
+            try:
+                await session.rollback()  # expires every object, and keeps it attached
+            except Exception as error:
+                logger.warning(
+                    "Database %r: the transaction ended with %s when its connection was released; the connection was "
+                    "discarded.",
+                    database.name,
+                    describe(error),
+                )
+
+    async def run_in_transaction(self, fn: Callable[..., Any], **options: Any) -> Any:
+        """Run and commit a whole unit of work; see `dbsession.aio.run_in_transaction`."""
+        return await self._units.run(fn, **options)
+
+    def transactional(self, func: Callable[..., Any] | None = None, **options: Any) -> Any:
+        """The same as a decorator; see `dbsession.aio.transactional`."""
+        return transaction.transactional(self._units.run, func, options)
+
+    async def dispose(self) -> None:
+        """Close the connections of this loop's engines: the idle ones now, those in use when they are given back. The
+        engines stay usable, and connect anew on their next use."""
+        await databases.of_this_loop(self).dispose()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """See `dbsession.aio.running`."""
+        try:
+            yield
+        finally:
+            try:
+                await self.clear()
+            finally:
+                await self.dispose()

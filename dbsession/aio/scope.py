@@ -1,0 +1,159 @@
+"""The scopes of an asyncio task, and their end.
+
+    task ── _dbsession_aio ──> Stack ──> [Scope, Scope ...]   outermost first; the last one is current
+    _here: ContextVar ──> a Stack                             only to find it quickly, always looked at twice
+
+A context is copied to child tasks, to callbacks and to the threads of `asyncio.to_thread`; so the Stack found in it
+counts only if its own task is the one that runs now, in the thread of its loop. Whoever fails this has no scope of the
+parent's. Who writes: a Stack and its scopes only code that runs in its task, or the task's done-callback; both run in
+the loop's thread, and none of the functions here awaits between reading and writing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from _thread import get_ident
+from contextvars import ContextVar
+from functools import lru_cache
+
+from dbsession.aio import closing
+from dbsession.errors import ScopeEnded, ScopeRequired
+from dbsession.unit import Unit
+
+current_task = asyncio.current_task
+
+_here: ContextVar[Stack | None] = ContextVar("dbsession.aio", default=None)
+
+
+class Scope(Unit):
+    """One unit of work: a request, a job, or the rest of a task. Ended by `end()`, by the end of its task (an implicit
+    one), or when the last reference to it goes."""
+
+    __slots__ = ("loop",)
+
+    def __init__(self, label: str, kind: str = "block", read_timeout_s: float | None = None) -> None:
+        super().__init__(label, kind, read_timeout_s)
+        self.loop: asyncio.AbstractEventLoop | None = None  # known with the first session
+
+    async def clear(self) -> None:
+        """Close every session of this scope, which stays usable and empty. Waits for the server where a transaction is
+        open."""
+        await closing.close_all(self.sessions, self.label)
+
+    async def end(self) -> None:
+        """Close every session and refuse new ones. Idempotent. A cancellation that lands on the way is raised after
+        the last session."""
+        self.ended = True
+        if self.sessions:
+            await closing.close_all(self.sessions, self.label)
+
+    def end_aside(self) -> None:
+        """End it without waiting: what is in a transaction is closed by a task of ours."""
+        self.ended = True
+        if self.sessions:
+            closing.close_aside(self.sessions, self.label)
+
+    def __del__(self) -> None:
+        if self.sessions and not sys.is_finalizing():
+            closing.close_dropped(self.sessions, self.label, self.loop)
+
+
+class Stack:
+    """The scopes of one task. Lives until the task is done, or as long as a context that was copied from it."""
+
+    __slots__ = ("loop", "scopes", "task", "thread")
+
+    def __init__(self, task: asyncio.Task[object]) -> None:
+        self.task: asyncio.Task[object] | None = task
+        self.loop: asyncio.AbstractEventLoop | None = task.get_loop()
+        self.thread = get_ident()
+        self.scopes: list[Scope] = []
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, _: object) -> None:
+        # Contexts of children and callbacks may keep this object for long, but nothing else then.
+        self.task = self.loop = None
+        scopes, self.scopes = self.scopes, []
+        for scope in reversed(scopes):
+            if scope.kind == "implicit":  # a block's end is its own: a generator may be read on by another task
+                scope.end_aside()
+
+
+def stack_here() -> Stack:
+    """The calling task's own stack.
+
+    Raises:
+        ScopeRequired: [DBS-SCOPE-REQUIRED] no task runs here.
+    """
+    stack = _here.get()
+    if stack is None or stack.task is None or stack.thread != get_ident() or current_task(stack.loop) is not stack.task:
+        stack = _stack_of(_running_task())
+        _here.set(stack)
+    return stack
+
+
+def _stack_of(task: asyncio.Task[object]) -> Stack:
+    stack: Stack | None = getattr(task, "_dbsession_aio", None)
+    if stack is None:
+        stack = Stack(task)
+        task._dbsession_aio = stack  # type: ignore[attr-defined]  # as an attribute it goes with the task
+    return stack
+
+
+def _running_task() -> asyncio.Task[object]:
+    try:
+        task = current_task()
+    except RuntimeError:
+        raise ScopeRequired(
+            "A session of dbsession.aio was used in a thread without a running event loop. It belongs to a task: use "
+            "it in an `async def` function (a framework runs `def` endpoints in threads), or take "
+            "dbsession.get_dbsession() inside `with dbsession.session_scope():` here."
+        ) from None
+    if task is None:
+        raise ScopeRequired(
+            "A session of dbsession.aio was used in a callback of the event loop, where no task runs: nothing would "
+            "close it, and all callbacks would share it. Do the work in a task: asyncio.create_task(...)."
+        )
+    return task
+
+
+def current() -> Scope | None:
+    """The calling task's current scope, or None when it has none. Raises ScopeRequired as `stack_here`."""
+    scopes = stack_here().scopes
+    return scopes[-1] if scopes else None
+
+
+def current_or_implicit() -> Scope:
+    """The current scope; outside any, a new implicit one, which ends with the calling task.
+
+    Raises:
+        ScopeRequired: [DBS-SCOPE-REQUIRED] no task runs here.
+        ScopeEnded: [DBS-SCOPE-ENDED] the current scope is over.
+    """
+    scopes = stack_here().scopes
+    if not scopes:
+        scope = Scope(_implicit_label(), "implicit")
+        scopes.append(scope)  # at the bottom, for good; what is opened above it ends by its own token
+        return scope
+    scope = scopes[-1]
+    if scope.ended:
+        raise ScopeEnded(
+            f"{scope.label} is over and its sessions are closed, but a session was asked for in it. Something kept "
+            "working after its unit of work had ended; open one of its own with `async with aio.session_scope():`."
+        )
+    return scope
+
+
+@lru_cache
+def _implicit_label() -> str:
+    return "the rest of a task"
+
+
+def unlink(stack: Stack, scope: Scope) -> None:
+    """Take the topmost `scope` off `stack`: nearly always the last one."""
+    scopes = stack.scopes
+    for index in range(len(scopes) - 1, -1, -1):
+        if scopes[index] is scope:
+            del scopes[index]
+            return

@@ -1,0 +1,223 @@
+"""The AsyncSession that lives in a scope, and the async_scoped_session whose registry is the task's current scope."""
+
+from __future__ import annotations
+
+import weakref
+from _thread import get_ident
+from typing import Any, Protocol
+
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
+from sqlalchemy.orm import Session
+from sqlalchemy.util import ScopedRegistry
+
+from dbsession import discarding
+from dbsession.aio import closing, scope
+from dbsession.config import DatabaseConfig
+from dbsession.errors import ConfigError
+from dbsession.sessions import ManagedSession, managed_class, refused, watch
+from dbsession.stats import Stats
+
+
+class ManagedAsyncSession(AsyncSession):
+    """An AsyncSession that lives in one scope, at most as long as it. Used after its end it raises
+    `sqlalchemy.exc.InvalidRequestError` instead of checking a connection out again."""
+
+    sync_session: ManagedSession
+    _own_close = False  # the user's class has a close() of its own, or its sync_session_class has
+
+    @property
+    def needs_server(self) -> bool:
+        """Whether to close it something has to be awaited."""
+        return bool(self.sync_session._open_connections) or self._own_close
+
+    def close_at_once(self) -> None:
+        """Close it when it needs no server: no connection is in use."""
+        self.sync_session.close()
+
+    async def close(self) -> None:
+        """Close it and drop it from its scope, so that the proxy's next use gets a fresh one. If that fails or is
+        cancelled, its connections are discarded before the error goes on."""
+        if self.needs_server:
+            await super().close()
+        else:
+            self.close_at_once()
+
+    def discard(self) -> None:
+        """Throw its connections away, and close it. Waits for nobody, and never fails."""
+        discarding.discard(self.sync_session._open_connections)
+        try:
+            self.sync_session.invalidate()
+        except Exception:
+            pass  # its places in the pool are free by now, and what became of its objects is of no interest
+
+
+class Database(Protocol):
+    """What a session needs of its database: `databases.Database`."""
+
+    name: str
+    config: DatabaseConfig
+    owner: DatabaseOwner
+    inherited: bool
+    retired: bool
+    stats: Stats
+    factory: async_sessionmaker[Any]
+
+
+class DatabaseOwner(Protocol):
+    """Who finds a database by its name: `manager.SessionManager`."""
+
+    def database(self, name: str) -> Any: ...
+
+
+class SessionFactory(async_sessionmaker[Any]):
+    """An async_sessionmaker whose call without arguments, which every first use in a scope makes, copies none."""
+
+    def __call__(self, **arguments: Any) -> Any:
+        return super().__call__(**arguments) if arguments else self.class_(**self.kw)
+
+
+def make_factory(config: DatabaseConfig, engine: AsyncEngine) -> async_sessionmaker[Any]:
+    """The async_sessionmaker of one database, bound to its engine. `class_` in `session` may be an AsyncSession class,
+    or a Session class, which then becomes its `sync_session_class`.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] an argument in `session` that the session class refuses.
+    """
+    arguments = {"autoflush": False, "close_resets_only": False, "expire_on_commit": False, **config.session}
+    base = arguments.pop("class_", AsyncSession)
+    sync = arguments.pop("sync_session_class", None)
+    if isinstance(base, type) and issubclass(base, Session):
+        base, sync = AsyncSession, base
+    if not (isinstance(base, type) and issubclass(base, AsyncSession)):
+        raise ConfigError(
+            f"Database {config.name!r}: `class_` in `session` must be a subclass of "
+            "sqlalchemy.ext.asyncio.AsyncSession or sqlalchemy.orm.Session."
+        )
+    managed_sync = managed_class(config.name, base.sync_session_class if sync is None else sync)
+    # A class of this database's own, for its listeners.
+    listened: Any = type(managed_sync.__name__, (managed_sync,), {})
+    watch(listened)
+    bases = (ManagedAsyncSession,) if base is AsyncSession else (ManagedAsyncSession, base)
+    own_close = base.close is not AsyncSession.close or managed_sync._always_closes
+    managed: Any = type(f"Managed{base.__name__}", bases, {"sync_session_class": listened, "_own_close": own_close})
+    factory = SessionFactory(bind=engine, class_=managed, **arguments)
+    if config.session:
+        try:
+            factory().close_at_once()
+        except (TypeError, ValueError, LookupError) as error:
+            raise refused(config.name, error) from error
+    return factory
+
+
+class ScopeRegistry(ScopedRegistry[Any]):
+    """Finds and opens the session of one database in the task's current scope. Lives as long as its proxy."""
+
+    __slots__ = ("_name", "_owner", "database")
+
+    def __init__(self, owner: DatabaseOwner, name: str) -> None:
+        self._owner = owner
+        self._name = name
+        # The key of this name's sessions in the loop that asked last. Another loop's finds nothing under it, and looks
+        # for its own.
+        self.database: Database | None = None
+
+    def __call__(self) -> Any:
+        """The current scope's session. No I/O, no await."""
+        stack = scope._here.get()
+        if (
+            stack is not None
+            and stack.task is not None
+            and stack.thread == get_ident()
+            and scope.current_task(stack.loop) is stack.task
+            and stack.scopes
+        ):  # as scope.current(), without its calls
+            session = stack.scopes[-1].sessions.get(self.database)
+            if session is not None:
+                return session
+        return self.open()
+
+    def has(self) -> bool:
+        return self._find(scope.current()) is not None
+
+    def set(self, obj: Any) -> None:
+        """Make `obj`, a session of `session_factory`, the current scope's; an earlier one is closed aside."""
+        current = scope.current_or_implicit()
+        database = self._owner.database(self._name)
+        earlier = self.take()
+        if earlier is not None:
+            closing.close_aside(dict([earlier]), current.label)
+        self._store(current, database, obj)
+
+    def clear(self) -> None:
+        self.take()
+
+    def take(self) -> tuple[Database, Any] | None:
+        """Take the session out of the current scope, if it is there; it is then the caller's to close."""
+        current = scope.current()
+        database = self._find(current)
+        if current is None or database is None:
+            return None
+        return database, current.sessions.pop(database)
+
+    def open(self) -> Any:
+        """The current scope's session, opened here unless it has one. As a call, only slower."""
+        current = scope.current_or_implicit()
+        earlier = self._find(current) if current.sessions else None
+        database: Database = self._owner.database(self._name)
+        if earlier is not None:
+            # Opened under an earlier configuration, perhaps, or before a fork. A transaction under way is finished
+            # where it began.
+            session = current.sessions[earlier]
+            if earlier is database or (not earlier.inherited and session.in_transaction()):
+                self.database = earlier
+                return session
+            closing.close_aside({earlier: current.sessions.pop(earlier)}, current.label)
+        return self._store(current, database, database.factory())
+
+    def _find(self, current: scope.Scope | None) -> Any:
+        """The database of this name that has a session in `current`, or None."""
+        if current is not None:
+            for database in current.sessions:
+                if database.name == self._name and database.owner is self._owner:
+                    return database
+        return None
+
+    def _store(self, current: scope.Scope, database: Database, session: Any) -> Any:
+        sync = session.sync_session
+        sync._scope = weakref.ref(current)
+        sync._database = database
+        if current.loop is None:
+            current.loop = scope.stack_here().loop
+        current.sessions[database] = session
+        self.database = database
+        return session
+
+
+class AsyncScopedSession(async_scoped_session[Any]):
+    """The `async_scoped_session` of one name. Lives as long as its manager; may be kept at module level and used from
+    any task of any loop: every use goes to the session of the task's current scope."""
+
+    registry: ScopeRegistry
+
+    def __init__(self, owner: DatabaseOwner, name: str) -> None:
+        self.name = name
+        self.registry = ScopeRegistry(owner, name)
+        self._owner = owner
+
+    @property
+    def session_factory(self) -> async_sessionmaker[Any]:  # type: ignore[override]  # an attribute there
+        """The async_sessionmaker of the database, as it is configured now in this loop."""
+        factory: async_sessionmaker[Any] = self._owner.database(self.name).factory
+        return factory
+
+    async def remove(self) -> None:
+        """Close the current scope's session of this name, if there is one; the next use gets a fresh one.
+
+        As `clear_dbsession()`: a session that fails to close is discarded and logged; only a cancellation is raised.
+        """
+        taken = self.registry.take()
+        if taken is not None:
+            await closing.close_all(dict([taken]), f"a remove() of {self.name!r}")
+
+    def __repr__(self) -> str:
+        return f"<AsyncScopedSession {self.name!r}>"

@@ -1,0 +1,73 @@
+"""A statement whose task was cancelled is ended at the server, and nobody else's ever is."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from sqlalchemy import text
+
+from dbsession import aio
+
+DRIVERS = ("asyncmy", "aiomysql")
+
+
+async def until(predicate, deadline_s=10.0):
+    async with asyncio.timeout(deadline_s):
+        while not predicate():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_statement_is_ended_at_the_server_when_its_task_is_cancelled(driver, mariadb, mariadb_url):
+    manager = aio.SessionManager({"default": mariadb_url.replace("pymysql", driver)})
+
+    def running():
+        return [each for each in mariadb.processlist() if "SLEEP(60" in (each["info"] or "")]
+
+    async def main():
+        task = asyncio.create_task(manager.get("default").execute(text("SELECT SLEEP(60)")))
+        await until(running)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: not running())
+        await until(lambda: manager.database("default").stats.kills == 1)
+        assert await manager.get("default").scalar(text("SELECT 7")) == 7
+
+    asyncio.run(main())
+    assert not mariadb.processlist()
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_another_client_is_left_alone_when_it_has_the_thread_id(driver, mariadb, mariadb_url):
+    """As behind a load balancer that led the side connection to another server."""
+    manager = aio.SessionManager({"default": mariadb_url.replace("pymysql", driver)})
+
+    async def main():
+        session = manager.get("default")
+        other = await session.scalar(text("SELECT CONNECTION_ID()"))
+        killer = manager.database("default").links._killer
+        assert killer is not None and killer.arguments
+        connect = manager.engine("default").sync_engine.dialect.loaded_dbapi.driver.connect
+        await killer._kill(connect, other, "10.0.0.1:4711")
+        assert await session.scalar(text("SELECT CONNECTION_ID()")) == other
+        assert manager.database("default").stats.kills == 0
+
+    asyncio.run(main())
+
+
+def test_nothing_is_killed_when_kill_abandoned_is_off(mariadb, mariadb_url):
+    url = mariadb_url.replace("pymysql", "asyncmy")
+    manager = aio.SessionManager({"default": {"url": url, "kill_abandoned": False}})
+
+    async def main():
+        task = asyncio.create_task(manager.get("default").execute(text("SELECT SLEEP(1)")))
+        await until(lambda: any("SLEEP(1)" in (each["info"] or "") for each in mariadb.processlist()))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: not any("SLEEP(1)" in (each["info"] or "") for each in mariadb.processlist()))
+        assert manager.database("default").stats.kills == 0
+
+    asyncio.run(main())
