@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import weakref
+from contextvars import Context
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
@@ -170,7 +171,8 @@ def of_this_loop(owner: DatabaseOwner) -> LoopDatabases:
     found: LoopDatabases | None = storage.get(owner)
     if found is None:
         found = storage[owner] = LoopDatabases(owner)
-        loop_local.at_close(found.close)
+        # In an empty context: that of the first request would be kept until the loop's end.
+        Context().run(loop_local.at_close, found.close)
     return found
 
 
