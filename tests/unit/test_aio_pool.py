@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
 import warnings
 import weakref
@@ -166,8 +167,10 @@ def test_cancelled_task_is_cancelled_and_the_next_one_served(run, driver, when):
                 await holds.wait()
             first.cancel()
         await asyncio.wait([first, second])
-        # A task inside of wait_for() is cancelled only when wait_for() wakes up: it has the connection by then.
-        assert first.cancelled() and holds.is_set() == (when in ("holding", "by wait_for"))
+        # Before Python 3.12 wait_for() has a task inside, cancelled only when wait_for() wakes up: it has the
+        # connection by then.
+        has_held = when == "holding" or (when == "by wait_for" and sys.version_info < (3, 12))
+        assert first.cancelled() and holds.is_set() == has_held
         assert order == ["next"] and counts(pool) == (0, 1, 0)
         assert len(driver.opened) == driver.open() == 1
 
