@@ -42,20 +42,30 @@ async def close_all(sessions: Sessions, label: str) -> None:
         if database.inherited:
             continue  # it belongs to the parent process: not a byte on its connections
         if not session.needs_server:
-            session.close_at_once()
-            continue
-        if end is None:
-            end = asyncio.get_running_loop().time() + discarding.BOUND_S
-        failure = kill
-        if kill is None:
+            failure = _failure_at_once(session)
+        elif kill is not None:
+            failure = kill
+        else:
+            if end is None:
+                end = asyncio.get_running_loop().time() + discarding.BOUND_S
             failure = await _failure_of(session, end)
-            if failure is None:
-                continue
-            if not isinstance(failure, Exception):
-                kill = failure
-        _give_up(database, session, label, failure)
+        if failure is not None:
+            kill = kill or _kill(failure)
+            _give_up(database, session, label, failure)
     if kill is not None:
         raise kill
+
+
+def _kill(failure: BaseException) -> BaseException | None:
+    return None if isinstance(failure, Exception) else failure
+
+
+def _failure_at_once(session: Any) -> BaseException | None:
+    try:
+        session.close_at_once()
+    except BaseException as error:  # a listener of the user's, for instance
+        return error
+    return None
 
 
 async def _failure_of(session: Any, end: float) -> BaseException | None:
@@ -83,12 +93,21 @@ def _give_up(database: Any, session: Any, label: str, failure: BaseException | N
 
 def close_aside(sessions: Sessions, label: str) -> None:
     """Close them without waiting: those that need the server by a task of ours, which nobody has to wait for. In the
-    loop's thread."""
+    loop's thread. Raises a kill as `close_all` does."""
+    kill: BaseException | None = None
     for database in list(sessions):
-        if database.inherited or not sessions[database].needs_server:
-            sessions.pop(database).close_at_once()
+        if database.inherited:
+            del sessions[database]
+        elif not sessions[database].needs_server:
+            session = sessions.pop(database)
+            failure = _failure_at_once(session)
+            if failure is not None:
+                kill = kill or _kill(failure)
+                _give_up(database, session, label, failure)
     if sessions:
         _start(sessions, label, 1)
+    if kill is not None:
+        raise kill
 
 
 def run_aside(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -117,6 +136,11 @@ def _ended(sessions: Sessions, label: str, attempt: int, task: asyncio.Task[None
 
 def close_dropped(sessions: Sessions, label: str, loop: asyncio.AbstractEventLoop | None) -> None:
     """Close the sessions of a scope that nobody refers to any more. From any thread, and from destructors."""
+    for database in list(sessions):
+        if database.inherited:  # the loop is the parent process's, too, and not to be woken
+            del sessions[database]
+    if not sessions:
+        return
     if loop is not None and not loop.is_closed():
         try:
             loop.call_soon_threadsafe(close_aside, dict(sessions), label)
