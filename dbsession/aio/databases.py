@@ -21,7 +21,7 @@ from dbsession.aio import closing, engines, loop_local
 from dbsession.aio.sessions import DatabaseOwner, make_factory
 from dbsession.config import DatabaseConfig
 from dbsession.created import Listener, Told
-from dbsession.errors import ConfigError, describe
+from dbsession.errors import describe
 from dbsession.source import Source
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,6 @@ class LoopDatabases:
         self._owner = owner
         self._source: Source | None = None
         self._built: dict[str, Database] = {}
-        self._building: set[str] = set()
         self._retired: list[Database] = []
         self._loop = asyncio.get_running_loop()
 
@@ -110,17 +109,11 @@ class LoopDatabases:
         return found
 
     def _build(self, name: str, source: Source) -> Database:
-        if name in self._building:
-            raise ConfigError(f"Database {name!r}: the callable that is asked for its entry asks for its session.")
-        self._building.add(name)
-        try:
-            config = source.lookup(name)
-            engine, links = engines.build(config)
-            database = Database(config, self._owner, engine, make_factory(config, engine), links)
-            engines.tell(database.told)
-        finally:
-            self._building.discard(name)
+        config = source.lookup(name)
+        engine, links = engines.build(config)
+        database = Database(config, self._owner, engine, make_factory(config, engine), links)
         self._built[name] = database
+        engines.tell(database.told)  # who may ask for it
         return database
 
     def _succeed(self, source: Source) -> None:

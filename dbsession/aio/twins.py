@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from _thread import get_ident
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -60,13 +61,31 @@ def _driver(config: DatabaseConfig) -> str:
 
 
 class TwinSource:
-    """A source of configurations whose drivers are asyncio's. Lives as long as the configuration."""
+    """A source of configurations whose drivers are asyncio's. Lives as long as the configuration.
+
+    Every loop asks, each in its own thread, so all is written in one step: `_found` grows by `setdefault`; to `_asking`
+    each thread adds, and takes from it, a pair of its own.
+    """
 
     def __init__(self, source: Source) -> None:
         self.of = source
+        self._found: dict[str, DatabaseConfig] = {}
+        self._asking: set[tuple[int, str]] = set()  # (thread, name)
 
     def lookup(self, name: str) -> DatabaseConfig:
-        return twin(self.of.lookup(name))
+        """The configuration of `name`: the same one for ever once there is one, so that a user's callable is asked
+        once. Raises UnknownDatabase, ConfigError."""
+        found = self._found.get(name)
+        if found is not None:
+            return found
+        mine = (get_ident(), name)
+        if mine in self._asking:
+            raise ConfigError(f"Database {name!r}: the callable that is asked for its entry asks for its session.")
+        self._asking.add(mine)
+        try:
+            return self._found.setdefault(name, twin(self.of.lookup(name)))
+        finally:
+            self._asking.discard(mine)
 
     def known(self) -> Iterable[Any]:
         return self.of.known()
