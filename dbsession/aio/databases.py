@@ -37,15 +37,17 @@ class Database:
 
     def __init__(
         self,
-        config: DatabaseConfig,
         owner: DatabaseOwner,
+        source: Source,
+        config: DatabaseConfig,
         engine: AsyncEngine,
-        factory: async_sessionmaker[Any],
         links: engines.Links,
+        factory: async_sessionmaker[Any],
     ) -> None:
         self.config = config
         self.name = config.name
         self.owner = owner
+        self.source = source
         self.engine = engine
         self.factory = factory
         self.inherited = False
@@ -70,6 +72,17 @@ class Database:
             await self.engine.dispose()
         finally:
             await self.links.cut()
+
+
+def _parts(config: DatabaseConfig) -> tuple[DatabaseConfig, AsyncEngine, engines.Links, async_sessionmaker[Any]]:
+    engine, links = engines.build(config)
+    return config, engine, links, make_factory(config, engine)
+
+
+def check(config: DatabaseConfig) -> None:
+    """Raise ConfigError if no engine or no session can be made of `config`. Imports the driver; no connection is
+    made, and no loop has to run."""
+    _parts(config)
 
 
 def all_databases() -> list[Database]:
@@ -109,9 +122,7 @@ class LoopDatabases:
         return found
 
     def _build(self, name: str, source: Source) -> Database:
-        config = source.lookup(name)
-        engine, links = engines.build(config)
-        database = Database(config, self._owner, engine, make_factory(config, engine), links)
+        database = Database(self._owner, source, *_parts(source.lookup(name)))
         self._built[name] = database
         engines.tell(database.told)  # who may ask for it
         return database

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from dbsession import config, source
 from dbsession.aio import block, closing, databases, scope, transaction
 from dbsession.aio.block import SessionScope
-from dbsession.aio.databases import Database
+from dbsession.aio.databases import Database, check
 from dbsession.aio.sessions import AsyncScopedSession
 from dbsession.aio.twins import TwinSource
 from dbsession.errors import UnsavedWork, describe
@@ -58,7 +58,7 @@ class SessionManager:
         found = TwinSource(source.source_of(databases))
         if isinstance(found.of, source.MappingSource):
             for name in found.known():
-                found.lookup(name)
+                check(found.lookup(name))
         self._source = found
         self.ready = {}
 

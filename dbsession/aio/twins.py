@@ -52,6 +52,7 @@ def twin(config: DatabaseConfig) -> DatabaseConfig:
 def _driver(config: DatabaseConfig) -> str:
     url: URL = config.url
     try:
+        url.get_dialect()  # get_driver_name() would give what stands behind the +, whatever it is
         return url.get_driver_name()
     except NoSuchModuleError:
         raise ConfigError(
