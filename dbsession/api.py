@@ -29,7 +29,7 @@ def configure(databases: Databases | None = None) -> None:
         ConfigError: [DBS-CONFIG] naming the database, the key and the fix; nothing was applied.
     """
     manager.configure(databases)
-    source.process_wide = manager.source
+    source.replace_process_wide(manager.source)
 
 
 def get_dbsession(name: str = "default") -> ScopedSession:

@@ -102,6 +102,17 @@ class EnvironmentSource:
 process_wide: Source = EnvironmentSource()
 """What `dbsession.configure` was given last: for `dbsession.aio`, which is configured by it unless it has its own."""
 
+followers: list[Callable[[], None]] = []
+"""Called after `process_wide` was replaced. Grows only, at import."""
+
+
+def replace_process_wide(source: Source) -> None:
+    """Put `source` in the place of `process_wide`."""
+    global process_wide
+    process_wide = source
+    for follow in followers:
+        follow()
+
 
 def source_of(databases: object) -> Source:
     """The source that `databases` is: a mapping, a callable, or None for the environment. Raises ConfigError."""

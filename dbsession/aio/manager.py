@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,6 +21,10 @@ from dbsession.errors import UnsavedWork, describe
 from dbsession.sessions import unsaved
 
 logger = logging.getLogger(__name__)
+
+# Every manager of this process that is still referenced. Written when one is made or goes, one set operation each: a
+# WeakSet cannot be read while another thread adds to it.
+_managers: set[weakref.ref[SessionManager]] = set()
 
 
 class SessionManager:
@@ -39,6 +45,7 @@ class SessionManager:
         self._source: TwinSource | None = None
         self._of_process: TwinSource | None = None
         self._units = transaction.Units(self)
+        _managers.add(weakref.ref(self, _managers.discard))
         if databases is not None:
             self.configure(databases)
 
@@ -61,8 +68,14 @@ class SessionManager:
                 check(found.lookup(name))
         self._source = found
         self.ready = {}
+        self.forget()
 
-    def _present(self) -> TwinSource:
+    def forget(self) -> None:
+        """Resolve every name anew at its next use: after a configure(), after a fork. From any thread."""
+        for proxy in list(self._proxies.values()):
+            proxy.registry.database = None
+
+    def present(self) -> TwinSource:
         """The configuration in force: our own, or the process's."""
         if self._source is not None:
             return self._source
@@ -83,7 +96,7 @@ class SessionManager:
     def database(self, name: str) -> Database:
         """The named database in the running loop, built on first use. Raises UnknownDatabase, ConfigError,
         LoopRequired."""
-        return databases.of_this_loop(self).get(name, self._present())
+        return databases.of_this_loop(self).get(name, self.present())
 
     def engine(self, name: str = "default") -> AsyncEngine:
         """The engine of `name` in the running loop; the same object until the next configure()."""
@@ -151,3 +164,14 @@ class SessionManager:
                 await self.clear()
             finally:
                 await self.dispose()
+
+
+def _forget_all() -> None:
+    for reference in list(_managers):
+        manager = reference()
+        if manager is not None:
+            manager.forget()
+
+
+source.followers.append(_forget_all)
+os.register_at_fork(after_in_child=_forget_all)

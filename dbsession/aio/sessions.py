@@ -15,6 +15,7 @@ from dbsession.aio import closing, scope
 from dbsession.config import DatabaseConfig
 from dbsession.errors import ConfigError
 from dbsession.sessions import ManagedSession, managed_class, refused, watch
+from dbsession.source import Source
 from dbsession.stats import Stats
 
 
@@ -59,12 +60,15 @@ class Database(Protocol):
     owner: DatabaseOwner
     inherited: bool
     retired: bool
+    source: Source
     stats: Stats
     factory: async_sessionmaker[Any]
 
 
 class DatabaseOwner(Protocol):
     """Who finds a database by its name: `manager.SessionManager`."""
+
+    def present(self) -> Source: ...
 
     def database(self, name: str) -> Any: ...
 
@@ -118,7 +122,7 @@ class ScopeRegistry(ScopedRegistry[Any]):
         self._owner = owner
         self._name = name
         # The key of this name's sessions in the loop that asked last. Another loop's finds nothing under it, and looks
-        # for its own.
+        # for its own. Another configuration, or a fork, empties it, so that the name is resolved anew.
         self.database: Database | None = None
 
     def __call__(self) -> Any:
@@ -163,14 +167,15 @@ class ScopeRegistry(ScopedRegistry[Any]):
         """The current scope's session, opened here unless it has one. As a call, only slower."""
         current = scope.current_or_implicit()
         earlier = self._find(current) if current.sessions else None
+        if earlier is not None and not earlier.inherited:
+            session = current.sessions[earlier]
+            if earlier.source is self._owner.present():
+                self._remember(earlier)
+                return session
+            if session.in_transaction():
+                return session  # finished where it began; not remembered, since the next one opens elsewhere
         database: Database = self._owner.database(self._name)
         if earlier is not None:
-            # Opened under an earlier configuration, perhaps, or before a fork. A transaction under way is finished
-            # where it began.
-            session = current.sessions[earlier]
-            if earlier is database or (not earlier.inherited and session.in_transaction()):
-                self.database = earlier
-                return session
             closing.close_aside({earlier: current.sessions.pop(earlier)}, current.label)
         return self._store(current, database, database.factory())
 
@@ -189,8 +194,15 @@ class ScopeRegistry(ScopedRegistry[Any]):
         if current.loop is None:
             current.loop = scope.stack_here().loop
         current.sessions[database] = session
-        self.database = database
+        self._remember(database)
         return session
+
+    def _remember(self, database: Database) -> None:
+        self.database = database
+        # configure() in another thread puts the new source in place first and empties the registries then: it is seen
+        # either here or there.
+        if database.source is not self._owner.present():
+            self.database = None
 
 
 class AsyncScopedSession(async_scoped_session[Any]):
