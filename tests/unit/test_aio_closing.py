@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sqlite3
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from sqlalchemy.util import await_
 
 from dbsession import aio, discarding, sessions
 from dbsession.aio import closing
+from support.waiting import wait_until
 
 BOUND_S = 20.0
 NAMES = ("a", "b", "c")
@@ -387,3 +389,27 @@ def test_session_set_over_another_closes_that_one_aside(manager):
             await before.execute(ONE)
 
     run(main)
+
+
+def test_connection_that_is_thrown_away_at_the_loops_end_is_waited_for(tmp_path, monkeypatch):
+    """Its thread answers the loop, which must not be closed by then."""
+    released, failed = threading.Event(), []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+
+    class Slow(sqlite3.Connection):
+        def close(self):
+            assert released.wait(BOUND_S)
+            super().close()
+
+    entry = {"url": f"sqlite:///{tmp_path}/a.db", "options": {"connect_args": {"factory": Slow}}}
+    manager = aio.SessionManager({"a": entry})
+
+    async def main():
+        await manager.get("a").execute(ONE)
+        manager.get("a")().discard()
+        threading.Timer(0.1, released.set).start()
+
+    threads = threading.active_count()
+    run(main)
+    wait_until(lambda: threading.active_count() == threads)
+    assert not failed
