@@ -95,17 +95,20 @@ def close_aside(sessions: Sessions, label: str) -> None:
     """Close them without waiting: those that need the server by a task of ours, which nobody has to wait for. In the
     loop's thread. Raises a kill as `close_all` does."""
     kill: BaseException | None = None
-    for database in list(sessions):
+    left = {}
+    while sessions:
+        database, session = sessions.popitem()
         if database.inherited:
-            del sessions[database]
-        elif not sessions[database].needs_server:
-            session = sessions.pop(database)
-            failure = _failure_at_once(session)
-            if failure is not None:
-                kill = kill or _kill(failure)
-                _give_up(database, session, label, failure)
-    if sessions:
-        _start(sessions, label, 1)
+            continue
+        if session.needs_server:
+            left[database] = session
+            continue
+        failure = _failure_at_once(session)
+        if failure is not None:
+            kill = kill or _kill(failure)
+            _give_up(database, session, label, failure)
+    if left:
+        _start(left, label, 1)
     if kill is not None:
         raise kill
 

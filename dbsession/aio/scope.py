@@ -15,7 +15,6 @@ import asyncio
 import sys
 from _thread import get_ident
 from contextvars import ContextVar
-from functools import lru_cache
 
 from dbsession.aio import closing
 from dbsession.errors import ScopeEnded, ScopeRequired
@@ -24,6 +23,7 @@ from dbsession.unit import Unit
 current_task = asyncio.current_task
 
 _here: ContextVar[Stack | None] = ContextVar("dbsession.aio", default=None)
+here = _here.get
 
 
 class Scope(Unit):
@@ -32,9 +32,15 @@ class Scope(Unit):
 
     __slots__ = ("loop",)
 
-    def __init__(self, label: str, kind: str = "block", read_timeout_s: float | None = None) -> None:
-        super().__init__(label, kind, read_timeout_s)
-        self.loop: asyncio.AbstractEventLoop | None = None  # known with the first session
+    def __init__(
+        self,
+        label: str,
+        kind: str = "block",
+        read_timeout_s: float | None = None,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        Unit.__init__(self, label, kind, read_timeout_s)  # as super(), which each task would wait for
+        self.loop = loop  # known with the first session at the latest
 
     async def clear(self) -> None:
         """Close every session of this scope, which stays usable and empty. Waits for the server where a transaction is
@@ -74,6 +80,7 @@ class Stack:
     def _task_done(self, _: object) -> None:
         # Contexts of children and callbacks may keep this object for long, but nothing else then.
         self.task = self.loop = None
+        self.thread = 0  # no thread's: whoever finds this in a context sees at once that it is over
         scopes, self.scopes = self.scopes, []
         for scope in reversed(scopes):
             if scope.kind == "implicit":  # a block's end is its own: a generator may be read on by another task
@@ -86,8 +93,8 @@ def stack_here() -> Stack:
     Raises:
         ScopeRequired: [DBS-SCOPE-REQUIRED] no task runs here.
     """
-    stack = _here.get()
-    if stack is None or stack.task is None or stack.thread != get_ident() or current_task(stack.loop) is not stack.task:
+    stack = here()
+    if stack is None or stack.thread != get_ident() or current_task(stack.loop) is not stack.task:
         stack = _stack_of(_running_task())
         _here.set(stack)
     return stack
@@ -131,9 +138,10 @@ def current_or_implicit() -> Scope:
         ScopeRequired: [DBS-SCOPE-REQUIRED] no task runs here.
         ScopeEnded: [DBS-SCOPE-ENDED] the current scope is over.
     """
-    scopes = stack_here().scopes
+    stack = stack_here()
+    scopes = stack.scopes
     if not scopes:
-        scope = Scope(_implicit_label(), "implicit")
+        scope = Scope("the rest of a task", "implicit", None, stack.loop)
         scopes.append(scope)  # at the bottom, for good; what is opened above it ends by its own token
         return scope
     scope = scopes[-1]
@@ -143,11 +151,6 @@ def current_or_implicit() -> Scope:
             "working after its unit of work had ended; open one of its own with `async with aio.session_scope():`."
         )
     return scope
-
-
-@lru_cache
-def _implicit_label() -> str:
-    return "the rest of a task"
 
 
 def unlink(stack: Stack, scope: Scope) -> None:
