@@ -19,7 +19,6 @@ monkey.patch_all()
 import gc
 import math
 import tempfile
-import timeit
 from collections.abc import Callable
 from typing import Any
 
@@ -30,22 +29,12 @@ import dbsession
 from dbsession import SessionManager, clear_dbsession, get_dbsession, session_scope
 
 from . import pattern, plots
-from .common import Metrics, Report, Samples, interleave, options
+from .common import Metrics, Report, Samples, interleave, nanoseconds, options
 from .peers import BUILDERS, PATTERN, Peer, nothing
 
 AGAIN = f"{PATTERN} (again, control)"
 FLAT = 1.5
 """What counts as O(1): at the largest size at most so many times the cost of the smallest. Linear would be 1,000x."""
-
-
-def nanoseconds(get: Any, seconds: float, how: str = "get()") -> float:
-    """The time of one evaluation of `how`. The collector stays on: what it costs, belongs to it."""
-    timer = timeit.Timer(how, "gc.enable()", globals={"get": get, "gc": gc})
-    number = 1
-    while (took := timer.timeit(number)) < seconds / 20:
-        number *= 4
-    number = max(1, int(number * seconds / max(took, 1e-9)))
-    return timer.timeit(number) / number * 1e9
 
 
 def warm(report: Report, peers: dict[str, Peer], seconds: float) -> Samples:

@@ -10,8 +10,10 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import sys
+import timeit
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +83,24 @@ def interleave(cases: Mapping[str, Callable[[], Metrics]], rounds: int, samples:
     return samples
 
 
+def nanoseconds(get: Any, seconds: float, how: str = "get()") -> float:
+    """The time of one evaluation of `how`. The collector stays on: what it costs, belongs to it."""
+    timer = timeit.Timer(how, "gc.enable()", globals={"get": get, "gc": gc})
+    number = 1
+    while (took := timer.timeit(number)) < seconds / 20:
+        number *= 4
+    number = max(1, int(number * seconds / max(took, 1e-9)))
+    return timer.timeit(number) / number * 1e9
+
+
+def private_bytes() -> int:
+    for _ in range(3):
+        gc.collect()
+    found = re.search(r"^Private_Dirty: +(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)
+    assert found
+    return 1024 * int(found[1])
+
+
 def progress(text: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\033[K{text[:100]}", end="", file=sys.stderr, flush=True)
@@ -119,8 +139,11 @@ class Goal(NamedTuple):
 class Report:
     """One benchmark's tables and goals. `finish()` prints the goals and writes everything to a file."""
 
-    def __init__(self, name: str, doc: str | None, options: argparse.Namespace) -> None:
+    def __init__(
+        self, name: str, doc: str | None, options: argparse.Namespace, packages: Sequence[str] = PACKAGES
+    ) -> None:
         self.name = name
+        self.packages = packages
         self.options = options
         self.tables: dict[str, Any] = {}
         self.goals: list[Goal] = []
@@ -185,7 +208,7 @@ class Report:
             "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "quick": self.options.quick,
             "rounds": self.options.rounds,
-            "machine": machine(),
+            "machine": machine(self.packages),
             "load": load,
             "noise": self.noise,
             "goals": [goal._asdict() for goal in self.goals],
@@ -196,9 +219,9 @@ class Report:
         print(f"written: {path.relative_to(RESULTS.parents[2])}")
 
 
-def machine() -> dict[str, str]:
+def machine(packages: Sequence[str]) -> dict[str, str]:
     versions = {"python": platform.python_version(), "cpus": str(os.cpu_count()), "system": platform.system()}
-    return versions | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return versions | {name: importlib.metadata.version(name) for name in packages}
 
 
 def options(doc: str | None, rounds: int = 5, quick_rounds: int = 2, **flags: str) -> argparse.Namespace:

@@ -12,24 +12,14 @@ from gevent import monkey
 
 monkey.patch_all()
 
-import gc
 import os
-import re
 import sys
 import tempfile
-from pathlib import Path
 
 import gevent
 
+from .common import private_bytes
 from .peers import BUILDERS, Peer, nothing
-
-
-def private_bytes() -> int:
-    for _ in range(3):
-        gc.collect()
-    found = re.search(r"^Private_Dirty: +(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)
-    assert found
-    return 1024 * int(found[1])
 
 
 def held(peer: Peer, count: int) -> float:
