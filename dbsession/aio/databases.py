@@ -64,6 +64,7 @@ class Database:
     async def dispose(self) -> None:
         """Close the idle connections; those in use finish, and are closed on their return."""
         await self.engine.dispose()
+        await self.links.threads.ended()
 
     async def close(self) -> None:
         """Close everything, at the loop's end."""
@@ -72,6 +73,7 @@ class Database:
             await self.engine.dispose()
         finally:
             await self.links.cut()
+            await self.links.threads.ended()
 
 
 def _parts(config: DatabaseConfig) -> tuple[DatabaseConfig, AsyncEngine, engines.Links, async_sessionmaker[Any]]:

@@ -17,6 +17,7 @@ from dbsession import created, sqlite_files
 from dbsession.aio import bounds, closing
 from dbsession.aio.kill import Killer
 from dbsession.aio.pool import FairPool
+from dbsession.aio.sqlite_threads import Threads
 from dbsession.config import DatabaseConfig
 from dbsession.created import Told
 from dbsession.errors import ConfigError
@@ -31,6 +32,7 @@ class Links:
     def __init__(self, config: DatabaseConfig) -> None:
         self.stats = Stats()
         self.closing = False  # whatever comes back is closed; set by whoever retires the engine
+        self.threads = Threads()
         self._config = config
         self._watch = TransactionWatch(config)
         is_mysql = config.backend in ("mysql", "mariadb")
@@ -58,6 +60,7 @@ class Links:
         self.stats.connects += 1
         self._records.add(record)
         if self._config.backend == "sqlite":
+            self.threads.watch(connection.driver_connection)
             sqlite_files.set_pragmas(connection, self._config.readonly)
         elif self._config.readonly and self._config.backend in ("mysql", "mariadb"):
             cursor = connection.cursor()

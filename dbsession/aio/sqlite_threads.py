@@ -1,0 +1,49 @@
+"""The threads of aiosqlite, one for each connection: ended once, and waited for before their loop is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from typing import Any
+
+from dbsession.discarding import BOUND_S
+
+
+class Threads:
+    """Those of one engine. Lives as long as it.
+
+    Who writes: `_ending` gets a future where stop() is called in the loop, and loses it when its thread has ended; both
+    in the loop's thread, one set operation each.
+    """
+
+    def __init__(self) -> None:
+        self._ending: set[asyncio.Future[Any]] = set()
+
+    def watch(self, driver: Any) -> None:
+        """Know of the end of `driver`, an aiosqlite connection, and let its stop() be called again.
+
+        SQLAlchemy calls that beside a close() whose wait was cancelled, and close() calls it itself at its end: what it
+        then waits for would never come, since the thread has ended.
+        """
+        if not hasattr(driver, "stop"):
+            return  # another driver
+        its = weakref.ref(driver)  # or it would refer to itself
+        stopped = False
+
+        def stop() -> Any:
+            nonlocal stopped
+            found = None if stopped else its()
+            stopped = True
+            ending = None if found is None else type(found).stop(found)
+            if ending is not None:  # else no loop runs here: a destructor
+                self._ending.add(ending)
+                ending.add_done_callback(self._ending.discard)
+            return ending
+
+        driver.stop = stop
+
+    async def ended(self) -> None:
+        """Wait for those that are ending, for at most BOUND_S seconds. A thread that answers a loop that is closed by
+        then ends with an error on stderr."""
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=BOUND_S)
