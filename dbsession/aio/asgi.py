@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from dbsession.aio import databases
 from dbsession.aio.block import SessionScope
 from dbsession.errors import plain
 
@@ -15,16 +16,65 @@ ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
 
 
 class DBSessionMiddleware:
-    """Wraps an ASGI 3 application."""
+    """Wraps an ASGI 3 application. Lives as long as it; each request and each websocket has a scope of its own, found
+    in `scope["dbsession.scope"]`, which is current in the task that runs the application's call.
+
+    The scope ends, and its sessions are closed, when that call returns, raises or is cancelled, as servers do to it
+    when the client is gone. So they stay while a body is streamed, after its last part while background tasks of the
+    framework run, and as long as a websocket is open: there commit or `release_dbsession()` before you wait for the
+    next message, or the connection stays taken meanwhile.
+
+    What a framework runs elsewhere has no part in it:
+      - A child task has a scope, and sessions, of its own, closed when it is done. Starlette streams a body in one
+        under servers of ASGI before 2.4 (uvicorn), and its BaseHTTPMiddleware runs all that is below it in one.
+      - A `def` endpoint or dependency runs in a thread, and gets ScopeRequired. Make it `async def`; or use
+        `dbsession.get_dbsession()` there, inside `with dbsession.session_scope():`.
+
+    Put it outermost, so that nothing of the application runs outside it; the application gets a copy of the ASGI
+    scope, as the specification asks, so that what is above sees nothing of what it adds there. Teardown never changes
+    a response already made: what fails is logged, only a cancellation that lands in it is raised.
+
+    `lifespan` has a scope, too, whose sessions are closed when the startup is complete, and again at the end. After the
+    application's own shutdown, and before the server hears of it, the idle connections of every engine of the loop are
+    closed, of each SessionManager. An application without lifespan leaves that to the end of the loop, which
+    uvicorn does not reach when a SIGTERM ends it: then the server is not told, and sees its connections cut. Other
+    messages are passed on as they are.
+
+    Args:
+        app: the ASGI application.
+
+    Awaits in teardown, for at most 5 seconds where a transaction is open.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
+        if scope["type"] == "http":
+            label = f"{scope['method']} {scope['path']}"
+        elif scope["type"] == "websocket":
+            label = f"WEBSOCKET {scope['path']}"
+        elif scope["type"] == "lifespan":
+            await self._lifespan(scope, receive, send)
+            return
+        else:
             await self.app(scope, receive, send)
             return
-        label = plain(f"{scope.get('method', 'WEBSOCKET')} {scope.get('root_path', '')}{scope['path']}")
-        async with SessionScope(label, "request") as unit:
-            scope["dbsession.scope"] = unit
-            await self.app(scope, receive, send)
+        # A client may send any character; a line end in a label would forge a log line.
+        async with SessionScope(plain(label), "request") as unit:
+            # A copy: the caller may be a request itself that passes its own ASGI scope on.
+            await self.app({**scope, "dbsession.scope": unit}, receive, send)
+
+    async def _lifespan(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        async def send_when_closed(message: MutableMapping[str, Any]) -> None:
+            await unit.clear()
+            if message["type"] != "lifespan.startup.complete":
+                await databases.dispose_here()
+            await send(message)
+
+        try:
+            # Without it the first query at the startup would hold its connection until the server ends.
+            async with SessionScope("the application's lifespan") as unit:
+                await self.app(scope, receive, send_when_closed)
+        finally:
+            await databases.dispose_here()  # it has been cancelled, or has no lifespan

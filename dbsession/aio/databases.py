@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
-from dbsession import created
+from dbsession import created, discarding
 from dbsession.aio import closing, engines, loop_local
 from dbsession.aio.sessions import DatabaseOwner, make_factory
 from dbsession.config import DatabaseConfig
@@ -139,14 +139,20 @@ class LoopDatabases:
         self._built = {}
 
     async def _dispose(self, database: Database) -> None:
+        """For who has nobody to tell of an error."""
         try:
-            await database.dispose()
+            async with asyncio.timeout(discarding.BOUND_S):
+                await database.dispose()
         except Exception as error:
-            logger.warning("Database %r: its retired engine failed to close: %s.", database.name, describe(error))
+            logger.warning("Database %r: its engine failed to close: %s.", database.name, describe(error))
 
     async def dispose(self) -> None:
         """Close the idle connections of every engine, whatever fails; errors come together in an ExceptionGroup."""
         await self._each(Database.dispose)
+
+    async def dispose_and_log(self) -> None:
+        """The same, but errors are logged, and each engine has BOUND_S seconds."""
+        await self._each(self._dispose)
 
     async def close(self) -> None:
         """Close everything, at the loop's end: first the sessions whose scopes have ended."""
@@ -180,6 +186,14 @@ def of_this_loop(owner: DatabaseOwner) -> LoopDatabases:
         # In an empty context: that of the first request would be kept until the loop's end.
         Context().run(loop_local.at_close, found.close)
     return found
+
+
+async def dispose_here() -> None:
+    """Close the idle connections of every manager's engines in the running loop, which stay usable. Never fails: errors
+    are logged."""
+    for each in list(loop_local.storage().values()):
+        if isinstance(each, LoopDatabases):
+            await each.dispose_and_log()
 
 
 _kept: list[Database] = []  # in a forked child, the parent's: never closed, nor collected
