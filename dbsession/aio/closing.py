@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 Sessions = dict[Any, Any]  # databases.Database -> sessions.AsyncSession, the used set of one scope
 
-# What closes something and is under way: tasks, of which a loop keeps only weak references, and what threads are to end.
-# Each is added when it starts and taken out when it is done, in the thread of its loop; one set operation each.
-_under_way: set[asyncio.Future[Any]] = set()
+# The closing tasks under way: a loop keeps only weak references to its tasks. Each is added when it starts and taken
+# out when it is done, in the thread of its loop; one set operation each.
+_under_way: set[asyncio.Task[None]] = set()
 
 _STARTS = 3  # how often a closing that is cancelled before its first step is started
 
@@ -116,14 +116,9 @@ def close_aside(sessions: Sessions, label: str) -> None:
 def run_aside(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """Run `work` in a task of ours, in the running loop, and keep it until it is done."""
     task = asyncio.get_running_loop().create_task(work)
-    keep(task)
+    _under_way.add(task)
+    task.add_done_callback(_under_way.discard)
     return task
-
-
-def keep(future: asyncio.Future[Any]) -> None:
-    """Have the end of its loop wait for `future`."""
-    _under_way.add(future)
-    future.add_done_callback(_under_way.discard)
 
 
 def _start(sessions: Sessions, label: str, attempt: int) -> None:
@@ -169,7 +164,7 @@ def discard_all(sessions: Sessions, label: str) -> None:
 
 
 async def settle(loop: asyncio.AbstractEventLoop) -> None:
-    """Wait for what closes something in the running `loop`; each is bounded."""
+    """Wait for the closing tasks of the running `loop`; each is bounded."""
     while True:
         mine = [task for task in list(_under_way) if task.get_loop() is loop and task is not asyncio.current_task()]
         if not mine:

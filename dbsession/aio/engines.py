@@ -11,10 +11,9 @@ from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 from sqlalchemy.util import greenlet_spawn
-from sqlalchemy.util.concurrency import in_greenlet
 
 from dbsession import created, sqlite_files
-from dbsession.aio import bounds, closing
+from dbsession.aio import bounds
 from dbsession.aio.kill import Killer
 from dbsession.aio.pool import FairPool
 from dbsession.aio.sqlite_threads import Threads
@@ -48,9 +47,7 @@ class Links:
         event.listen(sync, "do_executemany", self._executing)
         event.listen(sync, "do_execute_no_params", self._executing_without_parameters)
         self._watch.listen(sync)
-        if self._config.backend == "sqlite":
-            _follow_threads(sync.dialect)
-        elif self._config.backend in ("mysql", "mariadb"):
+        if self._config.backend in ("mysql", "mariadb"):
             bounds.listen(sync, self._config, self._killer)
         if isinstance(sync.pool, FairPool):
             sync.pool.name = self._config.name
@@ -87,21 +84,6 @@ class Links:
         for record in list(self._records):
             if record.dbapi_connection is not None:
                 await greenlet_spawn(record.invalidate)
-
-
-def _follow_threads(dialect: Any) -> None:
-    """Have the loop's end wait for the threads of aiosqlite's connections that are thrown away: each still answers, and
-    would fail with a traceback if its loop were closed by then."""
-    terminate = dialect.do_terminate
-
-    def do_terminate(connection: Any) -> None:
-        stop = None if in_greenlet() else getattr(connection.driver_connection, "stop", None)
-        if stop is None:
-            terminate(connection)  # it waits
-        elif (stopped := stop()) is not None:  # None: no loop is there to be answered
-            closing.keep(stopped)
-
-    dialect.do_terminate = do_terminate
 
 
 def build(config: DatabaseConfig) -> tuple[AsyncEngine, Links]:
