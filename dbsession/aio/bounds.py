@@ -64,9 +64,17 @@ class _Bounds:
             self._killer.arguments = dict(arguments)
 
         async def within(*args: Any, **arguments: Any) -> Any:
+            task: Any = asyncio.current_task()
+            cancelled = task.cancelling()
             try:
                 async with asyncio.timeout(seconds):
-                    return await connect(*args, **arguments)
+                    connection = await connect(*args, **arguments)
+                    if task.cancelling() > cancelled:
+                        # Lost on the way: before Python 3.12 the driver's asyncio.wait_for() swallows a cancellation
+                        # that comes when the connection has just been made.
+                        connection.close()
+                        raise asyncio.CancelledError
+                    return connection
             except TimeoutError:
                 raise module.OperationalError(
                     _CANNOT_CONNECT, f"Can't connect to MySQL server: no answer within {seconds:g} s"
