@@ -8,6 +8,7 @@ driver's connection, so that whoever reads from it gets the driver's own error o
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,7 @@ def listen(engine: Engine, config: DatabaseConfig, killer: Killer | None) -> Non
     for name in ("do_commit", "do_rollback"):
         setattr(dialect, name, bounds.transaction_end(getattr(dialect, name)))
     dialect.do_ping = bounds.ping(dialect.do_ping)
+    dialect.do_terminate = bounds.terminate(dialect.do_terminate)
 
 
 class _Bounds:
@@ -54,6 +56,9 @@ class _Bounds:
         self._killer = killer
         self._connect_s = config.connect_timeout_s
         self._read_s = config.read_timeout_s
+        # A driver's connection -> what it writes to, which the driver forgets when it closes. Written when it was
+        # opened, in the loop's thread.
+        self._transports: weakref.WeakKeyDictionary[Any, asyncio.WriteTransport] = weakref.WeakKeyDictionary()
 
     def connecting(self, dialect: Any, _: Any, args: Any, arguments: dict[str, Any]) -> None:
         """Before a connection is opened: bound the handshake, too, whoever opens it."""
@@ -74,6 +79,7 @@ class _Bounds:
                         # that comes when the connection has just been made.
                         connection.close()
                         raise asyncio.CancelledError
+                    self._transports[connection] = transport_of(connection)
                     return connection
             except TimeoutError:
                 raise module.OperationalError(
@@ -125,13 +131,36 @@ class _Bounds:
 
         return bounded
 
+    def terminate(self, terminate: Callable[[Any], None]) -> Callable[[Any], None]:
+        """For connections that are of no use any more. Those that the driver has closed, because it was cancelled, are
+        not waited for: a second cancellation there would take the place of the first, and of what it says of a COMMIT.
+        """
+
+        def bounded(connection: Any) -> None:
+            transport = self._transports.get(connection.driver_connection)
+            if transport is not None and transport.is_closing():
+                transport.abort()  # else it is kept until the server has read all that was to be sent
+            else:
+                terminate(connection)
+
+        return bounded
+
     def _read_s_of(self, proxied: Any) -> float:
         scope = _info_of(proxied).get(SCOPE, _nobody)()
         own = None if scope is None else scope.read_timeout_s
         return self._read_s if own is None else own
 
     def _start(self, proxied: Any, seconds: float) -> asyncio.TimerHandle:
-        return asyncio.get_running_loop().call_later(seconds, _close, proxied)
+        return asyncio.get_running_loop().call_later(seconds, self._close, proxied)
+
+    def _close(self, proxied: Any) -> None:
+        driver = proxied.driver_connection
+        if driver is not None:
+            _info_of(proxied)[_LATE] = True
+            driver.close()
+            transport = self._transports.get(driver)
+            if transport is not None:
+                transport.abort()  # close() alone waits until what the server does not read is sent
 
     def judge(self, context: ExceptionContext) -> None:
         connection = context.connection
@@ -142,11 +171,10 @@ class _Bounds:
             context.invalidate_pool_on_disconnect = False
 
 
-def _close(proxied: Any) -> None:
-    driver = proxied.driver_connection
-    if driver is not None:
-        _info_of(proxied)[_LATE] = True
-        driver.close()
+def transport_of(driver: Any) -> Any:
+    """Through which an open connection of a driver is written to. Private, and nothing else tells."""
+    writer = getattr(driver, "_writer", None)  # of aiomysql
+    return driver._transport if writer is None else writer.transport
 
 
 def _info_of(proxied: Any) -> dict[Any, Any]:

@@ -3,6 +3,7 @@ has changed: find the new place before anything else is believed."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import socket
@@ -10,11 +11,14 @@ import socket
 import gevent
 import gevent.threadpool
 import pymysql
+import pytest
 from prometheus_client import CollectorRegistry, Histogram
 from sqlalchemy import create_engine, text
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import QueuePool
 
 from dbsession import fork, hub
+from dbsession.aio import bounds
 from support.processes import run_python
 
 
@@ -50,6 +54,21 @@ def test_pymysql_keeps_its_socket_in_sock(mariadb_url):
         assert fork.descriptor_of(driver) == driver._sock.fileno() >= 0
     engine.dispose()
     assert fork.descriptor_of(driver) is None
+
+
+@pytest.mark.parametrize("driver", ["asyncmy", "aiomysql"])
+def test_asyncio_drivers_have_their_transport_in_an_attribute(mariadb_url, driver):
+    async def work():
+        engine = create_async_engine(mariadb_url.replace("pymysql", driver))
+        async with engine.connect() as connection:
+            held = (await connection.get_raw_connection()).driver_connection
+            transport = bounds.transport_of(held)
+            assert isinstance(transport, asyncio.WriteTransport)
+            assert not transport.is_closing()
+        await engine.dispose()
+        assert transport.is_closing()
+
+    asyncio.run(work())
 
 
 def test_sqlalchemy_record_without_its_connection_is_not_reset_when_collected(tmp_path):
