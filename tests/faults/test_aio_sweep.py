@@ -1,0 +1,40 @@
+"""Whatever cancels a task of dbsession.aio at whichever of its awaits, nothing is left behind and nobody is told a
+lie."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+
+import pytest
+
+from support.aio_sweep import KINDS, LOST, run_sweep
+from support.aio_victim import VARIANTS
+
+DRIVERS = ("asyncmy", "aiomysql")
+
+# Each variant once, each kind once, both drivers.
+QUICK = {("small", kind, "asyncmy") for kind in KINDS} | {("small", "cancel", "aiomysql")}
+CASES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in product(VARIANTS, KINDS, DRIVERS)
+]
+
+
+def shown(faults):
+    return f"{len(faults)} faults:\n" + json.dumps(faults[:3], indent=1).replace("\\n", "\n")
+
+
+@pytest.mark.parametrize(("variant", "kind", "driver"), CASES)
+def test_task_leaves_nothing_behind_when_cancelled_at_any_await(mariadb, mariadb_url, variant, kind, driver):
+    """The cancellation comes out, every session of the scope is closed, its connection's place is free, the next four
+    tasks read their own rows, no transaction stays open, and nothing is stored that its caller believes to be rolled
+    back: a cancellation at COMMIT says so."""
+    report = run_sweep(mariadb_url.replace("pymysql", driver), mariadb.socket, variant, kind)
+    assert report.cancelled > 10
+    assert not report.faults, shown(report.faults)
+
+
+def test_sweep_finds_the_fault_of_async_scoped_session_without_dbsession(mariadb, mariadb_url):
+    """So that a sweep without faults means something."""
+    report = run_sweep(mariadb_url.replace("pymysql", "asyncmy"), mariadb.socket, "small", "cancel", bare=True)
+    assert LOST in [fault["what"] for fault in report.faults]
