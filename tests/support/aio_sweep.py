@@ -85,6 +85,7 @@ class Kind:
     """One way of being cancelled. Lives for one victim."""
 
     raised: type[BaseException] = asyncio.CancelledError  # what comes out of `around`
+    aside = False  # it comes by way of others, and the victim may have ended meanwhile
 
     def __init__(self) -> None:
         self.victim: asyncio.Task[None]
@@ -129,6 +130,7 @@ class Timeout(Kind):
     """By asyncio.timeout()."""
 
     raised = TimeoutError
+    aside = True
 
     def at(self, step: int, awaited: Any) -> None:
         if step == 0:
@@ -158,6 +160,7 @@ class Group(Kind):
     """Its sibling in a TaskGroup fails."""
 
     raised = ExceptionGroup
+    aside = True
 
     def at(self, step: int, awaited: Any) -> None:
         if step == 0:
@@ -299,7 +302,8 @@ class Sweep:
             await asyncio.wait([victim], timeout=1)
             return
         raised = asyncio.CancelledError() if victim.cancelled() else victim.exception()
-        if not isinstance(told.error, asyncio.CancelledError) or not isinstance(raised, kind.raised):
+        too_late = kind.aside and told.error is None
+        if not (too_late or (isinstance(told.error, asyncio.CancelledError) and isinstance(raised, kind.raised))):
             yield f"the cancellation did not come out, but {raised!r}; said was {self._said}", told.error or "no error"
         if isinstance(told.error, WrongRow):
             yield "the victim read a wrong row", told.error
@@ -397,9 +401,13 @@ class Sweep:
 
 
 def place(error: BaseException | None) -> str:
-    """The functions that `error` came through, innermost first."""
-    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
-    return " < ".join(f"{frame.name} {frame.lineno}" for frame in reversed(frames) if "/support/" not in frame.filename)
+    """The functions that `error` came through, innermost first; then those of the one that it came after."""
+    found: list[str] = []
+    while error is not None:
+        frames = reversed(traceback.extract_tb(error.__traceback__))
+        found += [f"{frame.name} {frame.lineno}" for frame in frames if "/support/" not in frame.filename]
+        error = error.__context__
+    return " < ".join(found)
 
 
 async def until(predicate: Callable[[], object], deadline_s: float) -> None:
