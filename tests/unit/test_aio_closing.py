@@ -291,7 +291,8 @@ def test_end_of_asyncio_run_with_tasks_in_the_middle_of_their_work_leaves_nothin
     threads = threading.active_count()
     asyncio.run(main())
     assert all(job.cancelled() for job in main.jobs) and len(closed) == 6
-    assert threading.active_count() == threads and not closing._under_way and not sessions._pinned
+    assert not closing._under_way and not sessions._pinned
+    wait_until(lambda: threading.active_count() == threads, what="the end of the drivers' threads")
 
 
 def test_task_that_ends_with_an_error_in_its_own_work_has_its_sessions_closed(manager):
