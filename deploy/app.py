@@ -6,8 +6,6 @@ application closes them when the response's body has been sent. orders.py holds 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import os
@@ -19,44 +17,23 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
+import answers
 import gevent
 from flask import Flask, Response, jsonify, redirect, render_template, request, url_for
-from orders import (
-    FIELDS,
-    MAX_ID,
-    NUMBERS,
-    TEXTS,
-    BadInput,
-    Entry,
-    Order,
-    check_number,
-    check_order,
-    check_text,
-    check_text_order,
-    create_tables,
-    databases,
-    now,
-    number,
-    read_csv,
-)
-from sqlalchemy import insert, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from orders import FIELDS, BadInput, Order, check_order, check_text_order, create_tables, databases, now, read_csv
+from sqlalchemy import insert, text
+from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import dbsession
 import dbsession.flask
-from dbsession.errors import CommitOutcomeUnknown, describe
+from dbsession.errors import describe
 
 logger = logging.getLogger("orderdesk")
 
 # Module-level: each use goes to the session of the request that uses it.
 orders = dbsession.get_dbsession("default")
 audit = dbsession.get_dbsession("audit")
-
-PIECE_BYTES = 64 * 1024
-BATCH_ROWS = 500
-HEALTH_TIMEOUT_S = 2  # of each database that accepts and stays silent; a load balancer wants an answer within 5
 
 
 def create_app() -> Flask:
@@ -102,12 +79,12 @@ def create_app() -> Flask:
 
 
 def post_order() -> Any:
-    request.max_content_length = 64 * 1024  # an order needs less than 1; an import may be of any length
+    request.max_content_length = answers.MOST_BODY_BYTES
     if request.mimetype == "application/json":
-        order = store(check_order(json_object(whole_body())))
+        order = store(check_order(answers.json_object(whole_body())))
         return jsonify(order.as_json()), 201, {"Location": url_for("get_order", order_id=order.id)}
     if request.mimetype != "application/x-www-form-urlencoded":
-        return failure(415, "send application/json or application/x-www-form-urlencoded")
+        return answers.failure(answers.NEITHER_JSON_NOR_FORM), 415
     whole_body()
     try:
         store(check_text_order(request.form.to_dict()))
@@ -126,7 +103,7 @@ def store(values: dict[str, Any]) -> Order:
 
 def commit_with_entry(action: str, order_id: int | None, detail: str) -> None:
     """Commit what was written to `orders`, with an entry in the other database that says so."""
-    audit.add(Entry(action=action, order_id=order_id, detail=detail[:255]))
+    audit.add(answers.entry(action, order_id, detail))
     # Both databases have taken their statements before either commits, so nearly all that can fail has failed, and
     # the scope's end rolls both back. Every request takes them in this order, or two could wait for each other.
     audit.flush()
@@ -141,23 +118,18 @@ def commit_with_entry(action: str, order_id: int | None, detail: str) -> None:
 
 
 def get_order(order_id: str) -> Any:
-    order = orders.get(Order, checked("id", check_number, number(order_id), 0, MAX_ID))
-    return order.as_json() if order else failure(404, f"there is no order {order_id}")
+    order = orders.get(Order, answers.checked_id(order_id))
+    return order.as_json() if order else (answers.failure(f"there is no order {order_id}"), 404)
 
 
 def list_orders() -> Any:
-    limit = checked("limit", check_number, number(request.args.get("limit") or "50"), 1, 1000)
-    query = select(Order).order_by(Order.id.desc()).limit(limit)
-    if request.args.get("customer"):
-        customer = checked("customer", check_text, request.args["customer"], TEXTS["customer"])
-        query = query.where(Order.customer == customer)
-    return [order.as_json() for order in orders.scalars(query)]
+    return [order.as_json() for order in orders.scalars(answers.listed(request.args))]
 
 
 def import_orders() -> Any:
     """All or nothing, and no connection is held while the client sends, however long that takes."""
     if request.mimetype != "text/csv":
-        return failure(415, f"send text/csv with the header {','.join(FIELDS)}")
+        return answers.failure(answers.NOT_CSV), 415
     with tempfile.TemporaryFile("w+", encoding="utf-8") as checked_orders:
         for order in read_csv(pieces_of_body()):
             checked_orders.write(json.dumps(list(order.values())) + "\n")
@@ -165,7 +137,7 @@ def import_orders() -> Any:
         rows = (dict(zip(FIELDS, json.loads(line), strict=True)) for line in checked_orders)
         count = 0
         created_at = now()
-        while batch := list(islice(rows, BATCH_ROWS)):
+        while batch := list(islice(rows, answers.BATCH_ROWS)):
             if count:
                 time.sleep(0)  # let other requests run: with SQLite nothing else here does
             orders.execute(insert(Order), [row | {"created_at": created_at} for row in batch])
@@ -177,41 +149,24 @@ def import_orders() -> Any:
 
 def export_orders() -> Any:
     """Read out of a server-side cursor while the client reads; the connection goes back at the body's close()."""
-    columns = (Order.id, Order.customer, Order.item, Order.quantity, Order.price_cents, Order.created_at)
     # Run here and not in the generator: a database that is down still becomes a 503, before anything was sent.
-    result = orders.execute(select(*columns).order_by(Order.id).execution_options(yield_per=BATCH_ROWS))
+    result = orders.execute(answers.EXPORT)
 
     def body() -> Iterator[str]:
-        yield ",".join(column.key for column in columns) + "\r\n"
+        yield answers.CSV_FIRST_LINE
         for rows in result.partitions():
-            part = io.StringIO()
-            csv.writer(part).writerows(
-                (row_id, plain(customer), plain(item), quantity, price_cents, f"{created_at.isoformat()}Z")
-                for row_id, customer, item, quantity, price_cents, created_at in rows
-            )
-            yield part.getvalue()
+            yield answers.csv_lines(rows)
             time.sleep(0)  # let other requests run, however fast this client reads
 
-    return Response(body(), mimetype="text/csv", headers={"Content-Disposition": 'attachment; filename="orders.csv"'})
-
-
-def plain(value: str) -> str:
-    """Text that no spreadsheet takes for a formula: an apostrophe in front is what they all understand as text.
-    (GET /orders gives it as it was sent.)"""
-    return f"'{value}" if value[0] in "=+-@\t\r" else value
+    return Response(body(), mimetype="text/csv", headers=answers.CSV_HEADERS)
 
 
 # -- other pages -----------------------------------------------------------------------------------------------
 
 
 def slow() -> Any:
-    try:
-        seconds = float(request.args.get("seconds", "1"))
-    except ValueError:
-        seconds = -1
-    if not 0 <= seconds <= 30:  # NaN is not, either
-        raise BadInput({"seconds": "must be a number from 0 to 30"})
-    latest = orders.scalar(select(Order.id).order_by(Order.id.desc()).limit(1))
+    seconds = answers.checked_seconds(request.args)
+    latest = orders.scalar(answers.LATEST_ID)
     # What is slow below needs no database: give the connection back, or 20 such requests stop everybody else.
     dbsession.release_dbsession()
     time.sleep(seconds)
@@ -220,11 +175,11 @@ def slow() -> Any:
 
 def healthz() -> Any:
     found = {}
-    for name in ("default", "audit"):
+    for name in answers.NAMES:
         pool = dbsession.get_engine(name).pool
         in_use = pool.checkedout()
         # All connections in use is busy and not down: then it waits its turn, as the requests do.
-        limit_s = HEALTH_TIMEOUT_S if in_use < pool.size() else None
+        limit_s = answers.HEALTH_TIMEOUT_S if in_use < pool.size() else None
         started = time.monotonic()
         ok = False
         with suppress(SQLAlchemyError), gevent.Timeout(limit_s, False):
@@ -242,31 +197,13 @@ def index() -> Any:
 
 
 def page(values: Any, errors: Any) -> Response:
-    latest = orders.scalars(select(Order).order_by(Order.id.desc()).limit(20)).all()
+    latest = orders.scalars(answers.LATEST).all()
     nonce = secrets.token_urlsafe(16)
-    html = render_template(
-        "orders.html", orders=latest, values=values, errors=errors, texts=TEXTS, numbers=NUMBERS, nonce=nonce
-    )
-    return Response(
-        html,
-        headers={
-            "Content-Security-Policy": f"default-src 'none'; style-src 'nonce-{nonce}'; img-src data:; "
-            "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-store",
-        },
-    )
+    html = render_template("orders.html", **answers.page_values(latest, values, errors, nonce))
+    return Response(html, headers=answers.page_headers(nonce))
 
 
 # -- bodies and errors -----------------------------------------------------------------------------------------
-
-
-def checked(field: str, check: Any, *arguments: Any) -> Any:
-    try:
-        return check(*arguments)
-    except ValueError as error:
-        raise BadInput({field: str(error)}) from None
 
 
 def pieces_of_body() -> Iterator[bytes]:
@@ -274,9 +211,9 @@ def pieces_of_body() -> Iterator[bytes]:
     received = 0
     while True:
         try:
-            piece = request.stream.read(PIECE_BYTES)
+            piece = request.stream.read(answers.PIECE_BYTES)
         except Exception as error:  # each server's own: the connection was lost, a chunk has no valid end ...
-            raise BadInput({"body": "did not arrive as a whole"}) from error
+            raise answers.not_whole() from error
         if not piece:
             break
         received += len(piece)
@@ -293,7 +230,7 @@ def whole_body() -> bytes:
     except RequestEntityTooLarge:
         raise
     except Exception as error:
-        raise BadInput({"body": "did not arrive as a whole"}) from error
+        raise answers.not_whole() from error
     check_length(len(body))
     return body
 
@@ -301,28 +238,14 @@ def whole_body() -> bytes:
 def check_length(received: int) -> None:
     # A client that goes away ends the body early, and gunicorn does not tell that from its end.
     if received < (request.content_length or 0):
-        raise BadInput({"body": "did not arrive as a whole"})
-
-
-def json_object(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body.decode())
-    except (ValueError, RecursionError):
-        raise BadInput({"body": "must be valid JSON, in UTF-8"}) from None
-    if not isinstance(value, dict):
-        raise BadInput({"body": f"must be a JSON object with the fields {', '.join(FIELDS)}"})
-    return value
-
-
-def failure(status: int, message: str) -> tuple[dict[str, Any], int]:
-    return {"error": {"field": None, "message": message}}, status
+        raise answers.not_whole()
 
 
 def http_error(error: HTTPException) -> Any:
     """404, 405, 413, 500 ... as JSON."""
     response = error.get_response()
     if error.code and error.code >= 400:
-        response.data = json.dumps(failure(error.code, error.description or error.name)[0]) + "\n"
+        response.data = json.dumps(answers.failure(error.description or error.name)) + "\n"
         response.content_type = "application/json"
     return response
 
@@ -330,14 +253,8 @@ def http_error(error: HTTPException) -> Any:
 def database_failed(error: SQLAlchemyError) -> Any:
     # By type and number: the text has the values in it, and a customer's name does not belong in a log.
     logger.error("%s %s failed: %s", request.method, request.path, describe(error))
-    if isinstance(error, IntegrityError):
-        return failure(409, "this conflicts with what is stored")
-    if isinstance(error, CommitOutcomeUnknown):  # "try again" might order twice
-        return failure(500, "this may have been stored or not: look before you send it again")
-    lost = isinstance(error, DBAPIError) and error.connection_invalidated
-    if lost or isinstance(error, (OperationalError, InterfaceError, PoolTimeout)):
-        return *failure(503, "the database is not available, try again"), {"Retry-After": "5"}
-    return failure(500, "internal error")
+    status, message, headers = answers.database_failure(error)
+    return answers.failure(message), status, headers
 
 
 app = create_app()

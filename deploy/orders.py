@@ -1,4 +1,6 @@
-"""The order desk's two databases, and the rules for what may be stored in them. Nothing here knows Flask."""
+"""The order desk's two databases, and the rules for what may be stored in them. Nothing here knows Flask.
+
+asgi.py imports this, too: `dbsession` loads its gevent half when `create_tables` first asks for it."""
 
 from __future__ import annotations
 
@@ -100,21 +102,28 @@ class Entry(Audit):
     detail: Mapped[str] = mapped_column(String(255))
 
 
+METADATA = {"default": Orders.metadata, "audit": Audit.metadata}
+
+
 def create_tables() -> None:
     """Create what is missing. Several workers may do so at once; leaves no connection open.
 
     For the first start only: an existing table is not changed. A migration tool does that, per named engine.
     """
     try:
-        for name, base in (("default", Orders), ("audit", Audit)):
+        for name, metadata in METADATA.items():
             try:
-                base.metadata.create_all(dbsession.get_engine(name))
+                metadata.create_all(dbsession.get_engine(name))
             except DBAPIError as error:
-                # Another worker was quicker, between create_all's look and its CREATE. One table a database: done.
-                if "already exists" not in str(error.orig):
+                if not made_by_another(error):
                     raise
     finally:
         dbsession.dispose()  # under --preload this is the master, which has no use for connections
+
+
+def made_by_another(error: DBAPIError) -> bool:
+    """Whether another worker was quicker, between create_all's look and its CREATE. One table a database: done."""
+    return "already exists" in str(error.orig)
 
 
 # -- the rules -------------------------------------------------------------------------------------------------
