@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import dbsession
 from support.processes import run_python
 
 PACKAGE = Path(__file__).resolve().parents[2] / "dbsession"
@@ -125,7 +127,48 @@ def test_import_brings_in_no_extra() -> None:
 
         extras = {"gunicorn", "flask", "werkzeug", "prometheus_client", "opentelemetry", "textual", "rich"}
         drivers = {"aiomysql", "asyncmy", "aiosqlite", "asyncpg"}
+        loaded = {name.partition(".")[0] for name in sys.modules} & (extras | drivers | {"gevent", "asyncio"})
+        assert not loaded, loaded
+        for name in dbsession.__all__:  # each loads its module, the gevent half
+            getattr(dbsession, name)
         loaded = {name.partition(".")[0] for name in sys.modules} & (extras | drivers)
         assert not loaded, loaded
         """
     )
+
+
+def test_aio_brings_in_no_gevent_and_no_driver() -> None:
+    """Not even an engine does, until its driver is needed; and none of our modules that aio loads imports gevent."""
+    run_python(
+        """
+        import sys
+        import dbsession.aio
+
+        for name in dbsession.aio.__all__:
+            getattr(dbsession.aio, name)
+        drivers = {"aiomysql", "asyncmy", "aiosqlite", "asyncpg"}
+        loaded = {name.partition(".")[0] for name in sys.modules} & (drivers | {"gevent"})
+        assert not loaded, loaded
+        """
+    )
+
+
+def test_public_names_are_found_listed_and_typed() -> None:
+    """Those of `dbsession.__all__`: imported at their first use (PEP 562), and under TYPE_CHECKING for type checkers,
+    from the same modules."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    typed = {
+        alias.name: node.module
+        for block in tree.body
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == dbsession._MODULES
+    assert sorted(typed) == sorted(dbsession.__all__)
+    assert set(dbsession.__all__) <= set(dir(dbsession))
+    for name, module in typed.items():
+        assert getattr(dbsession, name) is getattr(import_module(str(module)), name)
+    with pytest.raises(AttributeError, match="nothing_of_ours"):
+        dbsession.nothing_of_ours  # noqa: B018
