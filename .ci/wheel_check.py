@@ -1,15 +1,26 @@
 """Run by .ci/run where only the wheel and what it requires are installed."""
 
+import asyncio
 import sys
 import tempfile
 from pathlib import Path
 
 import dbsession
 
-loaded = {"gunicorn", "flask", "prometheus_client"} & {name.partition(".")[0] for name in sys.modules}
+loaded = {"gevent", "gunicorn", "flask", "prometheus_client"} & {name.partition(".")[0] for name in sys.modules}
 assert not loaded, f"import dbsession loads {loaded}"
 
 from sqlalchemy import text  # noqa: E402
+
+from dbsession import aio  # noqa: E402
+
+aio.configure({"default": "sqlite:///none.db"})
+try:
+    asyncio.run(aio.get_dbsession().execute(text("SELECT 1")))
+    raise AssertionError("aiosqlite is here: this is to be run without extras")
+except aio.ConfigError as error:
+    assert "pip install 'dbsession[aio]'" in str(error), error
+assert "gevent" not in sys.modules, "dbsession.aio loads gevent"
 
 with tempfile.TemporaryDirectory() as folder:
     dbsession.configure({"default": f"sqlite:///{Path(folder, 'check.db')}"})

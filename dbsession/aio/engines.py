@@ -107,7 +107,7 @@ def build(config: DatabaseConfig) -> tuple[AsyncEngine, Links]:
     except ImportError as error:
         raise ConfigError(
             f"Database {name!r}: the driver of {config.url.drivername!r} is not installed (no module {error.name!r}). "
-            "Install it: dbsession[aio] brings aiosqlite, and asyncmy or aiomysql are for MySQL and MariaDB."
+            "Install it: `pip install 'dbsession[aio]'` brings aiosqlite and asyncmy; others come by their own names."
         ) from None
     except Exception as error:  # each option has its own way to refuse a value
         # The names of refused arguments; their values are not shown, they may be secrets.
