@@ -7,6 +7,7 @@ files of these names in a folder of its own and run in a fresh interpreter, wher
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 from pathlib import Path
@@ -298,6 +299,14 @@ def test_asyncio_section_says_of_each_key_whether_it_holds():
     for entry in ({"url": MYSQL, "reset": "connection"}, {"url": MYSQL, "options": {"creator": print}}):
         with pytest.raises(aio.ConfigError):
             aio.SessionManager({"default": entry})
+
+
+def test_asyncio_section_names_every_function():
+    section = README.partition("\n## asyncio")[2].partition("\n## ")[0]
+    for module in (aio, aio.loop_local):
+        for name, value in vars(module).items():
+            if inspect.isfunction(value) and not name.startswith("_") and value.__module__ == module.__name__:
+                assert re.search(rf"`[^`\n]*\b{name}\b", section), name
 
 
 @pytest.mark.parametrize("kind", ["uvicorn", "gunicorn"])
