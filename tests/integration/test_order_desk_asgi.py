@@ -24,10 +24,10 @@ from support.desks import (
     rows,
     sqlite_urls,
     stored,
+    uvicorn_desk,
 )
 from support.gunicorn import Gunicorn
 from support.processes import run_python
-from support.uvicorn_server import Uvicorn
 from support.waiting import wait_until
 
 
@@ -50,7 +50,7 @@ def under(kind: str, urls: dict[str, str]) -> Any:
     if kind == "gunicorn":
         # Not with deploy/ as its folder: gunicorn would take the gunicorn.conf.py there, which patches for gevent.
         return Gunicorn("asgi:app", "-k", "asgi", "--pythonpath", str(DEPLOY), env=environment(urls))
-    return Uvicorn("asgi:app", f"--loop={kind}", cwd=DEPLOY, env=environment(urls))
+    return uvicorn_desk(urls, f"--loop={kind}")
 
 
 def test_desk_loads_nothing_of_gevent_when_it_is_imported(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -23,7 +22,7 @@ from dbsession.config import KEYS, TIMEOUTS
 from dbsession.mysql import connector
 from support.gunicorn import Gunicorn
 from support.processes import run_python
-from support.uvicorn_server import Uvicorn
+from support.uvicorn import Uvicorn
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -319,7 +318,7 @@ def test_fastapi_example_counts_its_visits_and_loads_no_gevent(folder, kind):
             "\n\n@app.post('/gevent')\nasync def gevent():\n    import sys\n    return 'gevent' in sys.modules\n"
         )
     if kind == "uvicorn":
-        server: Any = Uvicorn("fastapi_app:app", cwd=folder)
+        server: Gunicorn = Uvicorn("fastapi_app:app", f"--app-dir={folder}")
     else:
         (folder / "gunicorn.conf.py").unlink()  # the one shown for gevent, which gunicorn would take
         server = Gunicorn("fastapi_app:app", "-k", "asgi", cwd=folder, ready="/")

@@ -21,7 +21,7 @@ from sqlalchemy import text
 import dbsession
 
 from .mariadb import MariaDBServer
-from .uvicorn_server import Uvicorn
+from .uvicorn import Uvicorn
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 ORDER = {"customer": "Ada", "item": "pencil", "quantity": 12, "price_cents": 95}
@@ -65,17 +65,18 @@ def flask_desk(urls: dict[str, str]) -> Iterator[Any]:
 
 
 @contextmanager
-def asgi_desk(urls: dict[str, str], *arguments: str) -> Iterator[HttpClient]:
+def asgi_desk(urls: dict[str, str]) -> Iterator[HttpClient]:
     """deploy/asgi.py under a uvicorn of its own."""
     dbsession.configure(dict(urls))
     try:
-        with (
-            Uvicorn("asgi:app", *arguments, cwd=DEPLOY, env=environment(urls)) as server,
-            http_client(server) as client,
-        ):
+        with uvicorn_desk(urls) as server, http_client(server) as client:
             yield client
     finally:
         dbsession.configure({})
+
+
+def uvicorn_desk(urls: dict[str, str], *arguments: str) -> Uvicorn:
+    return Uvicorn("asgi:app", f"--app-dir={DEPLOY}", *arguments, env=environment(urls) | {"PYTHONWARNINGS": "error"})
 
 
 @contextmanager
