@@ -54,8 +54,13 @@ class Database:
         self.retired = False
         self.stats = links.stats
         self.links = links
+        self._loop = asyncio.get_running_loop()
         self.told = Told(config.name, engine.sync_engine)
         _databases.add(weakref.ref(self, _databases.discard))
+
+    def serves(self, loop: asyncio.AbstractEventLoop | None) -> bool:
+        """Whether it is still what `SessionManager.database` finds in `loop`: quicker than to look."""
+        return loop is self._loop and self.source is self.owner.present() and not (self.retired or self.inherited)
 
     def retire(self) -> None:
         """From now on what comes back is closed."""

@@ -33,14 +33,10 @@ class Scope(Unit):
     __slots__ = ("loop",)
 
     def __init__(
-        self,
-        label: str,
-        kind: str = "block",
-        read_timeout_s: float | None = None,
-        loop: asyncio.AbstractEventLoop | None = None,
+        self, label: str, kind: str, loop: asyncio.AbstractEventLoop | None, read_timeout_s: float | None = None
     ) -> None:
         Unit.__init__(self, label, kind, read_timeout_s)  # as super(), which each task would wait for
-        self.loop = loop  # known with the first session at the latest
+        self.loop = loop
 
     async def clear(self) -> None:
         """Close every session of this scope, which stays usable and empty. Waits for the server where a transaction is
@@ -141,7 +137,7 @@ def current_or_implicit() -> Scope:
     stack = stack_here()
     scopes = stack.scopes
     if not scopes:
-        scope = Scope("the rest of a task", "implicit", None, stack.loop)
+        scope = Scope("the rest of a task", "implicit", stack.loop)
         scopes.append(scope)  # at the bottom, for good; what is opened above it ends by its own token
         return scope
     scope = scopes[-1]

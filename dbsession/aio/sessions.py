@@ -65,6 +65,8 @@ class Database(Protocol):
     stats: Stats
     factory: async_sessionmaker[Any]
 
+    def serves(self, loop: Any) -> bool: ...
+
 
 class DatabaseOwner(Protocol):
     """Who finds a database by its name: `manager.SessionManager`."""
@@ -175,7 +177,9 @@ class ScopeRegistry(ScopedRegistry[Any]):
                 return session
             if session.in_transaction():
                 return session  # finished where it began; not remembered, since the next one opens elsewhere
-        database: Database = self._owner.database(self._name)
+        database = self.database
+        if database is None or not database.serves(current.loop):
+            database = self._owner.database(self._name)
         if earlier is not None:
             closing.close_aside({earlier: current.sessions.pop(earlier)}, current.label)
         return self._store(current, database, database.factory())
@@ -192,8 +196,6 @@ class ScopeRegistry(ScopedRegistry[Any]):
         sync = session.sync_session
         sync._scope = weakref.ref(current)
         sync._database = database
-        if current.loop is None:
-            current.loop = scope.stack_here().loop
         current.sessions[database] = session
         self._remember(database)
         return session
