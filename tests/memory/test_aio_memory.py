@@ -1,0 +1,134 @@
+"""Nothing grows with the number of asyncio tasks that have ended."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.processes import run_python
+
+MEASURE = """
+import asyncio, gc, re, sys
+from sqlalchemy import text
+from dbsession import aio
+aio.configure({"default": f"sqlite:///{sys.argv[1]}/a.db"})
+session = aio.get_dbsession()
+
+def private_bytes():
+    gc.collect()
+    with open("/proc/self/smaps_rollup") as file:
+        return 1024 * int(re.search(r"Private_Dirty: +(\\d+)", file.read())[1])
+
+async def growth_per_task(unit, warm_up, tasks):
+    async def run(number):
+        for _ in range(number):
+            await asyncio.create_task(unit())
+        await asyncio.sleep(0)  # the last one's end
+    await run(warm_up)
+    before = private_bytes()
+    await run(tasks)
+    return (private_bytes() - before) / tasks
+
+async def get():
+    session()
+
+def run(main):
+    if sys.argv[2] == "uvloop":
+        import uvloop
+        return uvloop.run(main)
+    return asyncio.run(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_million_tasks_that_never_remove_leave_less_than_two_bytes_each(tmp_path, loop):
+    run_python(
+        MEASURE
+        + """
+grown = run(growth_per_task(get, 20_000, 1_000_000))
+assert grown < 2, grown
+""",
+        tmp_path,
+        loop,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("what", ["task", "remove", "scope", "children", "own context", "cancelled", "request"])
+def test_tasks_that_ended_leave_nothing(tmp_path, what):
+    run_python(
+        MEASURE
+        + """
+import contextvars
+async def remove():
+    session()
+    await session.remove()
+async def scope():
+    session()
+    async with aio.session_scope():
+        session()
+async def children():
+    session()
+    await asyncio.gather(get(), get())
+async def own_context():
+    session()
+    contextvars.Context().run(session)
+async def cancelled():
+    async def wait():
+        session()
+        await asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+async def request():
+    async def app(scope, receive, send):
+        session()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+    async def send(message):
+        pass
+    await middleware(app)({"type": "http", "method": "GET", "path": "/"}, receive, send)
+middleware = aio.DBSessionMiddleware
+units = {"task": get, "remove": remove, "scope": scope, "children": children, "own context": own_context,
+         "cancelled": cancelled, "request": request}
+grown = run(growth_per_task(units[sys.argv[3]], 5_000, 20_000))
+assert grown < 20, grown                          # a page or two of the allocator's, over 20,000
+""",
+        tmp_path,
+        "asyncio",
+        what,
+        timeout=120,
+    )
+
+
+def test_ended_tasks_leave_no_entry_and_no_object_when_nothing_is_collected(tmp_path):
+    run_python(
+        MEASURE
+        + """
+from sqlalchemy.ext.asyncio import AsyncSession
+from dbsession.aio import closing
+from dbsession.aio.scope import Scope, Stack
+
+def alive():
+    return {kind.__name__: sum(isinstance(each, kind) for each in gc.get_objects()) for kind in kinds}
+kinds = (Scope, Stack, AsyncSession, asyncio.Task)
+nothing = {"Scope": 0, "Stack": 0, "AsyncSession": 0, "Task": 1}  # this one
+
+async def query(number):
+    assert await session.scalar(text("SELECT :number"), {"number": number}) == number
+
+async def main():
+    gc.disable()
+    await asyncio.gather(*(query(number) for number in range(1000)))
+    async with asyncio.timeout(30):
+        while closing._under_way or alive() != nothing:
+            await asyncio.sleep(0)
+    assert aio.get_engine().pool.checkedout() == 0
+run(main())
+""",
+        tmp_path,
+        "asyncio",
+    )
