@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, async_scoped_session, async_sessionmaker
 
 from .apps import ROWS, Item
 
@@ -25,6 +25,13 @@ ALONE = "a task alone"
 BY_HAND = "AsyncSession made and closed by hand"
 SCOPED = "async_scoped_session: get + remove()"
 OURS = "dbsession: get, and the task's end"
+AGAIN = "(again, control)"
+WARM_THEIRS = "async_scoped_session()"
+WARM_OURS = "dbsession: the proxy()"
+WARM_BY_NAME = "dbsession: get_dbsession(name)()"
+PASSED = "an AsyncSession made, passed and closed by hand"
+QUERY_OURS = "dbsession: get_dbsession(), and the task's end"
+QUERY_IN_SCOPE = "dbsession: async with session_scope()"
 
 
 async def nothing() -> None:
@@ -189,12 +196,6 @@ async def warm(engine: AsyncEngine) -> dict[str, Times]:
     }
 
 
-AGAIN = "(again, control)"
-WARM_THEIRS = "async_scoped_session()"
-WARM_OURS = "dbsession: the proxy()"
-WARM_BY_NAME = "dbsession: get_dbsession(name)()"
-
-
 class Resource:
     """What belongs to a loop, and is an asynchronous context manager."""
 
@@ -243,13 +244,14 @@ async def queries(theirs: AsyncEngine, name: str) -> dict[str, Times]:
     as dbsession's."""
     from dbsession.aio import get_dbsession, get_engine, session_scope
 
-    session = get_dbsession(name)
+    ours = get_dbsession(name)
+    by_task = scoped(theirs)
+
+    async def read(session: Any) -> None:
+        await session.get(Item, random.randint(1, ROWS))
 
     def passed(engine: AsyncEngine) -> Unit:
         make = async_sessionmaker(engine, autoflush=False, expire_on_commit=False)
-
-        async def read(session: AsyncSession) -> str:
-            return (await session.get(Item, random.randint(1, ROWS))).name
 
         async def unit() -> None:
             session = make()
@@ -260,22 +262,21 @@ async def queries(theirs: AsyncEngine, name: str) -> dict[str, Times]:
 
         return unit
 
-    async def read() -> str:
-        return (await session.get(Item, random.randint(1, ROWS))).name
+    async def removed() -> None:
+        try:
+            await read(by_task)
+        finally:
+            await by_task.remove()
 
     async def in_a_scope() -> None:
         async with session_scope():
-            await read()
+            await read(ours)
 
     return {
         PASSED: tasks(passed(theirs)),
         f"{PASSED} {AGAIN}": tasks(passed(theirs)),
-        "the same on dbsession's engine": tasks(passed(get_engine(name))),
-        QUERY_OURS: tasks(read),
+        "async_scoped_session, and remove()": tasks(removed),
+        "an AsyncSession passed, on dbsession's engine": tasks(passed(get_engine(name))),
+        QUERY_OURS: tasks(lambda: read(ours)),
         QUERY_IN_SCOPE: tasks(in_a_scope),
     }
-
-
-PASSED = "an AsyncSession made, passed and closed by hand"
-QUERY_OURS = "dbsession: get_dbsession(), and the task's end"
-QUERY_IN_SCOPE = "dbsession: async with session_scope()"
