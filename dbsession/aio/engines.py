@@ -95,7 +95,7 @@ def build(config: DatabaseConfig) -> tuple[AsyncEngine, Links]:
     """
     name, options = config.name, dict(config.options)
     dialect: Any = config.url.get_dialect()
-    if not getattr(dialect, "is_async", False) and not hasattr(dialect, "get_async_dialect_cls"):
+    if not dialect.get_async_dialect_cls(config.url).is_async:
         raise ConfigError(
             f"Database {name!r}: the driver of {config.url.drivername!r} is not for asyncio. Give aio.configure() one "
             "that is, such as 'mysql+asyncmy://', 'sqlite+aiosqlite:///' or 'postgresql+asyncpg://'."
