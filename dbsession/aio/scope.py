@@ -12,6 +12,7 @@ the loop's thread, and none of the functions here awaits between reading and wri
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from _thread import get_ident
 from contextvars import ContextVar
@@ -156,3 +157,14 @@ def unlink(stack: Stack, scope: Scope) -> None:
         if scopes[index] is scope:
             del scopes[index]
             return
+
+
+def _after_fork_in_child() -> None:
+    # asyncio still takes the parent's task for the one that runs in the parent's loop. A loop that the child runs from
+    # inside that task copies this context, and all of its tasks would share the parent's scope.
+    stack = here()
+    if stack is not None:
+        stack.thread = 0
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
