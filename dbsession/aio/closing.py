@@ -23,7 +23,18 @@ Sessions = dict[Any, Any]  # databases.Database -> sessions.AsyncSession, the us
 # out when it is done, in the thread of its loop; one set operation each.
 _under_way: set[asyncio.Task[None]] = set()
 
-_STARTS = 3  # how often a closing that is cancelled before its first step is started
+
+class _Closing(asyncio.Task[None]):
+    """A closing task, which ends by itself within BOUND_S: so only that bound can cancel it. asyncio.run() and others
+    cancel everything at their end and wait for it."""
+
+    def __init__(self, sessions: Sessions, label: str) -> None:
+        loop = asyncio.get_running_loop()
+        self._bound = loop.time() + discarding.BOUND_S
+        super().__init__(close_all(sessions, label), loop=loop)
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        return self.get_loop().time() >= self._bound and super().cancel(msg)
 
 
 async def close_all(sessions: Sessions, label: str) -> None:
@@ -108,33 +119,26 @@ def close_aside(sessions: Sessions, label: str) -> None:
             kill = kill or _kill(failure)
             _give_up(database, session, label, failure)
     if left:
-        _start(left, label, 1)
+        _keep(_Closing(left, label)).add_done_callback(partial(_ended, left, label))
     if kill is not None:
         raise kill
 
 
 def run_aside(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """Run `work` in a task of ours, in the running loop, and keep it until it is done."""
-    task = asyncio.get_running_loop().create_task(work)
+    return _keep(asyncio.get_running_loop().create_task(work))
+
+
+def _keep(task: asyncio.Task[None]) -> asyncio.Task[None]:
     _under_way.add(task)
     task.add_done_callback(_under_way.discard)
     return task
 
 
-def _start(sessions: Sessions, label: str, attempt: int) -> None:
-    run_aside(close_all(sessions, label)).add_done_callback(partial(_ended, sessions, label, attempt))
-
-
-def _ended(sessions: Sessions, label: str, attempt: int, task: asyncio.Task[None]) -> None:
+def _ended(sessions: Sessions, label: str, task: asyncio.Task[None]) -> None:
     if not task.cancelled():
         task.exception()  # seen
-    if not sessions:
-        return
-    # Cancelled before its first step, as asyncio.run() does to everything at its end.
-    if attempt < _STARTS:
-        _start(sessions, label, attempt + 1)
-    else:
-        discard_all(sessions, label)
+    discard_all(sessions, label)  # nothing, unless it was cancelled before its first step, past its bound
 
 
 def close_dropped(sessions: Sessions, label: str, loop: asyncio.AbstractEventLoop | None) -> None:
