@@ -59,8 +59,11 @@ class Calls:
             TypeError: the factory cannot be called with these, in Python's own words.
             UnusableArgument: one cannot be hashed.
         """
-        if _PLAIN.issuperset(map(type, args)) and _PLAIN.issuperset(map(type, kwargs.values())):
-            return self._remembered(*args, **kwargs)
+        if _PLAIN.issuperset(map(type, args)):
+            if not kwargs:
+                return self._remembered(*args)
+            if _PLAIN.issuperset(map(type, kwargs.values())):
+                return self._remembered(*args, **kwargs)
         return self._key(*args, **kwargs)
 
     def _key(self, /, *args: Any, **kwargs: Any) -> Hashable:
