@@ -7,11 +7,13 @@
     client = await http_client("https://a.test")   # anywhere in the loop: entered by the first, shared by all
     await loop_local.aclose()                      # leaves it; without this the end of the loop does
 
-Exits run newest first: by `await aclose()`, else when asyncio.run, uvloop.run or uvicorn shut the loop down, while it
-and its executor still work, else in `loop.close()`. Each has a limited time, all run whatever fails, and the loop is
-closed in any case. An exit runs in another task than the entry did, so nothing that belongs to one task (an anyio
-cancel scope, asyncio.timeout()) may be open from one to the other; it has a copy of the contextvars context that its
-registration was made in, which is kept until then. A forked child does not run its parent's exits.
+Exits run newest first: by `await aclose()`, else when asyncio.run or uvloop.run shut the loop down, while it and its
+executor still work, else in `loop.close()`. Not after a SIGTERM under uvicorn, which lets the signal end the process
+inside the loop: there `await aclose()` at the end of the application's lifespan. Each has a limited time, all run
+whatever fails, and the loop is closed in any case. An exit runs in another task than the entry did, so nothing that
+belongs to one task (an anyio cancel scope, asyncio.timeout()) may be open from one to the other; it has a copy of the
+contextvars context that its registration was made in, which is kept until then. A forked child does not run its
+parent's exits.
 
 Every function here belongs to the loop that runs in the calling thread. Where none runs they raise LoopRequired.
 """

@@ -1,10 +1,10 @@
 """What closes a loop's resources when its user does not: the loop's own end.
 
-Two public methods of the loop are replaced on the instance. `shutdown_asyncgens()` is what asyncio.run, uvloop.run
-and uvicorn await in the running loop while its executor still works. An asynchronous generator of ours, which the
-original would close, does not do: it closes all of them at once and in no order, among them the one inside each
-object that @asynccontextmanager makes, so that resources would end before those that were built on them. `close()` is
-the last net, for who calls nothing else (gunicorn's ASGI worker).
+Two public methods of the loop are replaced on the instance. `shutdown_asyncgens()` is what asyncio.run and uvloop.run
+await in the running loop while its executor still works (uvicorn, too, but not after a SIGTERM). An asynchronous
+generator of ours, which the original would close, does not do: it closes all of them at once and in no order, among
+them the one inside each object that @asynccontextmanager makes, so that resources would end before those that were
+built on them. `close()` is the last net, for who calls nothing else (gunicorn's ASGI worker).
 """
 
 from __future__ import annotations
