@@ -1,8 +1,8 @@
 """How long MySQL and MariaDB are waited for. A silent server would keep a task for ever: the drivers have no bound on
 the handshake, and aiomysql none on an answer.
 
-A statement's answer has to be there, whole, within `read_timeout_s`: one timer of the loop for each, which closes the
-driver's connection, so that whoever reads from it gets the driver's own error of a lost connection (2013).
+A statement's answer has to be there, whole, within `read_timeout_s`. Else a timer of the loop closes the driver's
+connection, so that whoever reads from it gets the driver's own error of a lost connection (2013).
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from sqlalchemy.engine import Engine, ExceptionContext, ExecutionContext
 from dbsession.aio.kill import Killer
 from dbsession.config import DatabaseConfig
 from dbsession.keys import SCOPE
-
-_LATE = "dbsession.late"
-"""In a connection's `info`: it was closed for its silence, which says nothing of the pool's others."""
 
 # The driver's number for a server that cannot be reached, CR_CONN_HOST_ERROR.
 _CANNOT_CONNECT = 2003
@@ -49,6 +46,50 @@ def listen(engine: Engine, config: DatabaseConfig, killer: Killer | None) -> Non
     dialect.do_terminate = bounds.terminate(dialect.do_terminate)
 
 
+class _Line:
+    """An open connection of a driver, and until when an answer has to come. Lives as long as it. Written in the loop's
+    own thread, and nothing awaits between reading and writing.
+
+    Its timer outlives the answers that it is set for, and looks when it is time what is expected by then: making one
+    for each statement would take as long as the rest of what we do with a statement.
+    """
+
+    __slots__ = ("_driver", "_due", "_loop", "_timer", "late", "transport")
+
+    def __init__(self, driver: Any) -> None:
+        self._driver = weakref.ref(driver)
+        self._loop = asyncio.get_running_loop()
+        self._due: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.transport: asyncio.WriteTransport = transport_of(driver)
+        self.late = False
+        """It was closed for its silence, which says nothing of the pool's other connections."""
+
+    def expect(self, seconds: float) -> None:
+        """From now on, until `done()`: close the connection when the answer is not there in so many seconds."""
+        self._due = due = self._loop.time() + seconds
+        if self._timer is None:
+            self._timer = self._loop.call_at(due, self._look)
+        elif self._timer.when() > due:
+            self._timer.cancel()
+            self._timer = self._loop.call_at(due, self._look)
+
+    def done(self) -> None:
+        self._due = None
+
+    def _look(self) -> None:
+        self._timer = None
+        driver = self._driver()
+        if self._due is None or driver is None:
+            return
+        if self._loop.time() < self._due:
+            self._timer = self._loop.call_at(self._due, self._look)
+        else:
+            self.late = True
+            driver.close()
+            self.transport.abort()  # close() alone waits until what the server does not read is sent
+
+
 class _Bounds:
     """The bounds of one engine. Lives as long as it."""
 
@@ -56,9 +97,8 @@ class _Bounds:
         self._killer = killer
         self._connect_s = config.connect_timeout_s
         self._read_s = config.read_timeout_s
-        # A driver's connection -> what it writes to, which the driver forgets when it closes. Written when it was
-        # opened, in the loop's thread.
-        self._transports: weakref.WeakKeyDictionary[Any, asyncio.WriteTransport] = weakref.WeakKeyDictionary()
+        # By the driver's connection. Written when one was opened, in the loop's thread.
+        self._lines: weakref.WeakKeyDictionary[Any, _Line] = weakref.WeakKeyDictionary()
 
     def connecting(self, dialect: Any, _: Any, args: Any, arguments: dict[str, Any]) -> None:
         """Before a connection is opened: bound the handshake, too, whoever opens it."""
@@ -79,7 +119,7 @@ class _Bounds:
                         # that comes when the connection has just been made.
                         connection.close()
                         raise asyncio.CancelledError
-                    self._transports[connection] = transport_of(connection)
+                    self._lines[connection] = _Line(connection)
                     return connection
             except TimeoutError:
                 raise module.OperationalError(
@@ -94,40 +134,41 @@ class _Bounds:
             if not isinstance(context, ExecutionContext):
                 return execute(cursor, statement, *arguments)
             proxied = context.root_connection.connection
-            timer = self._start(proxied, self._read_s_of(proxied))
+            line = self._lines.get(proxied.driver_connection)
+            if line is None:
+                return execute(cursor, statement, *arguments)
+            info = _info_of(proxied)
+            scope = info.get(SCOPE, _nobody)()
+            own = None if scope is None else scope.read_timeout_s
+            line.expect(self._read_s if own is None else own)
             try:
                 return execute(cursor, statement, *arguments)
             except BaseException as error:
-                self._abandon_if_interrupted(proxied, context.dialect.loaded_dbapi, error)
+                module = context.dialect.loaded_dbapi
+                if self._killer is not None and (line.late or not isinstance(error, module.Error)):
+                    self._killer.abandon(info, module.driver.connect)
                 raise
             finally:
-                timer.cancel()
+                line.done()
 
         return bounded
-
-    def _abandon_if_interrupted(self, proxied: Any, module: Any, error: BaseException) -> None:
-        if self._killer is not None:
-            info = _info_of(proxied)
-            if _LATE in info or not isinstance(error, module.Error):
-                self._killer.abandon(info, module.driver.connect)
 
     def transaction_end(self, end: Callable[[Any], None]) -> Callable[[Any], None]:
-        def bounded(proxied: Any) -> None:
-            timer = self._start(proxied, self._read_s)
-            try:
-                end(proxied)
-            finally:
-                timer.cancel()
-
-        return bounded
+        return self._within(end, self._read_s)
 
     def ping(self, ping: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return self._within(ping, self._connect_s)
+
+    def _within(self, ask: Callable[[Any], Any], seconds: float) -> Callable[[Any], Any]:
         def bounded(connection: Any) -> Any:
-            timer = asyncio.get_running_loop().call_later(self._connect_s, connection.driver_connection.close)
+            line = self._lines.get(connection.driver_connection)
+            if line is None:
+                return ask(connection)
+            line.expect(seconds)
             try:
-                return ping(connection)
+                return ask(connection)
             finally:
-                timer.cancel()
+                line.done()
 
         return bounded
 
@@ -137,36 +178,20 @@ class _Bounds:
         """
 
         def bounded(connection: Any) -> None:
-            transport = self._transports.get(connection.driver_connection)
-            if transport is not None and transport.is_closing():
-                transport.abort()  # else it is kept until the server has read all that was to be sent
+            line = self._lines.get(connection.driver_connection)
+            if line is not None and line.transport.is_closing():
+                line.transport.abort()  # else it is kept until the server has read all that was to be sent
             else:
                 terminate(connection)
 
         return bounded
 
-    def _read_s_of(self, proxied: Any) -> float:
-        scope = _info_of(proxied).get(SCOPE, _nobody)()
-        own = None if scope is None else scope.read_timeout_s
-        return self._read_s if own is None else own
-
-    def _start(self, proxied: Any, seconds: float) -> asyncio.TimerHandle:
-        return asyncio.get_running_loop().call_later(seconds, self._close, proxied)
-
-    def _close(self, proxied: Any) -> None:
-        driver = proxied.driver_connection
-        if driver is not None:
-            _info_of(proxied)[_LATE] = True
-            driver.close()
-            transport = self._transports.get(driver)
-            if transport is not None:
-                transport.abort()  # close() alone waits until what the server does not read is sent
-
     def judge(self, context: ExceptionContext) -> None:
         connection = context.connection
         if connection is None or connection.closed or connection.invalidated:
             return
-        if _LATE in _info_of(connection.connection):
+        line = self._lines.get(connection.connection.driver_connection)
+        if line is not None and line.late:
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
 
