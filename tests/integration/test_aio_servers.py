@@ -86,7 +86,19 @@ class Serving:
             assert "the application's shutdown read 42" in log
 
 
-@pytest.fixture(scope="module", params=ALL, ids=lambda param: "-".join(param))
+# The others take minutes.
+QUICK = [
+    ("uvicorn", "uvloop", "fastapi_app", "mariadb"),
+    ("gunicorn", "asyncio", "starlette_app", "mariadb"),
+    ("uvicorn", "asyncio", "layered_app", "sqlite"),
+]
+assert set(QUICK) <= set(ALL)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(each, marks=[] if each in QUICK else pytest.mark.slow, id="-".join(each)) for each in ALL],
+)
 def serving(request, tmp_path_factory):
     found = Serving(request, tmp_path_factory, *request.param)
     with found.run() as server:
@@ -204,6 +216,7 @@ def test_dependency_of_fastapi_commits_what_the_endpoint_did(request, tmp_path_f
         serving.end(server)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("param", BARE, ids="-".join)
 def test_connections_are_gone_when_an_application_without_lifespan_ends(request, tmp_path_factory, param):
     serving = Serving(request, tmp_path_factory, *param)
@@ -214,6 +227,7 @@ def test_connections_are_gone_when_an_application_without_lifespan_ends(request,
         serving.end(server, cut=serving.server == "uvicorn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server_name", ["uvicorn", "gunicorn"])
 def test_connections_are_gone_when_a_client_is_still_there_at_the_end(request, tmp_path_factory, server_name):
     """A stream that goes on for ever, and a SIGTERM: both servers give it their graceful timeout. uvicorn then cancels
