@@ -207,30 +207,26 @@ def test_callback_of_the_loop_is_refused(manager, use):
 
 
 def test_thread_is_refused_while_the_parent_runs_on(manager):
-    """With the parent's context, its loop and its task in it; the thread's ident is what tells them apart."""
+    """With the parent's context, whose task asyncio names as the one that runs in the parent's loop: only the thread
+    tells the two apart."""
 
-    def use(started, go):
-        started.set()
-        assert go.wait(BOUND_S)
-        with pytest.raises(ScopeRequired, match=r"thread.*\[DBS-SCOPE-REQUIRED\]$"):
-            manager.get()()
-        with pytest.raises(ScopeRequired):
-            manager.get().add(object())
+    def use(used):
+        try:
+            with pytest.raises(ScopeRequired, match=r"thread.*\[DBS-SCOPE-REQUIRED\]$"):
+                manager.get()()
+            with pytest.raises(ScopeRequired):
+                manager.get().add(object())
+        finally:
+            used.set()
 
     async def main():
         loop, mine = asyncio.get_running_loop(), manager.get()()
-        started, go = threading.Event(), threading.Event()
-        context = contextvars.copy_context()
-        jobs = [
-            asyncio.create_task(asyncio.to_thread(use, started, go)),
-            loop.run_in_executor(None, context.run, use, started, go),
-        ]
-        while not started.is_set():
-            await asyncio.sleep(0.001)
-        async with manager.scope():
-            assert manager.get()() is not mine  # the task runs on, and uses its own
-            go.set()
-            await asyncio.gather(*jobs)
+        for in_context in (contextvars.copy_context().run, lambda use, used: use(used)):
+            used = threading.Event()
+            job = loop.run_in_executor(None, in_context, use, used)
+            assert used.wait(BOUND_S)  # in the middle of this task's step
+            await job
+            await asyncio.to_thread(use, used)
         assert manager.get()() is mine
 
     run(main)
