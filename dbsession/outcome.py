@@ -49,7 +49,7 @@ class TransactionWatch:
         self._ever_doomed = False  # so that no statement looks for what nearly never is there
 
     def listen(self, engine: Engine) -> None:
-        if self._backend == "sqlite":
+        if self._backend == "sqlite" and not engine.dialect.is_async:
             return  # in this process: nothing is lost on the way, and nothing undone behind our back
         # The dialect is the engine's own, and that of the engines made from it by execution_options().
         dialect: Any = engine.dialect
