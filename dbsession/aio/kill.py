@@ -16,6 +16,7 @@ from typing import Any
 
 from dbsession.aio import closing
 from dbsession.errors import describe
+from dbsession.mysql import codes
 from dbsession.stats import Stats
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 SEEN_AS = "dbsession.seen_as"
 """In a connection's `info`: (thread id, HOST) at the server."""
 
+_NO_SUCH_THREAD = 1094  # it has ended since we looked
 _TIMEOUT_S = 3.0  # for a KILL, the side connection included
 _NOT_FOR_SIDE = ("async_creator_fn", "cursor_cls", "cursorclass", "database", "db", "init_command", "sql_mode")
 
@@ -84,7 +86,12 @@ class Killer:
                 await cursor.execute("SELECT HOST FROM information_schema.PROCESSLIST WHERE ID = %s", (thread_id,))
                 row = await cursor.fetchone()
                 if row is not None and row[0] == host:
-                    await cursor.execute(f"KILL {thread_id:d}")
-                    self._stats.kills += 1
+                    try:
+                        await cursor.execute(f"KILL {thread_id:d}")
+                    except Exception as error:
+                        if codes.number(error) != _NO_SUCH_THREAD:
+                            raise
+                    else:
+                        self._stats.kills += 1
         finally:
             side.close()
