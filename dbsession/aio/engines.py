@@ -41,6 +41,11 @@ class Links:
     def listen(self, engine: AsyncEngine) -> None:
         sync = engine.sync_engine
         event.listen(sync, "connect", self._connected)
+        if self._config.backend == "sqlite":
+            # First of all, because SQLAlchemy's own listeners await, and may be cancelled.
+            event.listen(sync, "connect", self._opened, insert=True)
+            dialect: Any = sync.dialect
+            dialect.do_terminate = self.threads.terminate(dialect.do_terminate)
         event.listen(sync, "checkin", self._returned)
         event.listen(sync, "invalidate", self._invalidated)
         event.listen(sync, "do_execute", self._executing)
@@ -53,11 +58,13 @@ class Links:
             sync.pool.name = self._config.name
             sync.pool.stats = self.stats
 
+    def _opened(self, connection: Any, _: Any) -> None:
+        self.threads.watch(connection.driver_connection)
+
     def _connected(self, connection: Any, record: Any) -> None:
         self.stats.connects += 1
         self._records.add(record)
         if self._config.backend == "sqlite":
-            self.threads.watch(connection.driver_connection)
             sqlite_files.set_pragmas(connection, self._config.readonly)
         elif self._config.readonly and self._config.backend in ("mysql", "mariadb"):
             cursor = connection.cursor()

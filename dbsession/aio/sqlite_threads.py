@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from dbsession.discarding import BOUND_S
@@ -41,6 +42,19 @@ class Threads:
             return ending
 
         driver.stop = stop
+
+    def terminate(self, terminate: Callable[[Any], None]) -> Callable[[Any], None]:
+        """For connections that are of no use any more: their threads close them, and nobody waits for that. A second
+        cancellation there would take the place of the first, and of what it says of a COMMIT."""
+
+        def stopped(connection: Any) -> None:
+            stop = getattr(connection.driver_connection, "stop", None)
+            if stop is None:
+                terminate(connection)  # another driver
+            else:
+                stop()
+
+        return stopped
 
     async def ended(self) -> None:
         """Wait for those that are ending, for at most BOUND_S seconds. A thread that answers a loop that is closed by
