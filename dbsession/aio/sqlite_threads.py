@@ -48,11 +48,21 @@ class Threads:
         cancellation there would take the place of the first, and of what it says of a COMMIT."""
 
         def stopped(connection: Any) -> None:
-            stop = getattr(connection.driver_connection, "stop", None)
-            if stop is None:
+            driver = connection.driver_connection
+            if not hasattr(driver, "stop"):
                 terminate(connection)  # another driver
-            else:
-                stop()
+                return
+            # SQLite keeps a closed connection, and its write lock, as long as somebody keeps a cursor of it; a
+            # traceback may. The first step of rollback() puts it into the thread's queue.
+            rollback = driver.rollback()
+            try:
+                asyncio.get_running_loop()
+                rollback.send(None).cancel()
+            except (RuntimeError, ValueError):  # a destructor, where no loop runs; or it is closed already
+                pass
+            finally:
+                rollback.close()
+            driver.stop()
 
         return stopped
 
