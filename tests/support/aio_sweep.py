@@ -19,15 +19,14 @@ import logging
 import socket
 import sys
 import traceback
-import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import pymysql
-
 from dbsession import sessions
-from support.aio_victim import CREATE, VARIANTS, Bare, Managed, Told, Variant, Work, WrongRow
+from support.aio_admin import MariaDBAdmin, SQLiteAdmin
+from support.aio_cancel import KINDS, Kind, stepped
+from support.aio_victim import VARIANTS, Bare, Managed, Told, Variant, Work, WrongRow
 from support.processes import run_python
 
 LOST = "places of the pool lost"
@@ -35,11 +34,6 @@ LOST = "places of the pool lost"
 RECV_MAX = 7
 MISSES = 3  # in a row, and the sweep is over: connecting does not always await as often
 ENDED_WITHIN_S = 8.0  # the teardown's own bound is 5
-LEVEL_STEPS = 100  # as many cancellations one after another at most
-
-
-class Boom(Exception):
-    """The failure of the victim's sibling in a TaskGroup."""
 
 
 @dataclass
@@ -54,145 +48,14 @@ class Report:
 def run_sweep(
     url: str, root_socket: object, variant: str, kind: str, loop: str = "asyncio", *, bare: bool = False
 ) -> Report:
-    """The report of a sweep in a process of its own, against the database `url` of the server behind `root_socket`;
-    `bare`: of SQLAlchemy alone, up to the first lost place."""
+    """The report of a sweep in a process of its own, against the database `url` (of the server behind `root_socket`,
+    or a file); `bare`: of SQLAlchemy alone, up to the first lost place."""
     source = "from support import aio_sweep\naio_sweep.main()"
     done = run_python(source, url, root_socket, variant, kind, loop, int(bare), timeout=150)
     report = Report(**json.loads(done.stdout))
     if done.stderr and not report.faults:  # a connection left to the garbage collector, a task's lost exception
         report.faults.append({"what": "it wrote to stderr", "detail": done.stderr})
     return report
-
-
-@types.coroutine
-def stepped(work: Coroutine[Any, Any, None], at: Callable[[Any], None]) -> Generator[Any, Any, None]:
-    """Run `work`, and call `at(what it waits for)` at each of its suspensions, just before the task is suspended."""
-    error: BaseException | None = None
-    while True:
-        try:
-            awaited = work.send(None) if error is None else work.throw(error)
-        except StopIteration:
-            return
-        at(awaited)
-        error = None
-        try:
-            yield awaited
-        except BaseException as raised:
-            error = raised
-
-
-class Kind:
-    """One way of being cancelled. Lives for one victim."""
-
-    raised: type[BaseException] = asyncio.CancelledError  # what comes out of `around`
-    aside = False  # it comes by way of others, and the victim may have ended meanwhile
-
-    def __init__(self) -> None:
-        self.victim: asyncio.Task[None]
-
-    def at(self, step: int, awaited: Any) -> None:
-        """At a suspension; `step` is 0 at the k-th."""
-        if step == 0:
-            self.victim.cancel()
-
-    async def around(self, work: Awaitable[None]) -> None:
-        await work
-
-
-class Late(Kind):
-    """When what it waits for is there, and it has not seen it yet."""
-
-    def at(self, step: int, awaited: Any) -> None:
-        if step == 0:
-            if isinstance(awaited, asyncio.Future):
-                awaited.add_done_callback(lambda _: self.victim.cancel())  # before the task's own, which wakes it
-            else:
-                self.victim.cancel()
-
-
-class Twice(Kind):
-    """And again when it waits in what the first cancellation has started."""
-
-    def at(self, step: int, awaited: Any) -> None:
-        if step in (0, 1):
-            self.victim.cancel()
-
-
-class Level(Kind):
-    """As anyio does: again and again until it ends."""
-
-    def at(self, step: int, awaited: Any) -> None:
-        if 0 <= step < LEVEL_STEPS:
-            self.victim.cancel()
-
-
-class Timeout(Kind):
-    """By asyncio.timeout()."""
-
-    raised = TimeoutError
-    aside = True
-
-    def at(self, step: int, awaited: Any) -> None:
-        if step == 0:
-            self._timeout.reschedule(asyncio.get_running_loop().time())
-
-    async def around(self, work: Awaitable[None]) -> None:
-        async with asyncio.timeout(None) as self._timeout:
-            await work
-
-
-class WaitFor(Kind):
-    """Its caller waits for it in asyncio.wait_for(), which runs it in a task of its own."""
-
-    def at(self, step: int, awaited: Any) -> None:
-        if step == 0:
-            self._inner.cancel()
-
-    async def around(self, work: Awaitable[None]) -> None:
-        async def inner() -> None:
-            await work
-
-        self._inner = asyncio.ensure_future(inner())
-        await asyncio.wait_for(self._inner, 60)
-
-
-class Group(Kind):
-    """Its sibling in a TaskGroup fails."""
-
-    raised = ExceptionGroup
-    aside = True
-
-    def at(self, step: int, awaited: Any) -> None:
-        if step == 0:
-            self._fail.set()
-
-    async def around(self, work: Awaitable[None]) -> None:
-        self._fail = asyncio.Event()
-
-        async def inner() -> None:
-            try:
-                await work
-            finally:
-                sibling.cancel()
-
-        async def fail() -> None:
-            await self._fail.wait()
-            raise Boom
-
-        async with asyncio.TaskGroup() as group:
-            sibling = group.create_task(fail())
-            group.create_task(inner())
-
-
-KINDS: dict[str, type[Kind]] = {
-    "cancel": Kind,
-    "late": Late,
-    "twice": Twice,
-    "level": Level,
-    "timeout": Timeout,
-    "wait_for": WaitFor,
-    "group": Group,
-}
 
 
 class Sweep:
@@ -204,10 +67,7 @@ class Sweep:
         self._armed = False
         self._said: list[str] = []
         self.report = Report()
-        root = pymysql.connect(unix_socket=root_socket, user="root", autocommit=True, database=url.rpartition("/")[2])
-        self._admin = root.cursor()
-        self._admin.execute(CREATE)
-        self._database = url.rpartition("/")[2]
+        self._admin = SQLiteAdmin(url) if url.startswith("sqlite") else MariaDBAdmin(url, root_socket)
 
     async def run(self) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: self._said.append(str(context)))
@@ -231,7 +91,7 @@ class Sweep:
         await world.dispose()
         if not self._bare:
             with self._failing("connections are left at the server") as fault:
-                await until(lambda: not self._connections(), 5)
+                await until(lambda: not self._admin.connections(), 5)
             for what, detail in fault:
                 self._fault(k, what, "", detail)
 
@@ -330,12 +190,11 @@ class Sweep:
         for each in fault:
             yield each
         with self._failing("a transaction is still open at the server") as fault:
-            await until(lambda: not self._open_transactions(), 2)
+            await until(lambda: not self._admin.open_transactions(), 2)
         for each in fault:
             yield each
         for name in self._variant.names:
-            self._admin.execute("SELECT COUNT(*) FROM unit WHERE token = %s", (f"{token}-{name}",))
-            (stored,) = self._admin.fetchone()
+            stored = self._admin.stored(f"{token}-{name}")
             detail = f"outcome {told.outcome!r}, {told.error!r}"
             if told.lie(name, stored):
                 yield f"{name}: {told.lie(name, stored)}", detail
@@ -367,15 +226,6 @@ class Sweep:
         for task in done:
             task.result()
         assert not world.in_use()
-
-    def _open_transactions(self) -> int:
-        # Not information_schema.innodb_trx: who reads that again within 100 ms sees what it was before.
-        self._admin.execute("SHOW ENGINE INNODB STATUS")
-        return str(self._admin.fetchone()[2]).count(", ACTIVE ")
-
-    def _connections(self) -> int:
-        self._admin.execute("SELECT COUNT(*) FROM information_schema.processlist WHERE user = 'app'")
-        return int(self._admin.fetchone()[0])
 
     def _listen_to_warnings(self) -> None:
         # Not those of a session that a cancelled teardown gives up, nor SQLAlchemy's of a cancelled reset.

@@ -63,7 +63,6 @@ class Row(Base):
     payload: Mapped[str]
 
 
-CREATE = "CREATE TABLE unit (id INTEGER PRIMARY KEY AUTO_INCREMENT, token VARCHAR(40), payload LONGTEXT, KEY (token))"
 INSERT = text("INSERT INTO unit (token, payload) VALUES (:token, :payload)")
 COUNT = text("SELECT COUNT(*) FROM unit WHERE token = :token")
 MANY = text("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20) SELECT :token FROM n")
@@ -212,6 +211,7 @@ class Work:
             expect(await session.scalar(text("SELECT :token"), {"token": mine}), mine)
             await self.world.between(self.variant.between)
         expect(await session.scalar(text("SELECT :token"), {"token": mine}), mine)
+        await asyncio.sleep(0)  # something else, while the transaction is open
         if self.variant.stream:
             result = await session.stream(MANY, {"token": mine})
             expect([row[0] for row in await result.fetchmany(3)], [mine] * 3)
