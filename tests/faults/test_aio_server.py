@@ -187,6 +187,24 @@ def test_cancelled_statement_ends_at_once_when_the_server_stops_reading_it(throu
     run(work)
 
 
+def test_fetch_from_a_stream_ends_with_an_error_when_the_server_falls_silent(through, proxy):
+    async def work():
+        manager = managed(through, read_timeout_s=SHORT_S, connect_timeout_s=5)
+        async with manager.scope():
+            rows = await manager.get().stream(text("SELECT REPEAT('x', 10000) FROM seq_1_to_10000"))
+            await rows.fetchmany(10)
+            proxy.stall("to_client")
+            async with loop_goes_on():
+                with fails(2013):
+                    async with asyncio.timeout(5):
+                        await rows.fetchall()
+        await nothing_in_use(manager)
+        proxy.resume()
+        await one(manager)
+
+    run(work)
+
+
 def test_late_statement_leaves_the_other_connections_alone(url):
     async def work():
         manager = managed(url, read_timeout_s=SHORT_S, options={"pool_size": 2})
