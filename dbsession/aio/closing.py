@@ -24,14 +24,14 @@ Sessions = dict[Any, Any]  # databases.Database -> sessions.AsyncSession, the us
 _under_way: set[asyncio.Task[None]] = set()
 
 
-class _Closing(asyncio.Task[None]):
-    """A closing task, which ends by itself within BOUND_S: so only that bound can cancel it. asyncio.run() and others
+class _Aside(asyncio.Task[None]):
+    """A task of ours, which ends by itself within its bound: so only that can cancel it. asyncio.run() and others
     cancel everything at their end and wait for it."""
 
-    def __init__(self, sessions: Sessions, label: str) -> None:
+    def __init__(self, work: Coroutine[Any, Any, None], bound_s: float) -> None:
         loop = asyncio.get_running_loop()
-        self._bound = loop.time() + discarding.BOUND_S
-        super().__init__(close_all(sessions, label), loop=loop)
+        self._bound = loop.time() + bound_s
+        super().__init__(work, loop=loop)
 
     def cancel(self, msg: Any | None = None) -> bool:
         return self.get_loop().time() >= self._bound and super().cancel(msg)
@@ -119,17 +119,15 @@ def close_aside(sessions: Sessions, label: str) -> None:
             kill = kill or _kill(failure)
             _give_up(database, session, label, failure)
     if left:
-        _keep(_Closing(left, label)).add_done_callback(partial(_ended, left, label))
+        run_aside(close_all(left, label), discarding.BOUND_S).add_done_callback(partial(_ended, left, label))
     if kill is not None:
         raise kill
 
 
-def run_aside(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """Run `work` in a task of ours, in the running loop, and keep it until it is done."""
-    return _keep(asyncio.get_running_loop().create_task(work))
-
-
-def _keep(task: asyncio.Task[None]) -> asyncio.Task[None]:
+def run_aside(work: Coroutine[Any, Any, None], bound_s: float) -> asyncio.Task[None]:
+    """Run `work`, which takes at most `bound_s` seconds, in a task of ours in the running loop, and keep it until it
+    is done."""
+    task = _Aside(work, bound_s)
     _under_way.add(task)
     task.add_done_callback(_under_way.discard)
     return task

@@ -140,7 +140,7 @@ class LoopDatabases:
         for database in self._built.values():
             database.retire()
             self._retired.append(database)
-            closing.run_aside(self._dispose(database))
+            closing.run_aside(self._dispose(database), discarding.BOUND_S)
         self._built = {}
 
     async def _dispose(self, database: Database) -> None:

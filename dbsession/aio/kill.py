@@ -59,17 +59,25 @@ class Killer:
             self._abandoned.append(seen_as)
             if not self._working:
                 self._working = True
-                closing.run_aside(self._work(connect)).add_done_callback(self._worked)
+                closing.run_aside(self._work(connect), _TIMEOUT_S).add_done_callback(self._worked)
 
     def _worked(self, _: object) -> None:
         self._working = False  # or it was cancelled before its first step
 
     async def _work(self, connect: Any) -> None:
+        task: Any = asyncio.current_task()
         while self._abandoned:
             thread_id, host = self._abandoned.popleft()
             try:
                 async with asyncio.timeout(_TIMEOUT_S):
-                    await self._kill(connect, thread_id, host)
+                    try:
+                        await self._kill(connect, thread_id, host)
+                    except asyncio.CancelledError:
+                        if task.cancelling():
+                            raise
+                        # Not this task, but one that the driver has made to connect: asyncio.run() cancels all there
+                        # are at its end, once.
+                        await self._kill(connect, thread_id, host)
             except Exception as error:
                 logger.warning(
                     "Database %r: an abandoned statement could not be ended at the server, where it may run on: %s.",

@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import text
 
 from dbsession import aio
+from support.waiting import wait_until
 
 DRIVERS = ("asyncmy", "aiomysql")
 
@@ -37,6 +38,27 @@ def test_statement_is_ended_at_the_server_when_its_task_is_cancelled(driver, mar
 
     asyncio.run(main())
     assert not mariadb.processlist()
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_statement_is_ended_at_the_server_when_the_loop_ends_with_its_task(driver, mariadb, mariadb_url):
+    """asyncio.run() cancels at its end what runs, the task that says KILL, too. A SLEEP ends by itself after 5 s, when it
+    sees that its client has gone."""
+    manager = aio.SessionManager({"default": mariadb_url.replace("pymysql", driver)})
+
+    def running():
+        return [each for each in mariadb.processlist() if "SLEEP(60" in (each["info"] or "")]
+
+    async def main():
+        async with asyncio.timeout(10) as limit:
+            task = asyncio.create_task(manager.get("default").execute(text("SELECT SLEEP(60)")))
+            await until(running)
+            limit.reschedule(0)
+            await task
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(main())
+    wait_until(lambda: not running(), 2, "the statement has ended")
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
