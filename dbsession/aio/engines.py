@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import event
@@ -40,12 +41,13 @@ class Links:
 
     def listen(self, engine: AsyncEngine) -> None:
         sync = engine.sync_engine
+        dialect: Any = sync.dialect  # the engine's own, and that of the engines made from it by execution_options()
         event.listen(sync, "connect", self._connected)
         if self._config.backend == "sqlite":
             # First of all, because SQLAlchemy's own listeners await, and may be cancelled.
             event.listen(sync, "connect", self._opened, insert=True)
-            dialect: Any = sync.dialect
             dialect.do_terminate = self.threads.terminate(dialect.do_terminate)
+        dialect.reset_isolation_level = self._level_taken_back(dialect.reset_isolation_level)
         event.listen(sync, "checkin", self._returned)
         event.listen(sync, "invalidate", self._invalidated)
         event.listen(sync, "do_execute", self._executing)
@@ -77,6 +79,24 @@ class Links:
         if connection is not None and self.closing:
             record.close()
 
+    def _level_taken_back(self, reset: Callable[[Any], None]) -> Callable[[Any], None]:
+        """What SQLAlchemy calls when a connection with an isolation level of its own comes back. It calls it where
+        nobody expects an error: that, or a cancellation, would cost a place in the pool."""
+
+        def taken_back(connection: Any) -> None:
+            try:
+                reset(connection)
+            except BaseException as error:
+                record = next((each for each in list(self._records) if each.dbapi_connection is connection), None)
+                if record is None:
+                    raise
+                kill = _discarded(record, error)
+                if kill is not None:
+                    record.checkin(_fairy_was_created=False)  # where a kill ends what called this
+                    raise kill from None
+
+        return taken_back
+
     def _invalidated(self, *_: object) -> None:
         self.stats.invalidated += 1
 
@@ -91,6 +111,16 @@ class Links:
         for record in list(self._records):
             if record.dbapi_connection is not None:
                 await greenlet_spawn(record.invalidate)
+
+
+def _discarded(record: Any, error: BaseException) -> BaseException | None:
+    """Throw the connection of a pool's `record` away because of `error`; return the first kill of both."""
+    kill = None if isinstance(error, Exception) else error
+    try:
+        record.invalidate(error)
+    except BaseException as another:
+        kill = kill or (None if isinstance(another, Exception) else another)
+    return kill
 
 
 def build(config: DatabaseConfig) -> tuple[AsyncEngine, Links]:

@@ -42,8 +42,8 @@ def test_statement_is_ended_at_the_server_when_its_task_is_cancelled(driver, mar
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_statement_is_ended_at_the_server_when_the_loop_ends_with_its_task(driver, mariadb, mariadb_url):
-    """asyncio.run() cancels at its end what runs, the task that says KILL, too. A SLEEP ends by itself after 5 s, when it
-    sees that its client has gone."""
+    """asyncio.run() cancels at its end what runs, the task that says KILL, too. A SLEEP ends by itself after 5 s,
+    when it sees that its client has gone."""
     manager = aio.SessionManager({"default": mariadb_url.replace("pymysql", driver)})
 
     def running():

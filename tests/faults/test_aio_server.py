@@ -342,6 +342,31 @@ def test_statement_fails_once_when_it_is_killed(verb, numbers, mariadb, url):
     run(work)
 
 
+def test_connection_with_a_level_of_its_own_costs_no_place_when_it_is_lost_on_its_return(mariadb, url):
+    manager = managed(url)
+
+    async def work():
+        async with manager.scope():
+            session = manager.get()
+            await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
+            number = await session.scalar(text("SELECT CONNECTION_ID()"))
+
+            dialect = manager.engine().sync_engine.dialect
+            roll_back = dialect.do_rollback
+
+            def then_kill(proxied):
+                roll_back(proxied)
+                with mariadb.root() as cursor:
+                    cursor.execute(f"KILL {number}")
+
+            dialect.do_rollback = then_kill  # after which the level is taken back
+            await session.commit()
+        await nothing_in_use(manager)
+        await one(manager)
+
+    run(work)
+
+
 def test_idle_connection_that_was_killed_costs_no_error(mariadb, url):
     async def work():
         manager = managed(url)

@@ -15,7 +15,10 @@ from support.aio_victim import VARIANTS
 DRIVERS = ("asyncmy", "aiomysql")
 
 # Each variant once, each kind once, both drivers.
-QUICK = {("small", kind, "asyncmy") for kind in KINDS} | {("small", "cancel", "aiomysql")}
+QUICK = {("small", kind, "asyncmy") for kind in KINDS} | {
+    ("small", "cancel", "aiomysql"),
+    ("level", "cancel", "asyncmy"),
+}
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in product(VARIANTS, KINDS, DRIVERS)
 ]

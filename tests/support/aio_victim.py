@@ -29,6 +29,7 @@ class Variant:
     orm: bool = False  # inserts by a flush
     commit: bool = True  # else it leaves its writes to the teardown
     holders: int = 0  # others that hold a connection when it comes
+    level: str = ""  # its isolation level, if it has one of its own
     between: str = ""  # a verb of the manager, called before the commit and after it
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -48,6 +49,7 @@ VARIANTS = {
     "middleware": Variant(run="in_request"),
     "cleared": Variant(between="clear"),
     "released": Variant(between="release"),
+    "level": Variant(level="READ COMMITTED"),
     "one_place": Variant(options={"pool_size": 1}),
 }
 
@@ -210,6 +212,8 @@ class Work:
         if self.variant.between:
             expect(await session.scalar(text("SELECT :token"), {"token": mine}), mine)
             await self.world.between(self.variant.between)
+        if self.variant.level:
+            await session.connection(execution_options={"isolation_level": self.variant.level})
         expect(await session.scalar(text("SELECT :token"), {"token": mine}), mine)
         await asyncio.sleep(0)  # something else, while the transaction is open
         if self.variant.stream:

@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import os
 import socket
+import types
 
 import gevent
 import gevent.threadpool
@@ -230,6 +231,17 @@ def test_sqlalchemys_asyncio_pool_is_a_queue_pool_and_makes_nothing_of_a_loop_un
         assert getattr(AsyncAdaptedQueuePool, name) is getattr(QueuePool, name), name
     pool = AsyncAdaptedQueuePool(object, timeout=None)
     assert pool._timeout is None and pool._dialect.is_async
+
+
+def test_sqlalchemy_checks_a_record_in_that_has_no_proxy_any_more():
+    """aio.engines finishes a checkin that a cancellation has ended in the middle."""
+    pool = QueuePool(lambda: types.SimpleNamespace(rollback=bool, close=bool), pool_size=1, max_overflow=0)
+    proxied = pool.connect()
+    proxied._finalizer.detach()
+    record = proxied._connection_record
+    record.fairy_ref = None
+    record.checkin(_fairy_was_created=False)
+    assert pool.checkedout() == 0
 
 
 def test_sqlalchemy_tells_whether_something_can_be_awaited_here():
