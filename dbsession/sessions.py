@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 # Private, and the only way to end a session without the sweep that close() is; see ManagedSession.close.
@@ -36,6 +37,7 @@ class ManagedSession(Session):
     _database: Database
     _open_connections: tuple[Connection, ...] = ()  # those of the transaction under way
     _committed = False  # the transaction under way
+    _given_up = False  # it could not be closed, perhaps because a connection was being opened for it
     _always_closes = False  # the user's class has a close() or an expunge_all() of its own
 
     def close(self) -> None:
@@ -142,6 +144,12 @@ def unsaved(session: Any) -> str:
 
 
 def _connection_in_use(session: ManagedSession, _: SessionTransaction, connection: Connection) -> None:
+    if session._given_up:
+        discarding.discard((connection,))  # else it would stay out until the session is garbage collected
+        raise InvalidRequestError(
+            f"Database {session._database.name!r}: this session's unit of work is over, and it was given up. Another "
+            "task or thread was using it: each has to take one of its own by get_dbsession()."
+        )
     if connection not in session._open_connections:
         session._open_connections += (connection,)
         session._committed = False

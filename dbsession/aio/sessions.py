@@ -45,7 +45,9 @@ class ManagedAsyncSession(AsyncSession):
             self.close_at_once()
 
     def discard(self) -> None:
-        """Throw its connections away, and close it. Waits for nobody, and never fails."""
+        """Throw its connections away, and close it. Waits for nobody, and never fails. A connection that somebody waits
+        for with it is given back as soon as it is there."""
+        self.sync_session._given_up = True
         discarding.discard(self.sync_session._open_connections)
         try:
             self.sync_session.invalidate()

@@ -414,3 +414,26 @@ def test_connection_that_is_thrown_away_at_the_loops_end_is_waited_for(tmp_path,
     run(main)
     wait_until(lambda: threading.active_count() == threads)
     assert not failed
+
+
+def test_connection_that_another_task_waits_for_is_given_back_when_its_session_has_ended(tmp_path):
+    """A child may have been handed its parent's session, and wait in the pool when the parent is done."""
+    entry = {"url": f"sqlite:///{tmp_path}/a.db", "options": {"pool_size": 1}}
+    manager = aio.SessionManager({"default": entry})
+
+    async def main():
+        pool = manager.engine().pool
+        async with manager.engine().connect() as holder:
+            async with manager.scope():
+                session = manager.get()()
+                child = asyncio.create_task(session.execute(text("SELECT 1")))
+                while not pool.waiting():
+                    await asyncio.sleep(0)
+            await holder.close()
+        with pytest.raises(InvalidRequestError, match="unit of work is over"):
+            await child
+        assert pool.checkedout() == 0
+        async with manager.scope():
+            assert await manager.get().scalar(text("SELECT 2")) == 2
+
+    run(main)
