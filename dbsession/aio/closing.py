@@ -94,12 +94,15 @@ def _give_up(database: Any, session: Any, label: str, failure: BaseException | N
     database.stats.teardown_failures += 1
     session.discard()
     if failure is not None:
-        logger.warning(
-            "Database %r: a session of %s failed to close with %s; its connection was discarded.",
-            database.name,
-            label,
-            describe(failure),
-        )
+        try:
+            logger.warning(
+                "Database %r: a session of %s failed to close with %s; its connection was discarded.",
+                database.name,
+                label,
+                describe(failure),
+            )
+        except Exception:
+            pass  # a log handler of the user's; the other sessions are still to be closed
 
 
 def close_aside(sessions: Sessions, label: str) -> None:
@@ -165,10 +168,9 @@ def discard_all(sessions: Sessions, label: str) -> None:
             _give_up(database, session, label, None)
 
 
-async def settle(loop: asyncio.AbstractEventLoop) -> None:
-    """Wait for the closing tasks of the running `loop`; each is bounded."""
-    while True:
-        mine = [task for task in list(_under_way) if task.get_loop() is loop and task is not asyncio.current_task()]
-        if not mine:
-            return
-        await asyncio.wait(mine)
+async def settle(loop: asyncio.AbstractEventLoop, bound_s: float = discarding.BOUND_S) -> None:
+    """Wait at most `bound_s` seconds for the closing tasks of the running `loop` that there are now: a busy program
+    always has others."""
+    mine = [task for task in list(_under_way) if task.get_loop() is loop and task is not asyncio.current_task()]
+    if mine:
+        await asyncio.wait(mine, timeout=bound_s)

@@ -26,6 +26,11 @@ from dbsession.source import Source
 
 logger = logging.getLogger(__name__)
 
+# Seconds that closing tasks have at the loop's end, before the connections they use are cut off and after it. Less than
+# theirs, and together less than what an exit has there: loop_state.EXIT_TIMEOUT_S.
+_SETTLE_S = 3.5
+_LAST_S = 0.5
+
 # Every Database of this process that is still referenced. Written when one is made or goes, one set operation each: a
 # WeakSet cannot be read while another thread adds to it.
 _databases: set[weakref.ref[Database]] = set()
@@ -153,19 +158,22 @@ class LoopDatabases:
 
     async def dispose(self) -> None:
         """Close the idle connections of every engine, whatever fails; errors come together in an ExceptionGroup."""
+        await closing.settle(self._loop)
         await self._each(Database.dispose)
 
     async def dispose_and_log(self) -> None:
         """The same, but errors are logged, and each engine has BOUND_S seconds."""
+        await closing.settle(self._loop)
         await self._each(self._dispose)
 
     async def close(self) -> None:
         """Close everything, at the loop's end: first the sessions whose scopes have ended."""
+        await closing.settle(self._loop, _SETTLE_S)
         await self._each(Database.close)
+        await closing.settle(self._loop, _LAST_S)  # whose connections were cut off just now
         self._built, self._retired = {}, []
 
     async def _each(self, close: Any) -> None:
-        await closing.settle(self._loop)
         errors: list[Exception] = []
         for database in [*self._retired, *self._built.values()]:
             if database.inherited:

@@ -4,13 +4,14 @@ heals. With both drivers."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 from sqlalchemy import exc, text
 
-from dbsession import aio, discarding
+from dbsession import aio, discarding, sessions
 from support.aio_sweep import until
 from support.proxy import Proxy
 
@@ -260,6 +261,53 @@ def test_teardown_is_bounded_when_the_server_is_silent(kind, through, proxy, mon
         assert "failed to close with TimeoutError" in caplog.text
         proxy.resume()
         await one(manager)
+
+    run(work)
+
+
+def test_connections_are_cut_off_when_the_server_is_silent_at_the_loops_end(through, proxy, caplog, recwarn):
+    manager = managed(through)
+    ready, tasks = asyncio.Event(), []
+
+    async def in_transaction():
+        await manager.get().scalar(text("SELECT 1"))
+        proxy.stall()
+        ready.set()
+        await asyncio.Event().wait()
+
+    async def work():
+        tasks.append(asyncio.create_task(in_transaction()))
+        await ready.wait()
+
+    run(work)
+    tasks.clear()
+    gc.collect()
+    assert [str(each.message) for each in recwarn] == []  # such as: unclosed transport
+    assert "exits failed" not in caplog.text
+    assert not sessions._pinned
+
+
+def test_dispose_ends_when_tasks_never_stop_ending(url):
+    manager = managed(url, options={"pool_size": 10})
+
+    async def work():
+        ended = 0
+
+        async def one():
+            nonlocal ended
+            await manager.get().execute(text("SELECT 1"))  # its transaction is ended by a closing task
+            ended += 1
+
+        async def busy():
+            while True:
+                await asyncio.create_task(one())
+
+        load = [asyncio.create_task(busy()) for _ in range(5)]
+        await until(lambda: ended > 20, 10)
+        async with asyncio.timeout(discarding.BOUND_S + 2):
+            await manager.dispose()
+        for task in load:
+            task.cancel()
 
     run(work)
 

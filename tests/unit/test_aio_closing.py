@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import sqlite3
 import threading
 
@@ -437,3 +438,24 @@ def test_connection_that_another_task_waits_for_is_given_back_when_its_session_h
             assert await manager.get().scalar(text("SELECT 2")) == 2
 
     run(main)
+
+
+def test_log_handler_that_fails_keeps_no_session_from_being_closed(manager):
+    class Broken(logging.Handler):
+        def emit(self, record):
+            raise RuntimeError("the handler is broken")
+
+    async def main():
+        await open_all(manager)
+        for name in NAMES:
+            at_rollback(manager.engine(name), fail(ValueError()))
+        await manager.clear()
+        assert in_use(manager) == 0
+
+    handler = Broken()
+    logging.getLogger("dbsession.aio.closing").addHandler(handler)
+    try:
+        run(main)
+    finally:
+        logging.getLogger("dbsession.aio.closing").removeHandler(handler)
+    assert not sessions._pinned
