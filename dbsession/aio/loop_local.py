@@ -157,14 +157,16 @@ async def aclose(*, timeout: float | None = EXIT_TIMEOUT_S) -> None:
     """Closes the running loop's resources: awaits every exit, newest first, then empties the storage and forgets the
     singletons. Everything is usable again afterwards.
 
-    Exits registered meanwhile run too. A second call waits for the first. When the calling task is cancelled, the rest
-    is run and then the cancellation goes on.
+    Exits registered meanwhile run too: as many as there were and 10 more, since tasks that go on using what is closed
+    would keep this from ending. A second call waits for the first. When the calling task is cancelled, the rest is run
+    and then the cancellation goes on.
 
     Args:
         timeout: seconds for each exit, None without limit. One that overruns it is cancelled and given one second more.
 
     Raises:
-        ExceptionGroup: what the exits raised, and an ExitUnfinished (a TimeoutError) for each that overran its time.
+        ExceptionGroup: what the exits raised, and an ExitUnfinished (a TimeoutError) for each that overran its time, or
+            for what is left open because it was made again and again.
     """
     await running_state().close(timeout)
 

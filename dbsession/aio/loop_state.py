@@ -27,6 +27,7 @@ Callback = Callable[[], Awaitable[object]]
 
 EXIT_TIMEOUT_S = 5.0
 _CANCEL_GRACE_S = 1.0  # for an exit that ran out of time and was cancelled: its own cleaning up
+_MORE_MEANWHILE = 10  # exits, beyond as many as there were, that may be registered while they run, and run too
 
 logger = logging.getLogger("dbsession.aio.loop_local")
 
@@ -177,7 +178,8 @@ class LoopState:
         """Awaits every exit, newest first, those registered meanwhile as well, and empties the rest.
 
         The exits run in tasks of their own and one after another. A cancellation of this task is kept until the last
-        of them has ended.
+        of them has ended. Tasks that go on entering what was just closed would keep it from ever ending: of theirs a
+        limited number runs, and then the last ones stay, with the rest.
 
         Raises:
             BaseExceptionGroup: what they raised; to the loop's exception handler instead when a cancellation goes on.
@@ -187,8 +189,11 @@ class LoopState:
         failures: list[BaseException] = []
         cancelled: asyncio.CancelledError | None = None
         async with self._closing:
-            while self.exits:
-                exit, _ = self.exits.popitem()
+            old = set(self.exits)
+            meanwhile = len(old) + _MORE_MEANWHILE
+            while exit := next((each for each in reversed(self.exits) if meanwhile or each in old), None):
+                del self.exits[exit]
+                meanwhile -= exit not in old
                 self.values.pop(exit.key, None)
                 if exit.pid != os.getpid():
                     continue
@@ -202,7 +207,10 @@ class LoopState:
                 failure = _failure(task, exit.label, timeout_s if late else None)
                 if failure is not None:
                     failures.append(failure)
-            self.clear()
+            if self.exits:
+                failures.append(_still_used(self.exits))
+            else:
+                self.clear()
         if not failures:
             if cancelled is not None:
                 raise cancelled
@@ -261,6 +269,14 @@ def _failure(task: asyncio.Task[None], label: str, timeout_s: float | None) -> B
     if raised is not None:
         raised.add_note(f"raised by the exit of {label}")
     return raised
+
+
+def _still_used(exits: dict[Exit, None]) -> errors.ExitUnfinished:
+    labels = ", ".join(dict.fromkeys(exit.label for exit in exits))
+    return errors.ExitUnfinished(
+        f"Tasks of the loop went on using what was being closed, so that it was made again and again; left open: "
+        f"{labels}. End these tasks before."
+    )
 
 
 def _take_exception(task: asyncio.Task[None]) -> None:

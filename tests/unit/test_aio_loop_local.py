@@ -440,6 +440,36 @@ def test_9_exit_never_gets_what_is_closed_already(run):
     assert seen[2:] == ["-newer", "-older", "+newer", "-newer"]
 
 
+def test_9_aclose_ends_when_a_task_goes_on_using_what_is_closed(run):
+    seen = []
+
+    @loop_local.sticky_singleton_acm
+    def used():
+        return Resource("used", seen, on_exit=partial(asyncio.sleep, 0.001))
+
+    async def use():
+        while True:
+            await used()
+            await asyncio.sleep(0)
+
+    async def main():
+        await loop_local.enter(Resource("older", seen))
+        await used()
+        user = asyncio.create_task(use())
+        with pytest.raises(ExceptionGroup) as raised:
+            await loop_local.aclose()
+        (unfinished,) = raised.value.exceptions
+        assert isinstance(unfinished, errors.ExitUnfinished)
+        assert "used. End these tasks before." in str(unfinished)
+        assert seen[-1] == "-older"
+        user.cancel()
+        await asyncio.wait([user])
+        await loop_local.aclose()
+        assert seen.count("+used") == seen.count("-used")
+
+    run(main())
+
+
 def test_9_loop_closed_inside_another_warns_and_closes(new_loop, caplog):
     seen = []
 
