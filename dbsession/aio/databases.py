@@ -168,10 +168,15 @@ class LoopDatabases:
 
     async def close(self) -> None:
         """Close everything, at the loop's end: first the sessions whose scopes have ended."""
-        await closing.settle(self._loop, _SETTLE_S)
-        await self._each(Database.close)
-        await closing.settle(self._loop, _LAST_S)  # whose connections were cut off just now
-        self._built, self._retired = {}, []
+        # Older exits that use a session get databases that are closed after them.
+        loop_local.storage().pop(self._owner, None)
+        try:
+            await closing.settle(self._loop, _SETTLE_S)
+            await self._each(Database.close)
+            await closing.settle(self._loop, _LAST_S)  # whose connections were cut off just now
+        finally:
+            self._built, self._retired = {}, []
+            self._owner.forget()  # a proxy's shortcut would keep this loop alive
 
     async def _each(self, close: Any) -> None:
         errors: list[Exception] = []

@@ -77,6 +77,8 @@ class DatabaseOwner(Protocol):
 
     def database(self, name: str) -> Any: ...
 
+    def forget(self) -> None: ...
+
 
 class SessionFactory(async_sessionmaker[Any]):
     """An async_sessionmaker whose call without arguments, which every first use in a scope makes, copies none."""

@@ -468,6 +468,38 @@ def test_manager_that_nobody_refers_to_goes_with_its_loops(url):
     assert all(each.retired or each.inherited or each.owner is not None for each in databases.all_databases())
 
 
+def test_loop_is_not_kept_alive_by_a_proxy_that_was_used_in_it(url):
+    import gc
+    import weakref
+
+    manager = aio.SessionManager({"a": url})
+
+    async def main():
+        assert await manager.get("a").scalar(ONE) == 1
+        return weakref.ref(asyncio.get_running_loop())
+
+    loop = run(main)
+    gc.collect()
+    assert loop() is None
+
+
+def test_connections_that_an_older_exit_opens_are_closed_before_the_loop_ends(mariadb, mariadb_url):
+    manager = aio.SessionManager({"a": mariadb_url})
+    seen = []
+
+    async def use():
+        seen.append(await manager.get("a").scalar(text("SELECT CONNECTION_ID()")))
+
+    async def main():
+        aio.loop_local.at_close(use)  # before the first use of the database: it runs when that is closed already
+        await use()
+
+    run(main)
+    first, second = seen
+    assert first != second
+    wait_until(lambda: not {first, second} & {row["id"] for row in mariadb.processlist()}, what="no connection is left")
+
+
 # --- fork
 
 FORK = """
