@@ -85,7 +85,8 @@ async def enter(acm: AbstractAsyncContextManager[T, Any]) -> T:
 
 
 async def enter_once(acm: AbstractAsyncContextManager[T, Any]) -> T:
-    """Enters `acm`, that very object, unless it is entered in the running loop already, and leaves it as `enter` does.
+    """Enters `acm`, that very object, unless enter_once or sticky_acm has entered it in the running loop already, and
+    leaves it as `enter` does.
 
     Others that ask for the same one meanwhile wait; entering others goes on beside it. When it fails or is cancelled
     the next one enters. An object of @asynccontextmanager can be entered in one loop only: see sticky_singleton_acm.
@@ -133,6 +134,9 @@ def sticky_singleton_acm(factory: Callable[P, AbstractAsyncContextManager[T, Any
     Both `async with f(*args) as value` and `value = await f(*args)` give what it was entered with; the end of the
     block does nothing. It is left when the loop's resources are closed, or by `evict(f, *args)`. Arguments are told
     apart as by `singleton`.
+
+    Raises:
+        TypeError: `factory` is `async def`, and not made a context manager by @asynccontextmanager.
     """
     return sticky_singleton_of(factory)
 

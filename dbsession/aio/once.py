@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Generic, TypeVar
@@ -57,6 +58,11 @@ def async_singleton_of(factory: Callable[..., Awaitable[Any]]) -> Callable[..., 
 
 def sticky_singleton_of(factory: Callable[..., AbstractAsyncContextManager[T, Any]]) -> Callable[..., Sticky[T]]:
     """`factory`, whose context managers are entered once per loop."""
+    if inspect.iscoroutinefunction(factory) or inspect.isasyncgenfunction(factory):
+        raise TypeError(
+            f"sticky_singleton_acm cannot decorate {label(factory)}(), which gives no asynchronous context manager "
+            "when it is called: put it above @asynccontextmanager, or make it a `def`."
+        )
     calls = Calls(factory)
     bare = Sticky(calls, calls.label, factory)
 
@@ -80,7 +86,8 @@ def key_to_evict(what: object, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """The key of what `loop_local.evict` was told to forget."""
     calls = getattr(what, "_dbsession_calls", None)
     if isinstance(calls, Calls):
-        return calls.key(args, kwargs)
+        bound = (what.__self__,) if inspect.ismethod(what) else ()
+        return calls.key(bound + args, kwargs)
     if args or kwargs:
         raise errors.UnusableArgument(
             f"evict() got arguments for {label(what)}, which was made without: only what `singleton` or "

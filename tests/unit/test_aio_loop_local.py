@@ -818,6 +818,45 @@ def test_singleton_of_a_method_is_one_per_object(run):
     run(main())
 
 
+def test_evict_takes_a_bound_method(run):
+    class Client:
+        def __init__(self):
+            self.seen = []
+
+        @loop_local.sticky_singleton_acm
+        def resource(self, name):
+            return Resource(name, self.seen)
+
+        @classmethod
+        @loop_local.singleton
+        def of_class(cls):
+            return object()
+
+    async def main():
+        one, two = Client(), Client()
+        await one.resource("a")
+        await two.resource("a")
+        assert await loop_local.evict(one.resource, "a")
+        assert (one.seen, two.seen) == (["+a", "-a"], ["+a"])
+        first = Client.of_class()
+        assert await loop_local.evict(Client.of_class)
+        assert Client.of_class() is not first
+
+    run(main())
+
+
+def test_sticky_of_what_gives_no_context_manager_is_refused_at_once():
+    async def coroutine():
+        return Resource()
+
+    async def generator():
+        yield Resource()
+
+    for factory in (coroutine, generator):
+        with pytest.raises(TypeError, match="put it above @asynccontextmanager"):
+            loop_local.sticky_singleton_acm(factory)
+
+
 def test_singleton_recognises_every_kind_of_async_factory(run):
     class Factory:
         async def __call__(self, n):
