@@ -107,9 +107,14 @@ class Bench:
         samples = self.interleave(lambda: peers.queries(theirs, database), self.seconds * 4)
         columns = {"us": "us a query", "cpu": "CPU us"}
         self.report.table(f"{self.loop}, {database}: SELECT by primary key", samples, columns, base=peers.PASSED)
-        for case, text in ((peers.QUERY_OURS, "in a task"), (peers.QUERY_IN_SCOPE, "in a scope")):
+        # Nobody waits for the ROLLBACK at a task's end: it runs beside the next task's query, on another connection,
+        # and the time would flatter us. So that case is judged by its CPU, and the one that waits by its time.
+        for case, text, metric in (
+            (peers.QUERY_OURS, "in a task, CPU", "cpu"),
+            (peers.QUERY_IN_SCOPE, "in a scope", "us"),
+        ):
             text = f"{database}: a query {text} / an AsyncSession passed by hand"
-            self.goal(text, samples, case, peers.PASSED, NO_COST)
+            self.goal(text, samples, case, peers.PASSED, NO_COST, metric=metric)
         for metric in columns:
             self.control(f"{database}, {columns[metric]} of an AsyncSession passed", samples, peers.PASSED, metric)
         self.runner.run(theirs.dispose())
