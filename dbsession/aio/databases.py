@@ -174,6 +174,13 @@ class LoopDatabases:
             await closing.settle(self._loop, _SETTLE_S)
             await self._each(Database.close)
             await closing.settle(self._loop, _LAST_S)  # whose connections were cut off just now
+        except asyncio.CancelledError:  # out of time: what did not answer is no reason to leave the others open
+            mine = [each for each in [*self._retired, *self._built.values()] if not each.inherited]
+            for database in mine:
+                await database.links.cut()
+            for database in mine:
+                await database.links.threads.ended()
+            raise
         finally:
             self._built, self._retired = {}, []
             self._owner.forget()  # a proxy's shortcut would keep this loop alive

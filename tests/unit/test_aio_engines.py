@@ -14,11 +14,11 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPo
 
 import dbsession
 from dbsession import aio, api, created, source
-from dbsession.aio import closing, databases
+from dbsession.aio import closing, databases, nets
 from dbsession.aio.pool import FairPool
 from dbsession.aio.twins import twin
 from dbsession.config import parse
-from dbsession.errors import ConfigError, LoopRequired, UnknownDatabase
+from dbsession.errors import ConfigError, ExitUnfinished, LoopRequired, UnknownDatabase
 from support.processes import run_python
 from support.waiting import wait_until
 
@@ -498,6 +498,31 @@ def test_connections_that_an_older_exit_opens_are_closed_before_the_loop_ends(ma
     first, second = seen
     assert first != second
     wait_until(lambda: not {first, second} & {row["id"] for row in mariadb.processlist()}, what="no connection is left")
+
+
+def test_connections_are_closed_when_another_engine_does_not_close_in_time(url, mariadb, mariadb_url, monkeypatch):
+    manager = aio.SessionManager({"hangs": url, "later": mariadb_url})
+    monkeypatch.setattr(nets, "EXIT_TIMEOUT_S", 0.05)
+    pools = []
+
+    async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
+        for name in "hangs", "later":
+            async with manager.engine(name).connect() as connection:
+                await connection.execute(ONE)
+            pools.append(manager.engine(name).pool)  # kept, or a collection would close what is in it
+
+    async def hang(_):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(databases.Database, "close", hang)  # of the first one; the others' turn never comes
+
+    reported = []
+    run(main)
+    (group,) = reported
+    assert [type(each) for each in group.exceptions] == [ExitUnfinished]
+    assert [pool.checkedin() for pool in pools] == [1, 1]
+    wait_until(lambda: not mariadb.processlist(), what="no connection is left")
 
 
 # --- fork
