@@ -1030,6 +1030,43 @@ def test_cancelled_aclose_runs_the_rest_and_is_cancelled_then(run):
     run(main())
 
 
+def test_cancellation_of_aclose_goes_on_when_it_comes_after_an_exits_time(run):
+    async def main():
+        late, end = asyncio.Event(), asyncio.Event()
+
+        async def stubborn():
+            try:
+                await end.wait()
+            except asyncio.CancelledError:
+                late.set()
+                await end.wait()
+
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # hears of the ExitUnfinished
+        loop_local.at_close(stubborn)
+        closing = asyncio.create_task(loop_local.aclose(timeout=0.01))
+        await late.wait()
+        closing.cancel()
+        await asyncio.sleep(0)
+        end.set()
+        await asyncio.wait([closing])
+        assert closing.cancelled()
+
+    run(main())
+
+
+def test_evict_runs_no_exit_that_aclose_runs_meanwhile(run):
+    seen = []
+    resource = Resource("twice", seen, on_exit=partial(asyncio.sleep, 0))
+
+    async def main():
+        await loop_local.enter(resource)
+        await loop_local.enter(resource)
+        assert await asyncio.gather(loop_local.evict(resource), loop_local.aclose()) == [True, None]
+
+    run(main())
+    assert seen == ["+twice", "+twice", "-twice", "-twice"]
+
+
 def test_exit_that_is_cancelled_from_outside_is_told_of(run):
     async def cancel_me():
         asyncio.current_task().cancel()
