@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import event
@@ -90,39 +90,6 @@ class _Line:
             self.transport.abort()  # close() alone waits until what the server does not read is sent
 
 
-class _Stream:
-    """A driver's cursor whose rows are still at the server, with a bound on each fetch. Lives as long as SQLAlchemy's
-    cursor, which keeps it where the driver's was: private, and there is no event for a fetch."""
-
-    def __init__(self, cursor: Any, line: _Line, seconds: float) -> None:
-        self._of = cursor
-        self._line = line
-        self._seconds = seconds
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._of, name)
-
-    async def fetchone(self) -> Any:
-        return await self._within(self._of.fetchone())
-
-    async def fetchmany(self, size: int | None = None) -> Any:
-        return await self._within(self._of.fetchmany(size=size))
-
-    async def fetchall(self) -> Any:
-        return await self._within(self._of.fetchall())
-
-    async def close(self) -> None:
-        """Reads what is left."""
-        await self._within(self._of.close())
-
-    async def _within(self, work: Awaitable[Any]) -> Any:
-        self._line.expect(self._seconds)
-        try:
-            return await work
-        finally:
-            self._line.done()
-
-
 class _Bounds:
     """The bounds of one engine. Lives as long as it."""
 
@@ -173,13 +140,9 @@ class _Bounds:
             info = _info_of(proxied)
             scope = info.get(SCOPE, _nobody)()
             own = None if scope is None else scope.read_timeout_s
-            seconds = self._read_s if own is None else own
-            line.expect(seconds)
+            line.expect(self._read_s if own is None else own)
             try:
-                result = execute(cursor, statement, *arguments)
-                if cursor.server_side:
-                    cursor._cursor = _Stream(cursor._cursor, line, seconds)
-                return result
+                return execute(cursor, statement, *arguments)
             except BaseException as error:
                 module = context.dialect.loaded_dbapi
                 if self._killer is not None and (line.late or not isinstance(error, module.Error)):

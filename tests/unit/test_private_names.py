@@ -15,7 +15,6 @@ import pymysql
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
 from sqlalchemy import create_engine, text
-from sqlalchemy.connectors.asyncio import AsyncAdapt_dbapi_cursor, AsyncAdapt_dbapi_ss_cursor
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import QueuePool
 
@@ -71,12 +70,6 @@ def test_asyncio_drivers_have_their_transport_in_an_attribute(mariadb_url, drive
         assert transport.is_closing()
 
     asyncio.run(work())
-
-
-def test_sqlalchemys_asyncio_cursor_keeps_the_drivers_in_an_attribute():
-    """What is put there is what a stream's rows are fetched from: see tests/faults/test_aio_server.py."""
-    assert "_cursor" in AsyncAdapt_dbapi_cursor.__slots__
-    assert (AsyncAdapt_dbapi_cursor.server_side, AsyncAdapt_dbapi_ss_cursor.server_side) == (False, True)
 
 
 def test_sqlalchemy_record_without_its_connection_is_not_reset_when_collected(tmp_path):
