@@ -42,6 +42,9 @@ def listen(engine: Engine, config: DatabaseConfig, killer: Killer | None) -> Non
         setattr(dialect, name, bounds.statement(getattr(dialect, name)))
     for name in ("do_commit", "do_rollback"):
         setattr(dialect, name, bounds.transaction_end(getattr(dialect, name)))
+    event.listen(engine, "connect", bounds.opened, insert=True)
+    event.listen(engine, "connect", bounds.ready)
+    dialect.set_isolation_level = bounds.level_set(dialect.set_isolation_level)
     dialect.do_ping = bounds.ping(dialect.do_ping)
     dialect.do_terminate = bounds.terminate(dialect.do_terminate)
 
@@ -65,17 +68,22 @@ class _Line:
         self.late = False
         """It was closed for its silence, which says nothing of the pool's other connections."""
 
-    def expect(self, seconds: float) -> None:
-        """From now on, until `done()`: close the connection when the answer is not there in so many seconds."""
-        self._due = due = self._loop.time() + seconds
+    def expect(self, seconds: float) -> float | None:
+        """From now on, until `done()`: close the connection when the answer is not there in so many seconds. Returns
+        what `done()` needs: until when what this is a part of is expected."""
+        earlier, due = self._due, self._loop.time() + seconds
+        if earlier is not None and earlier < due:
+            due = earlier
+        self._due = due
         if self._timer is None:
             self._timer = self._loop.call_at(due, self._look)
         elif self._timer.when() > due:
             self._timer.cancel()
             self._timer = self._loop.call_at(due, self._look)
+        return earlier
 
-    def done(self) -> None:
-        self._due = None
+    def done(self, earlier: float | None) -> None:
+        self._due = earlier
 
     def _look(self) -> None:
         self._timer = None
@@ -140,7 +148,7 @@ class _Bounds:
             info = _info_of(proxied)
             scope = info.get(SCOPE, _nobody)()
             own = None if scope is None else scope.read_timeout_s
-            line.expect(self._read_s if own is None else own)
+            earlier = line.expect(self._read_s if own is None else own)
             try:
                 return execute(cursor, statement, *arguments)
             except BaseException as error:
@@ -149,7 +157,7 @@ class _Bounds:
                     self._killer.abandon(info, module.driver.connect)
                 raise
             finally:
-                line.done()
+                line.done(earlier)
 
         return bounded
 
@@ -159,16 +167,31 @@ class _Bounds:
     def ping(self, ping: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return self._within(ping, self._connect_s)
 
-    def _within(self, ask: Callable[[Any], Any], seconds: float) -> Callable[[Any], Any]:
-        def bounded(connection: Any) -> Any:
+    def level_set(self, set_level: Callable[..., Any]) -> Callable[..., Any]:
+        return self._within(set_level, self._read_s)
+
+    def opened(self, connection: Any, _: Any) -> None:
+        """Before anything is asked of a new connection, by SQLAlchemy or by us: all of that is a part of connecting."""
+        line = self._lines.get(connection.driver_connection)
+        if line is not None:
+            line.expect(self._connect_s)
+
+    def ready(self, connection: Any, _: Any) -> None:
+        """After that."""
+        line = self._lines.get(connection.driver_connection)
+        if line is not None:
+            line.done(None)
+
+    def _within(self, ask: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def bounded(connection: Any, *arguments: Any) -> Any:
             line = self._lines.get(connection.driver_connection)
             if line is None:
-                return ask(connection)
-            line.expect(seconds)
+                return ask(connection, *arguments)
+            earlier = line.expect(seconds)
             try:
-                return ask(connection)
+                return ask(connection, *arguments)
             finally:
-                line.done()
+                line.done(earlier)
 
         return bounded
 

@@ -9,7 +9,7 @@ import socket
 from contextlib import asynccontextmanager, contextmanager
 
 import pytest
-from sqlalchemy import exc, text
+from sqlalchemy import event, exc, text
 
 from dbsession import aio, discarding, sessions
 from support.aio_sweep import until
@@ -108,6 +108,38 @@ def test_connecting_ends_with_an_error_when_nobody_greets(driver):
 
     with socket.create_server(("127.0.0.1", 0)) as mute:
         run(work)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_connecting_ends_with_an_error_when_the_server_is_silent_after_the_handshake(first, through, proxy):
+    """SQLAlchemy asks the first connection what its server can, and we ask each who it is."""
+
+    async def work():
+        manager = managed(through, connect_timeout_s=SHORT_S)
+        if not first:
+            await one(manager)
+            await manager.dispose()
+        event.listen(manager.engine().sync_engine, "connect", lambda *_: proxy.stall(), insert=True)
+        async with loop_goes_on():
+            with fails(2013):
+                await one(manager)
+        await nothing_in_use(manager)
+
+    run(work)
+
+
+def test_setting_a_level_ends_with_an_error_when_the_server_is_silent(through, proxy):
+    async def work():
+        manager = managed(through, read_timeout_s=SHORT_S)
+        await one(manager)
+        event.listen(manager.engine().sync_engine, "set_connection_execution_options", lambda *_: proxy.stall())
+        async with loop_goes_on(), manager.scope():
+            with pytest.raises(Exception, match="2013"):  # the driver's own, which SQLAlchemy does not wrap here
+                await manager.get().connection(execution_options={"isolation_level": "READ COMMITTED"})
+        proxy.resume()
+        await nothing_in_use(manager)
+
+    run(work)
 
 
 def test_use_ends_with_an_error_when_the_server_is_silent_at_the_liveness_check(through, proxy):
