@@ -1,8 +1,9 @@
 """How long MySQL and MariaDB are waited for. A silent server would keep a task for ever: the drivers have no bound on
 the handshake, and aiomysql none on an answer.
 
-A statement's answer has to be there, whole, within `read_timeout_s`. Else a timer of the loop closes the driver's
-connection, so that whoever reads from it gets the driver's own error of a lost connection (2013).
+A statement's answer has to be there, whole, within `read_timeout_s`; of a server-side cursor that to each fetch. Else a
+timer of the loop closes the driver's connection, so that whoever reads from it gets the driver's own error of a lost
+connection (2013).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExceptionContext, ExecutionContext
 
 from dbsession.aio.kill import Killer
+from dbsession.aio.line import Line, Stream
 from dbsession.config import DatabaseConfig
 from dbsession.keys import SCOPE
 
@@ -40,62 +42,14 @@ def listen(engine: Engine, config: DatabaseConfig, killer: Killer | None) -> Non
     # The dialect is the engine's own, and that of the engines made from it by execution_options().
     for name in ("do_execute", "do_executemany", "do_execute_no_params"):
         setattr(dialect, name, bounds.statement(getattr(dialect, name)))
-    for name in ("do_commit", "do_rollback"):
-        setattr(dialect, name, bounds.transaction_end(getattr(dialect, name)))
+    dialect.do_commit = bounds.commit(dialect.do_commit)
+    dialect.do_rollback = bounds.rollback(dialect.do_rollback)
+    dialect.execution_ctx_cls = bounds.streaming(dialect.execution_ctx_cls)
     event.listen(engine, "connect", bounds.opened, insert=True)
     event.listen(engine, "connect", bounds.ready)
     dialect.set_isolation_level = bounds.level_set(dialect.set_isolation_level)
     dialect.do_ping = bounds.ping(dialect.do_ping)
     dialect.do_terminate = bounds.terminate(dialect.do_terminate)
-
-
-class _Line:
-    """An open connection of a driver, and until when an answer has to come. Lives as long as it. Written in the loop's
-    own thread, and nothing awaits between reading and writing.
-
-    Its timer outlives the answers that it is set for, and looks when it is time what is expected by then: making one
-    for each statement would take as long as the rest of what we do with a statement.
-    """
-
-    __slots__ = ("_driver", "_due", "_loop", "_timer", "late", "transport")
-
-    def __init__(self, driver: Any) -> None:
-        self._driver = weakref.ref(driver)
-        self._loop = asyncio.get_running_loop()
-        self._due: float | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self.transport: asyncio.WriteTransport = transport_of(driver)
-        self.late = False
-        """It was closed for its silence, which says nothing of the pool's other connections."""
-
-    def expect(self, seconds: float) -> float | None:
-        """From now on, until `done()`: close the connection when the answer is not there in so many seconds. Returns
-        what `done()` needs: until when what this is a part of is expected."""
-        earlier, due = self._due, self._loop.time() + seconds
-        if earlier is not None and earlier < due:
-            due = earlier
-        self._due = due
-        if self._timer is None:
-            self._timer = self._loop.call_at(due, self._look)
-        elif self._timer.when() > due:
-            self._timer.cancel()
-            self._timer = self._loop.call_at(due, self._look)
-        return earlier
-
-    def done(self, earlier: float | None) -> None:
-        self._due = earlier
-
-    def _look(self) -> None:
-        self._timer = None
-        driver = self._driver()
-        if self._due is None or driver is None:
-            return
-        if self._loop.time() < self._due:
-            self._timer = self._loop.call_at(self._due, self._look)
-        else:
-            self.late = True
-            driver.close()
-            self.transport.abort()  # close() alone waits until what the server does not read is sent
 
 
 class _Bounds:
@@ -106,7 +60,7 @@ class _Bounds:
         self._connect_s = config.connect_timeout_s
         self._read_s = config.read_timeout_s
         # By the driver's connection. Written when one was opened, in the loop's thread.
-        self._lines: weakref.WeakKeyDictionary[Any, _Line] = weakref.WeakKeyDictionary()
+        self._lines: weakref.WeakKeyDictionary[Any, Line] = weakref.WeakKeyDictionary()
 
     def connecting(self, dialect: Any, _: Any, args: Any, arguments: dict[str, Any]) -> None:
         """Before a connection is opened: bound the handshake, too, whoever opens it."""
@@ -127,7 +81,7 @@ class _Bounds:
                         # that comes when the connection has just been made.
                         connection.close()
                         raise asyncio.CancelledError
-                    self._lines[connection] = _Line(connection)
+                    self._lines[connection] = Line(connection)
                     return connection
             except TimeoutError:
                 raise module.OperationalError(
@@ -146,9 +100,7 @@ class _Bounds:
             if line is None:
                 return execute(cursor, statement, *arguments)
             info = _info_of(proxied)
-            scope = info.get(SCOPE, _nobody)()
-            own = None if scope is None else scope.read_timeout_s
-            earlier = line.expect(self._read_s if own is None else own)
+            earlier = line.expect(self._read_s_of(info))
             try:
                 return execute(cursor, statement, *arguments)
             except BaseException as error:
@@ -161,8 +113,43 @@ class _Bounds:
 
         return bounded
 
-    def transaction_end(self, end: Callable[[Any], None]) -> Callable[[Any], None]:
-        return self._within(end, self._read_s)
+    def _read_s_of(self, info: dict[Any, Any]) -> float:
+        scope = info.get(SCOPE, _nobody)()
+        own: float | None = None if scope is None else scope.read_timeout_s
+        return self._read_s if own is None else own
+
+    def streaming(self, context_class: Any) -> Any:
+        """The class of the dialect's execution contexts, with server-side cursors that are bounded."""
+        bounds = self
+
+        class Context(context_class):  # type: ignore[misc]
+            def create_server_side_cursor(self) -> Any:
+                cursor = super().create_server_side_cursor()
+                proxied = self.root_connection.connection
+                line = bounds._lines.get(proxied.driver_connection)
+                if line is None:
+                    return cursor
+                return Stream(cursor, line, bounds._read_s_of(_info_of(proxied)), self.root_connection)
+
+        return Context
+
+    def commit(self, commit: Callable[[Any], None]) -> Callable[[Any], None]:
+        return self._within(commit, self._read_s)
+
+    def rollback(self, rollback: Callable[[Any], None]) -> Callable[[Any], None]:
+        bounded = self._within(rollback, self._read_s)
+
+        def unless_unread(proxied: Any) -> None:
+            driver = proxied.driver_connection
+            line = self._lines.get(driver)
+            reader = None if line is None or line.unread is None else line.unread()
+            if line is None or reader is None or not reader.in_transaction():
+                bounded(proxied)
+            else:  # the rest, perhaps millions of rows, is not read for a ROLLBACK: the server does it when we are gone
+                line.cut_off(driver)
+                reader.invalidate()
+
+        return unless_unread
 
     def ping(self, ping: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return self._within(ping, self._connect_s)
@@ -217,12 +204,6 @@ class _Bounds:
         if line is not None and line.late:
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
-
-
-def transport_of(driver: Any) -> Any:
-    """Through which an open connection of a driver is written to. Private, and nothing else tells."""
-    writer = getattr(driver, "_writer", None)  # of aiomysql
-    return driver._transport if writer is None else writer.transport
 
 
 def _info_of(proxied: Any) -> dict[Any, Any]:

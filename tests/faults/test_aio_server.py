@@ -18,6 +18,7 @@ from support.proxy import Proxy
 DEADLINE_S = 30  # of a whole test, far beyond every bound in it
 SHORT_S = 0.4
 TICK_S = 0.01
+MANY_ROWS = text("SELECT seq, REPEAT('x', 200) FROM seq_1_to_5000000")
 
 
 @pytest.fixture(params=["asyncmy", "aiomysql"])
@@ -220,20 +221,63 @@ def test_cancelled_statement_ends_at_once_when_the_server_stops_reading_it(throu
     run(work)
 
 
-def test_fetch_from_a_stream_ends_with_an_error_when_the_server_falls_silent(through, proxy):
+def test_fetch_of_a_stream_ends_with_an_error_when_the_server_is_silent(through, proxy):
     async def work():
-        manager = managed(through, read_timeout_s=SHORT_S, connect_timeout_s=5)
+        manager = managed(through, read_timeout_s=SHORT_S)
         async with manager.scope():
-            rows = await manager.get().stream(text("SELECT REPEAT('x', 10000) FROM seq_1_to_10000"))
-            await rows.fetchmany(10)
-            proxy.stall("to_client")
+            rows = await manager.get().stream(MANY_ROWS)
+            assert (await rows.fetchone())[0] == 1
+            proxy.stall()
             async with loop_goes_on():
                 with fails(2013):
-                    async with asyncio.timeout(5):
-                        await rows.fetchall()
-        await nothing_in_use(manager)
+                    await rows.all()
         proxy.resume()
+        await nothing_in_use(manager)
         await one(manager)
+
+    run(work)
+
+
+@pytest.mark.parametrize("end", ["scope", "rollback", "release"])
+def test_rest_of_a_stream_is_not_read_when_it_ends_in_the_middle(end, url, caplog, recwarn):
+    """The server would have to send all of it first, and the teardown to give up after its bound."""
+    manager = managed(url)
+
+    async def work():
+        async with manager.scope():
+            session = manager.get()
+            number = await session.scalar(text("SELECT CONNECTION_ID()"))
+            async for row in await session.stream(MANY_ROWS):
+                assert row[0] == 1
+                break
+            if end != "scope":
+                await (session.rollback() if end == "rollback" else manager.release())
+                assert await session.scalar(text("SELECT 7")) == 7
+        await nothing_in_use(manager)
+        assert await one(manager) != number
+        assert manager.database("default").stats.teardown_failures == 0
+
+    run(work)
+    assert not caplog.records and not recwarn.list
+
+
+def test_connection_stays_when_a_stream_was_read_or_closed(url):
+    async def work():
+        manager = managed(url)
+        numbers = set()
+        for way in ("all", "close", "commit"):
+            async with manager.scope():
+                session = manager.get()
+                rows = await session.stream(text("SELECT seq FROM seq_1_to_100"))
+                assert (await rows.fetchone())[0] == 1
+                if way == "all":
+                    assert len(await rows.all()) == 99
+                else:
+                    await rows.close()
+                if way == "commit":
+                    await session.commit()
+                numbers.add(await session.scalar(text("SELECT CONNECTION_ID()")))
+        assert len(numbers) == 1
 
     run(work)
 

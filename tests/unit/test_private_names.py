@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import QueuePool
 
 from dbsession import fork, hub
-from dbsession.aio import bounds
+from dbsession.aio import line
 from support.processes import run_python
 
 
@@ -63,7 +63,7 @@ def test_asyncio_drivers_have_their_transport_in_an_attribute(mariadb_url, drive
         engine = create_async_engine(mariadb_url.replace("pymysql", driver))
         async with engine.connect() as connection:
             held = (await connection.get_raw_connection()).driver_connection
-            transport = bounds.transport_of(held)
+            transport = line.transport_of(held)
             assert isinstance(transport, asyncio.WriteTransport)
             assert not transport.is_closing()
         await engine.dispose()

@@ -1,0 +1,121 @@
+"""An open connection to MySQL or MariaDB, of which an answer is expected by some time."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+
+class Line:
+    """An open connection of a driver, and until when an answer has to come. Lives as long as it. Written in the loop's
+    own thread, and nothing awaits between reading and writing.
+
+    Its timer outlives the answers that it is set for, and looks when it is time what is expected by then: making one
+    for each statement would take as long as the rest of what we do with a statement.
+    """
+
+    __slots__ = ("_driver", "_due", "_loop", "_timer", "late", "transport", "unread")
+
+    def __init__(self, driver: Any) -> None:
+        self._driver = weakref.ref(driver)
+        self._loop = asyncio.get_running_loop()
+        self._due: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.transport: asyncio.WriteTransport = transport_of(driver)
+        self.late = False
+        """It was closed for its silence, which says nothing of the pool's other connections."""
+        self.unread: weakref.ref[Connection] | None = None
+        """Who reads the rows of a server-side cursor that have not all been sent yet."""
+
+    def expect(self, seconds: float) -> float | None:
+        """From now on, until `done()`: close the connection when the answer is not there in so many seconds. Returns
+        what `done()` needs: until when what this is a part of is expected."""
+        earlier, due = self._due, self._loop.time() + seconds
+        if earlier is not None and earlier < due:
+            due = earlier
+        self._due = due
+        if self._timer is None:
+            self._timer = self._loop.call_at(due, self._look)
+        elif self._timer.when() > due:
+            self._timer.cancel()
+            self._timer = self._loop.call_at(due, self._look)
+        return earlier
+
+    def done(self, earlier: float | None) -> None:
+        self._due = earlier
+
+    def _look(self) -> None:
+        self._timer = None
+        driver = self._driver()
+        if self._due is None or driver is None:
+            return
+        if self._loop.time() < self._due:
+            self._timer = self._loop.call_at(self._due, self._look)
+        else:
+            self.late = True
+            self.cut_off(driver)
+
+    def cut_off(self, driver: Any) -> None:
+        driver.close()
+        self.transport.abort()  # close() alone waits until what the server does not read is sent
+
+
+class Stream:
+    """A server-side cursor whose fetches are bounded, one by one. Lives as long as its result."""
+
+    def __init__(self, cursor: Any, line: Line, seconds: float, reader: Connection) -> None:
+        self._cursor = cursor
+        self._line = line
+        self._seconds = seconds
+        self._reader = weakref.ref(reader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cursor, name)
+
+    def execute(self, *arguments: Any) -> Any:
+        found = self._cursor.execute(*arguments)  # bounded as a statement
+        if self._cursor.description is not None:
+            self._line.unread = self._reader
+        return found
+
+    def fetchone(self) -> Any:
+        row = self._within(self._cursor.fetchone)
+        if row is None:
+            self._ended()
+        return row
+
+    def fetchmany(self, size: int | None = None) -> Any:
+        rows = self._within(self._cursor.fetchmany, size)
+        if not rows:
+            self._ended()
+        return rows
+
+    def fetchall(self) -> Any:
+        rows = self._within(self._cursor.fetchall)
+        self._ended()
+        return rows
+
+    def close(self) -> None:
+        self._within(self._cursor.close)  # reads what is left
+        self._ended()
+
+    def _within(self, read: Callable[..., Any], *arguments: Any) -> Any:
+        earlier = self._line.expect(self._seconds)
+        try:
+            return read(*arguments)
+        finally:
+            self._line.done(earlier)
+
+    def _ended(self) -> None:
+        if self._line.unread is self._reader:
+            self._line.unread = None
+
+
+def transport_of(driver: Any) -> Any:
+    """Through which an open connection of a driver is written to. Private, and nothing else tells."""
+    writer = getattr(driver, "_writer", None)  # of aiomysql
+    return driver._transport if writer is None else writer.transport
