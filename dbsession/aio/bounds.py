@@ -67,10 +67,10 @@ class _Bounds:
         module = dialect.loaded_dbapi
         connect = arguments.get("async_creator_fn") or module.driver.connect
         seconds = self._connect_s
-        if self._killer is not None:
-            self._killer.arguments = dict(arguments)
 
         async def within(*args: Any, **arguments: Any) -> Any:
+            if self._killer is not None:
+                self._killer.arguments = dict(arguments)  # as the user's own listeners have left them: a token, perhaps
             task: Any = asyncio.current_task()
             cancelled = task.cancelling()
             try:

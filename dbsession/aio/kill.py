@@ -55,7 +55,7 @@ class Killer:
     def abandon(self, info: dict[Any, Any], connect: Any) -> None:
         """Have the statement of the connection with this `info` ended. Does not wait. `connect` is the driver's."""
         seen_as = info.get(SEEN_AS)
-        if seen_as is not None:
+        if seen_as is not None and self.arguments:  # else an `async_creator` has opened it, and nobody knows how
             self._abandoned.append(seen_as)
             if not self._working:
                 self._working = True

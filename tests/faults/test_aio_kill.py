@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
+from sqlalchemy.engine import make_url
 
 from dbsession import aio
 from support.waiting import wait_until
@@ -77,6 +78,27 @@ def test_another_client_is_left_alone_when_it_has_the_thread_id(driver, mariadb,
         assert manager.database("default").stats.kills == 0
 
     asyncio.run(main())
+
+
+def test_statement_is_ended_when_the_password_comes_from_a_listener(mariadb, mariadb_url, caplog):
+    """As the tokens of cloud databases do, which are made for each connection."""
+    url = make_url(mariadb_url.replace("pymysql", "asyncmy"))
+    manager = aio.SessionManager({"default": url.set(password="another")})
+
+    async def main():
+        @event.listens_for(manager.engine().sync_engine, "do_connect")
+        def give_password(dialect, record, args, arguments):
+            arguments["password"] = url.password
+
+        task = asyncio.create_task(manager.get("default").execute(text("SELECT SLEEP(60)")))
+        await until(lambda: any("SLEEP(60" in (each["info"] or "") for each in mariadb.processlist()))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: manager.database("default").stats.kills == 1 or caplog.records)
+
+    asyncio.run(main())
+    assert not caplog.records
 
 
 def test_nothing_is_killed_when_kill_abandoned_is_off(mariadb, mariadb_url):
