@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Callable
+from contextvars import Context
 from typing import Any
 
 from sqlalchemy.engine import Connection
@@ -18,11 +19,12 @@ class Line:
     for each statement would take as long as the rest of what we do with a statement.
     """
 
-    __slots__ = ("_driver", "_due", "_loop", "_timer", "late", "transport", "unread")
+    __slots__ = ("_context", "_driver", "_due", "_loop", "_timer", "late", "transport", "unread")
 
     def __init__(self, driver: Any) -> None:
         self._driver = weakref.ref(driver)
         self._loop = asyncio.get_running_loop()
+        self._context = Context()  # empty: the timer would keep that of the request in which it was started
         self._due: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.transport: asyncio.WriteTransport = transport_of(driver)
@@ -39,10 +41,10 @@ class Line:
             due = earlier
         self._due = due
         if self._timer is None:
-            self._timer = self._loop.call_at(due, self._look)
+            self._timer = self._loop.call_at(due, self._look, context=self._context)
         elif self._timer.when() > due:
             self._timer.cancel()
-            self._timer = self._loop.call_at(due, self._look)
+            self._timer = self._loop.call_at(due, self._look, context=self._context)
         return earlier
 
     def done(self, earlier: float | None) -> None:
@@ -54,7 +56,7 @@ class Line:
         if self._due is None or driver is None:
             return
         if self._loop.time() < self._due:
-            self._timer = self._loop.call_at(self._due, self._look)
+            self._timer = self._loop.call_at(self._due, self._look, context=self._context)
         else:
             self.late = True
             self.cut_off(driver)
