@@ -48,7 +48,7 @@ def reap(pids):
             get_original("time", "sleep")(0.005) if sys.argv[2] != "patched" else gevent.sleep(0.005)
 """
 
-GEVENT = pytest.mark.parametrize("gevent_mode", ["patched", "plain"])
+GEVENT = pytest.mark.parametrize("gevent_mode", ["patched", pytest.param("plain", marks=pytest.mark.slow)])
 
 
 @GEVENT

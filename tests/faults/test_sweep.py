@@ -9,8 +9,8 @@ import pytest
 
 from support.sweep import KILLS, LOST, VARIANTS, run_sweep
 
-# Nearly each variant once, with the exception that SQLAlchemy knows least about, and each exception once.
-QUICK = {(variant, "Boom") for variant in VARIANTS if variant != "two"} | {("small", kill) for kill in KILLS}
+# Every second variant, with the exception that SQLAlchemy knows least about, and each exception once.
+QUICK = {(variant, "Boom") for variant in sorted(VARIANTS)[::2]} | {("small", kill) for kill in KILLS}
 PAIRS = [
     pytest.param(variant, kill, marks=() if (variant, kill) in QUICK else pytest.mark.slow)
     for variant, kill in product(VARIANTS, KILLS)

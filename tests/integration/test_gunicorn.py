@@ -22,7 +22,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=["sqlite", "mariadb"])
+@pytest.fixture(params=[pytest.param("sqlite", marks=pytest.mark.slow), "mariadb"])
 def url(request, tmp_path):
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/a.db"

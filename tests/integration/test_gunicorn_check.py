@@ -10,6 +10,7 @@ import pytest
 from dbsession import gunicorn_hooks
 from dbsession.watch.facts import BOUND_S
 from support.gunicorn import DEMO_CONFIG as CONFIG
+from support.gunicorn import PRELOAD
 from support.gunicorn import serve_probe as serve
 from support.proxy import Proxy
 from support.waiting import wait_until
@@ -23,7 +24,7 @@ def logged(server, text):
     return [line for line in server.logs().splitlines() if "dbsession check: " in line]
 
 
-@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["no preload", "preload"])
+@pytest.mark.parametrize("preload", PRELOAD)
 @pytest.mark.parametrize("config", [CONFIG, LATE], ids=["patched at the top", "patched by the worker"])
 def test_first_worker_alone_logs_what_is_wrong_when_the_budget_is_exceeded(mariadb, mariadb_url, preload, config):
     with serve(mariadb_url, "--worker-connections=30", *preload, config=config, workers=2) as server:
@@ -57,7 +58,7 @@ def test_check_says_nothing_but_one_info_when_all_is_well(mariadb_url, tmp_path)
         assert "[INFO]" in line
 
 
-@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["no preload", "preload"])
+@pytest.mark.parametrize("preload", PRELOAD)
 def test_server_starts_and_serves_when_a_database_is_silent(mariadb, mariadb_url, tmp_path, preload):
     with Proxy(mariadb.port) as proxy:
         proxy.stall()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.gunicorn import Gunicorn
+from support.gunicorn import PRELOAD, Gunicorn
 from support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def reports(server, path):
 
 
 @pytest.mark.parametrize("config", [AT_THE_TOP, BY_THE_WORKER], ids=["patched at the top", "patched by the worker"])
-@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["no preload", "preload"])
+@pytest.mark.parametrize("preload", PRELOAD)
 def test_late_request_gets_a_503_however_gevent_came_in(tmp_path, config, preload):
     with serve(tmp_path, *preload, config=config) as server:
         answer = server.get("/late-list")
@@ -164,7 +164,7 @@ def test_deadline_ends_a_query_at_mariadb(tmp_path, mariadb_url):
 
 
 @pytest.mark.parametrize("worker", ["sync", "gthread"])
-@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["no preload", "preload"])
+@pytest.mark.parametrize("preload", PRELOAD)
 def test_worker_without_gevent_refuses_to_boot(tmp_path, worker, preload):
     server = serve(tmp_path, *preload, config=BY_THE_WORKER, worker=worker)
     with pytest.raises(RuntimeError, match="gunicorn ended with status") as caught, server:

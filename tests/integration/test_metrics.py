@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
-from support.gunicorn import Gunicorn, takes_signals
+from support.gunicorn import PRELOAD, Gunicorn, takes_signals
 from support.processes import pid_alive, wait_gone
 from support.waiting import wait_until
 
@@ -87,7 +87,7 @@ def facts(server):
     return json.loads(server.get("/facts").text)
 
 
-@pytest.mark.parametrize("preload", [["--preload"], []], ids=["preload", "no preload"])
+@pytest.mark.parametrize("preload", PRELOAD)
 @pytest.mark.parametrize("config", [CONFIG, LATE], ids=["patched at the top", "patched by the worker"])
 def test_metrics_sum_the_workers_exactly_whoever_is_scraped(tmp_path, preload, config):
     with serve(tmp_path, *preload, workers=3, config=config, METRICS_QUERY_AT_IMPORT="1") as server:

@@ -11,10 +11,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+import pytest
+
 from .processes import Supervised, child_pids, script_env, wait_gone
 from .waiting import wait_until
 
 DEMO_CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "gunicorn.conf.py"
+
+# Arguments of gunicorn, for tests where --preload is another way and not another subject.
+PRELOAD = [pytest.param([], id="no preload"), pytest.param(["--preload"], id="preload", marks=pytest.mark.slow)]
 
 
 class Response(NamedTuple):
