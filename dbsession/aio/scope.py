@@ -16,6 +16,7 @@ import os
 import sys
 from _thread import get_ident
 from contextvars import ContextVar
+from typing import Any
 
 from dbsession.aio import closing
 from dbsession.errors import ScopeEnded, ScopeRequired
@@ -92,16 +93,11 @@ def stack_here() -> Stack:
     """
     stack = here()
     if stack is None or stack.thread != get_ident() or current_task(stack.loop) is not stack.task:
-        stack = _stack_of(_running_task())
+        task: Any = _running_task()
+        stack = getattr(task, "_dbsession_aio", None)
+        if stack is None:
+            stack = task._dbsession_aio = Stack(task)  # as an attribute it goes with the task
         _here.set(stack)
-    return stack
-
-
-def _stack_of(task: asyncio.Task[object]) -> Stack:
-    stack: Stack | None = getattr(task, "_dbsession_aio", None)
-    if stack is None:
-        stack = Stack(task)
-        task._dbsession_aio = stack  # type: ignore[attr-defined]  # as an attribute it goes with the task
     return stack
 
 

@@ -184,6 +184,7 @@ class ScopeRegistry(ScopedRegistry[Any]):
         database = self.database
         if database is None or not database.serves(current.loop):
             database = self._owner.database(self._name)
+            self._remember(database)
         if earlier is not None:
             closing.close_aside({earlier: current.sessions.pop(earlier)}, current.label)
         return self._store(current, database, database.factory())
@@ -201,7 +202,6 @@ class ScopeRegistry(ScopedRegistry[Any]):
         sync._scope = weakref.ref(current)
         sync._database = database
         current.sessions[database] = session
-        self._remember(database)
         return session
 
     def _remember(self, database: Database) -> None:
