@@ -6,14 +6,18 @@ import inspect
 from collections.abc import Callable, Hashable, Mapping
 from functools import lru_cache
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 from dbsession import errors
 
+T = TypeVar("T")
+
+NO_ARGUMENT: Any = object()  # in place of the first one, where none is passed by position
 _NO_KEY = object()  # of a default that cannot be hashed: equal to no argument
 _ANY_ARGUMENTS = inspect.signature(lambda *args, **kwargs: None)
-_REMEMBERED_CALLS = 128  # of each factory, whose keys need not be found out again
+_REMEMBERED_CALLS = 1024  # of each factory, whose keys need not be found out again
 _PLAIN = frozenset((str, bytes, int, float, bool, NoneType))  # lru_cache(typed=True) tells these apart as we do
+_EXACT = _PLAIN - {float}  # where equal ones of the same type can replace each other: 0.0 and -0.0 cannot
 
 
 def label(what: object) -> str:
@@ -30,6 +34,19 @@ def typed(value: Any) -> tuple[type, Hashable]:
     if isinstance(value, frozenset):
         return type(value), frozenset(map(typed, value))
     return type(value), value
+
+
+def remember(short: dict[tuple[type, Any], T], one: Any, what: T) -> None:
+    """Writes down what was found out about the call of a factory with this one positional argument, or NO_ARGUMENT.
+
+    `short[type(one), one]` is the fastest look-up that tells such calls apart, if the argument is of one of the exact
+    types; for others nothing is written. Each factory has a `short` of its own, in all threads: any of them may write,
+    since all write the same, and what another one clears meanwhile is found out again.
+    """
+    if one is NO_ARGUMENT or type(one) in _EXACT:
+        if len(short) >= _REMEMBERED_CALLS:
+            short.clear()
+        short[type(one), one] = what
 
 
 class Calls:

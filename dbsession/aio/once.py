@@ -9,13 +9,17 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Generic, TypeVar
 
 from dbsession import errors
-from dbsession.aio.calls import Calls, label
+from dbsession.aio.calls import NO_ARGUMENT, Calls, label, remember
 from dbsession.aio.current import ABSENT, running_loop, running_state
 from dbsession.aio.loop_state import LoopState
 
 T = TypeVar("T")
 
+_Parts = tuple[Hashable, str, Callable[[], Any]]  # what a Sticky is made of
+
 _ACM = object()
+_NOT_SHORT = (KeyError, TypeError)  # not remembered, or cannot be hashed
+_NOT_THERE = (*_NOT_SHORT, *ABSENT)
 
 
 def key_of_acm(acm: object) -> Hashable:
@@ -26,14 +30,23 @@ def key_of_acm(acm: object) -> Hashable:
 def singleton_of(factory: Callable[..., Any]) -> Callable[..., Any]:
     """`factory`, whose values the loop keeps."""
     calls = Calls(factory)
+    keys: dict[tuple[type, Any], Hashable] = {}
 
-    def get(*args: Any, **kwargs: Any) -> Any:
-        key = calls.key(args, kwargs) if args or kwargs else calls
+    def get(one: Any = NO_ARGUMENT, /, *more: Any, **kwargs: Any) -> Any:
+        if not more and not kwargs:
+            try:
+                return running_loop()._dbsession_loop_local.values[keys[type(one), one]]
+            except _NOT_THERE:
+                pass
+        args = more if one is NO_ARGUMENT else (one, *more)
+        key = calls.key(args, kwargs)
+        if not more and not kwargs:
+            remember(keys, one, key)
         try:
             return running_loop()._dbsession_loop_local.values[key]
         except ABSENT:
             pass  # what the factory raises should not be "during handling" of this
-        return running_state().make(key, lambda: factory(*args, **kwargs))
+        return running_state().make(key, functools.partial(factory, *args, **kwargs))
 
     def get_without() -> Any:  # the same for a factory that takes no arguments: half the time
         try:
@@ -65,10 +78,19 @@ def sticky_singleton_of(factory: Callable[..., AbstractAsyncContextManager[T, An
         )
     calls = Calls(factory)
     bare = Sticky(calls, calls.label, factory)
+    parts: dict[tuple[type, Any], _Parts] = {}
 
-    def get(*args: Any, **kwargs: Any) -> Sticky[T]:
-        key = calls.key(args, kwargs) if args or kwargs else calls
-        return Sticky(key, calls.label, lambda: factory(*args, **kwargs))
+    def get(one: Any = NO_ARGUMENT, /, *more: Any, **kwargs: Any) -> Sticky[T]:
+        if not more and not kwargs:
+            try:
+                return Sticky(*parts[type(one), one])  # a new one: asyncio.gather() awaits the same once
+            except _NOT_SHORT:
+                pass
+        args = more if one is NO_ARGUMENT else (one, *more)
+        found: _Parts = calls.key(args, kwargs), calls.label, functools.partial(factory, *args, **kwargs)
+        if not more and not kwargs:
+            remember(parts, one, found)
+        return Sticky(*found)
 
     def get_bare() -> Sticky[T]:
         return bare
@@ -111,8 +133,11 @@ class Kept(Generic[T]):
             return value
         except ABSENT:
             pass
+        return (yield from self._made().__await__())
+
+    async def _made(self) -> T:  # apart, since the lambda's variables would slow down what is there already
         state = running_state()
-        return (yield from state.make_async(self.key, lambda: self._make(state)).__await__())
+        return await state.make_async(self.key, lambda: self._make(state))
 
 
 class Call(Kept[T], Coroutine[Any, Any, T]):
@@ -156,8 +181,13 @@ class Sticky(Kept[T]):
     def _make(self, state: LoopState) -> Awaitable[T]:
         return state.enter(self._factory(), self._label, self.key)
 
-    def __aenter__(self) -> Awaitable[T]:
-        return self
+    async def __aenter__(self) -> T:
+        try:  # not `return await self`: one step less
+            value: T = running_loop()._dbsession_loop_local.values[self.key]
+            return value
+        except ABSENT:
+            pass
+        return await self._made()
 
     def __aexit__(self, *raised: object) -> Awaitable[None]:
         return _NOTHING

@@ -14,7 +14,7 @@ import pytest
 import uvloop
 
 from dbsession import errors
-from dbsession.aio import loop_local
+from dbsession.aio import calls, loop_local
 from support.processes import run_python
 
 DEADLINE_S = 10.0  # for what must not hang
@@ -798,6 +798,119 @@ def test_nothing_is_left_of_the_turns(run, decorate):
         assert not state.turns and not state.waiting and not state.values and not state.exits
 
     run(main())
+
+
+# What is remembered of calls with one plain argument.
+
+
+class Text(str):
+    pass
+
+
+class Number(int):
+    pass
+
+
+@pytest.fixture(params=["plain", "singleton", "sticky"])
+def once(request):
+    """A function that gives the loop's value for its arguments, whose `factory` can be evicted and has `built`."""
+    built = []
+
+    def make(name="a", *rest, **more):
+        built.append(name)
+        return Resource(name)
+
+    async def make_async(name="a", *rest, **more):
+        return make(name)
+
+    async def ask(*args, **kwargs):
+        if request.param == "sticky":
+            async with ask.factory(*args, **kwargs) as value:
+                assert value is await ask.factory(*args, **kwargs)
+                return value
+        value = ask.factory(*args, **kwargs)
+        return await value if request.param == "singleton" else value
+
+    ask.built = built
+    ask.factory = {
+        "plain": lambda: loop_local.singleton(make),
+        "singleton": lambda: loop_local.singleton(make_async),
+        "sticky": lambda: loop_local.sticky_singleton_acm(make),
+    }[request.param]()
+    return ask
+
+
+def test_remembered_calls_are_told_apart_by_type(run, once):
+    different = [1, True, 1.0, "1", b"1", None, Text("1"), Number(1), (1,), (True,), 2]
+
+    async def main():
+        values = [await once(each) for each in different]
+        assert len(set(values)) == len(once.built) == len(different)
+        for _ in range(2):
+            assert values == [await once(each) for each in different]
+            assert values == [await once(each) for each in reversed(different)][::-1]
+
+    run(main())
+
+
+def test_remembered_call_is_the_same_in_all_spellings(run, once):
+    async def main():
+        for _ in range(2):
+            assert await once() is await once("a") is await once(name="a")
+            assert await once("b") is await once(name="b") is not await once("b", "b")
+            assert await once("b") is not await once("b", name_="b")
+        assert once.built == ["a", "b", "b", "b"]
+
+    run(main())
+
+
+def test_remembered_call_builds_anew_when_evicted_or_closed(run, once):
+    async def main():
+        for spelling in ((), {"name": "b"}), (("b",), {}):
+            first, other = await once("b"), await once("c")
+            assert await loop_local.evict(once.factory, *spelling[0], **spelling[1])
+            assert not await loop_local.evict(once.factory, "b")
+            assert await once("b") is await once(name="b") is not first and await once("c") is other
+            await loop_local.aclose()
+            assert not await loop_local.evict(once.factory, "b")
+            assert await once("c") is not other
+
+    run(main())
+    assert once.built == ["b", "c", "b", "c", "b", "b", "c"]
+
+
+def test_remembered_call_gets_its_own_argument_when_an_equal_one_was_evicted(run, once):
+    async def main():
+        assert str((await once(0.0)).name) == "0.0"
+        await loop_local.evict(once.factory, 0.0)
+        assert str((await once(-0.0)).name) == "-0.0"
+
+    run(main())
+
+
+def test_remembered_call_has_a_value_in_each_loop(run, once):
+    async def both():
+        first = await once("a")
+        second = await asyncio.to_thread(run, once("a"))
+        assert first is await once("a") is not second
+        return first, second
+
+    assert len({*run(both()), *run(both())}) == 4 and once.built == ["a"] * 4
+
+
+def test_number_of_remembered_calls_is_bounded(run, once):
+    short = {}
+    for each in range(5000):
+        calls.remember(short, each, each)
+        assert short[int, each] == each and len(short) <= 1024
+
+    async def main():
+        values = [await once(each) for each in range(1100)]
+        assert values == [await once(each) for each in range(1100)]
+
+    run(main())
+    for cell in once.factory.__closure__:
+        assert not isinstance(cell.cell_contents, dict) or len(cell.cell_contents) <= 1024
 
 
 def test_singleton_of_a_method_is_one_per_object(run):
