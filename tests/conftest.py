@@ -54,7 +54,8 @@ def mariadb_url(mariadb: MariaDBServer) -> Iterator[str]:
     mariadb.drop_database(name)
 
 
-@pytest.fixture(params=MODES)
+# Patched late is patched, but for what was made before; that is seldom the subject.
+@pytest.fixture(params=[pytest.param(each, marks=[pytest.mark.slow] if each == "late" else []) for each in MODES])
 def mode(request: pytest.FixtureRequest) -> str:
     """Runs the test in each of the three modes of `support.processes.run_script`."""
     return str(request.param)
