@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import weakref
 from typing import Any
 
@@ -14,7 +13,7 @@ from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import Pool, QueuePool
 
 from dbsession import created, ident, sqlite, sqlite_files
-from dbsession.config import DatabaseConfig, shown
+from dbsession.config import DatabaseConfig, refused_option, shown
 from dbsession.connections import ConnectionLinks
 from dbsession.created import Listener, Told
 from dbsession.errors import ConfigError
@@ -129,13 +128,7 @@ def build(config: DatabaseConfig, owner: DatabaseOwner) -> Database:
             "it, or name another one in the URL, such as 'mysql+pymysql://'."
         ) from None
     except Exception as error:  # each option has its own way to refuse a value
-        # The names of refused arguments; their values are not shown, they may be secrets.
-        refused = re.findall(r"'(\w+)'", str(error).split(" sent to ")[0]) if "Invalid argument" in str(error) else []
-        what = ", ".join(f"`{key}`" for key in refused) or "one of its values"
-        raise ConfigError(
-            f"Database {name!r}: create_engine refuses {what} in `options` "
-            f"({type(error).__name__}). Remove or correct it; what a pool takes depends on `poolclass`."
-        ) from None
+        raise refused_option(name, error, "create_engine", "what a pool takes depends on `poolclass`") from None
     if connector.uses_pymysql(config):
         connector.warn_of_what_is_bypassed(config, engine)
     links = ConnectionLinks(config)

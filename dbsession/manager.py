@@ -13,7 +13,7 @@ from sqlalchemy.engine import Engine
 from dbsession import block, config, engines, scope, sessions, source, teardown, transaction
 from dbsession.block import SessionScope
 from dbsession.engines import Database, EngineCache
-from dbsession.errors import UnsavedWork, describe
+from dbsession.errors import describe
 from dbsession.registry import ScopedSession
 from dbsession.scope import Scope
 
@@ -138,12 +138,7 @@ class SessionManager:
             if database.owner is self and (not names or database.name in names) and session.in_transaction()
         ]
         for database, session in held:
-            unsaved = sessions.unsaved(session)
-            if unsaved:
-                raise UnsavedWork(
-                    f"Database {database.name!r}: the session has unsaved work ({unsaved}), which releasing its "
-                    "connection would throw away. Call commit() or rollback() first; nothing was changed."
-                )
+            sessions.refuse_unsaved(database.name, session)
         for database, session in held:
             try:
                 session.rollback()  # expires every object, and keeps it attached

@@ -18,7 +18,7 @@ from sqlalchemy.orm.session import _SessionCloseState
 from dbsession import discarding
 from dbsession.config import DatabaseConfig
 from dbsession.driver import KnownConnection
-from dbsession.errors import ConfigError
+from dbsession.errors import ConfigError, UnsavedWork
 from dbsession.keys import READ_TIMEOUT, SCOPE
 from dbsession.outcome import is_autocommit, wrote
 
@@ -141,6 +141,16 @@ def unsaved(session: Any) -> str:
             return f"{count} {what} object{'s' if count > 1 else ''}"
     lost = any(held in wrote and not (held.closed or held.invalidated) for held in session._open_connections)
     return "a write sent since the last commit" if lost else ""
+
+
+def refuse_unsaved(name: str, session: Any) -> None:
+    """Raise UnsavedWork if giving the connection back would throw work of the session on `name` away."""
+    what = unsaved(session)
+    if what:
+        raise UnsavedWork(
+            f"Database {name!r}: the session has unsaved work ({what}), which releasing its connection would throw "
+            "away. Call commit() or rollback() first; nothing was changed."
+        )
 
 
 def _connection_in_use(session: ManagedSession, _: SessionTransaction, connection: Connection) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from dbsession.aio import bounds
 from dbsession.aio.kill import Killer
 from dbsession.aio.pool import FairPool
 from dbsession.aio.sqlite_threads import Threads
-from dbsession.config import DatabaseConfig
+from dbsession.config import DatabaseConfig, refused_option
 from dbsession.created import Told
 from dbsession.errors import ConfigError
 from dbsession.outcome import TransactionWatch
@@ -147,13 +146,8 @@ def build(config: DatabaseConfig) -> tuple[AsyncEngine, Links]:
             "Install it: `pip install 'dbsession[aio]'` brings aiosqlite and asyncmy; others come by their own names."
         ) from None
     except Exception as error:  # each option has its own way to refuse a value
-        # The names of refused arguments; their values are not shown, they may be secrets.
-        refused = re.findall(r"'(\w+)'", str(error).split(" sent to ")[0]) if "Invalid argument" in str(error) else []
-        what = ", ".join(f"`{key}`" for key in refused) or "one of its values"
-        raise ConfigError(
-            f"Database {name!r}: create_async_engine refuses {what} in `options` "
-            f"({type(error).__name__}). Remove or correct it; a `poolclass` has to be one for asyncio."
-        ) from None
+        hint = "a `poolclass` has to be one for asyncio"
+        raise refused_option(name, error, "create_async_engine", hint) from None
     links = Links(config)
     links.listen(engine)
     return engine, links

@@ -17,8 +17,8 @@ from dbsession.aio.block import SessionScope
 from dbsession.aio.databases import Database, check
 from dbsession.aio.sessions import AsyncScopedSession
 from dbsession.aio.twins import TwinSource
-from dbsession.errors import UnsavedWork, describe
-from dbsession.sessions import unsaved
+from dbsession.errors import describe
+from dbsession.sessions import refuse_unsaved
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +124,7 @@ class SessionManager:
             if database.owner is self and (not names or database.name in names) and session.in_transaction()
         ]
         for database, session in held:
-            what = unsaved(session.sync_session)
-            if what:
-                raise UnsavedWork(
-                    f"Database {database.name!r}: the session has unsaved work ({what}), which releasing its "
-                    "connection would throw away. Call commit() or rollback() first; nothing was changed."
-                )
+            refuse_unsaved(database.name, session.sync_session)
         for database, session in held:
             try:
                 await session.rollback()  # expires every object, and keeps it attached
