@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import random
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dbsession.config import positive_seconds
 from dbsession.errors import CommitOutcomeUnknown, ConfigError, RollbackRequired, UnsavedWork, describe
 from dbsession.mysql import codes
+from dbsession.sessions import unsaved
 
 _LONGEST_BACKOFF_S = 2.0
 
@@ -64,9 +65,16 @@ def failed_part(name: str, label: str, failed: BaseException) -> RollbackRequire
     )
 
 
-def other_work(name: str, label: str, other: str, what: str) -> UnsavedWork:
-    """The error when the unit `label` on `name` leaves unsaved work in the session of the database `other`."""
-    return UnsavedWork(
-        f"{label} is a transaction on {name!r}, but its session of {other!r} has unsaved work "
-        f"({what}) that nobody would commit. Commit it yourself; nothing was committed."
-    )
+def refuse_other_work(manager: object, name: str, label: str, sessions: Mapping[Any, Any]) -> None:
+    """Raise UnsavedWork if the unit `label`, on the database `name` of `manager`, leaves unsaved work in the session of
+    another database. `sessions` is the used set of its scope."""
+    for database, session in sessions.items():
+        session = getattr(session, "sync_session", session)
+        if (database.owner is manager and database.name == name) or not session.in_transaction():
+            continue
+        what = unsaved(session)
+        if what:
+            raise UnsavedWork(
+                f"{label} is a transaction on {name!r}, but its session of {database.name!r} has unsaved work "
+                f"({what}) that nobody would commit. Commit it yourself; nothing was committed."
+            )

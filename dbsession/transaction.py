@@ -9,11 +9,10 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, cast
 
 from dbsession import hub, scope
-from dbsession.attempts import check, failed_part, other_work, pause_s, retryable, takes_session
+from dbsession.attempts import check, failed_part, pause_s, refuse_other_work, retryable, takes_session
 from dbsession.block import session_scope
 from dbsession.errors import describe, plain
 from dbsession.scope import Scope
-from dbsession.sessions import unsaved
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class Units:
             try:
                 result = call()
                 self._refuse_failed_part(unit, name, label)
-                self._refuse_other_work(unit, name, label)
+                refuse_other_work(self._manager, name, label, unit.sessions)
                 self._manager.get(name).commit()
                 return result
             except Exception:
@@ -96,12 +95,6 @@ class Units:
         except BaseException as error:
             outer.units = {**outer.units, (self, name): error}  # half of it is done: the whole must not be committed
             raise
-
-    def _refuse_other_work(self, unit: Scope, name: str, label: str) -> None:
-        for database, session in unit.sessions.items():
-            what = unsaved(session) if database.name != name and session.in_transaction() else ""
-            if what:
-                raise other_work(name, label, database.name, what)
 
 
 def transactional(run: Callable[..., Any], func: Callable[..., Any] | None, options: dict[str, Any]) -> Any:

@@ -12,9 +12,8 @@ from typing import Any, Protocol, TypeVar, cast
 from dbsession.aio import scope
 from dbsession.aio.block import session_scope
 from dbsession.aio.scope import Scope
-from dbsession.attempts import check, failed_part, other_work, pause_s, retryable, takes_session
+from dbsession.attempts import check, failed_part, pause_s, refuse_other_work, retryable, takes_session
 from dbsession.errors import describe, plain
-from dbsession.sessions import unsaved
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ class Units:
                 failed = unit.units[(self, name)]
                 if failed is not None:
                     raise failed_part(name, label, failed) from failed
-                _refuse_other_work(unit, name, label)
+                refuse_other_work(self._manager, name, label, unit.sessions)
                 await self._manager.get(name).commit()
                 return result
             except Exception:
@@ -98,13 +97,6 @@ class Units:
 async def _result(call: Callable[[], Any]) -> Any:
     result = call()
     return await result if inspect.isawaitable(result) else result
-
-
-def _refuse_other_work(unit: Scope, name: str, label: str) -> None:
-    for database, session in unit.sessions.items():
-        what = unsaved(session.sync_session) if database.name != name and session.in_transaction() else ""
-        if what:
-            raise other_work(name, label, database.name, what)
 
 
 def transactional(run: Callable[..., Any], func: Callable[..., Any] | None, options: dict[str, Any]) -> Any:

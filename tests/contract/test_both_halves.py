@@ -939,6 +939,19 @@ async def test_unsaved_work_on_another_database_is_not_lost_in_silence(half, man
     assert (await rows(manager), await rows(manager, "other")) == ([1], [1])
 
 
+@on_both_halves
+async def test_unsaved_work_of_another_manager_is_not_lost_when_its_database_has_the_same_name(half, manager, tmp_path):
+    another = half.verbs.SessionManager({"default": f"sqlite:///{tmp_path}/another.db"})
+
+    async def work():
+        await done(another.get().execute(text("CREATE TABLE t (a INT)")))
+        await done(another.get().execute(text("INSERT INTO t VALUES (1)")))
+
+    with pytest.raises(errors.UnsavedWork, match="session of 'default'"):
+        await done(manager.run_in_transaction(unit_of(half, work)))
+    await done(another.dispose())
+
+
 @pytest.mark.parametrize(
     "options",
     [{"attempts": 0}, {"attempts": "3"}, {"attempts": True}, {"backoff_s": -1}, {"backoff_s": float("nan")}],
