@@ -19,10 +19,10 @@ class DBSessionMiddleware:
     """Wraps an ASGI 3 application. Lives as long as it; each request and each websocket has a scope of its own, found
     in `scope["dbsession.scope"]`, which is current in the task that runs the application's call.
 
-    The scope ends, and its sessions are closed, when that call returns, raises or is cancelled, as servers do to it
-    when the client is gone. So they stay while a body is streamed, after its last part while background tasks of the
-    framework run, and as long as a websocket is open: there commit or `release_dbsession()` before you wait for the
-    next message, or the connection stays taken meanwhile.
+    The scope ends, and its sessions are closed, when that call returns, raises or is cancelled, as gunicorn does to it
+    when the client is gone (under uvicorn it runs on). So they stay while a body is streamed, after its last part while
+    background tasks of the framework run, and as long as a websocket is open: there commit or `release_dbsession()`
+    before you wait for the next message, or the connection stays taken meanwhile.
 
     What a framework runs elsewhere has no part in it:
       - A child task has a scope, and sessions, of its own, closed when it is done. Starlette streams a body in one
