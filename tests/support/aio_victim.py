@@ -49,7 +49,7 @@ VARIANTS = {
     "middleware": Variant(run="in_request"),
     "cleared": Variant(between="clear"),
     "released": Variant(between="release"),
-    "level": Variant(level="READ COMMITTED"),
+    "level": Variant(level="READ UNCOMMITTED"),  # which SQLite has, too
     "one_place": Variant(options={"pool_size": 1}),
 }
 
