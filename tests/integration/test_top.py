@@ -68,7 +68,8 @@ def test_held_connection_is_shown_with_its_route_in_text_and_json(tmp_path, fold
         assert holder["statement"] == "SELECT ?"
         text = top("--once", DBSESSION_INSPECT=str(folder)).stdout
         assert text.startswith("2 workers (pid ") and "  GET /token  default  " in text and "\x1b" not in text
-        assert "probe_app.py:" in text and "in token" in text and re.search(r"default +[12] +40 ", text)
+        # A worker that has had no request has no engine yet, and so no limit to add.
+        assert "probe_app.py:" in text and "in token" in text and re.search(r"default +[12] +(20|40) ", text)
         assert "s3cret" not in text + json.dumps(told)
         assert folder.stat().st_mode & 0o777 == 0o700
         assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
