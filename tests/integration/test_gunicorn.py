@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
-from support.gunicorn import Gunicorn
+from support.gunicorn import PRELOAD, Gunicorn
 from support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ def url(request, tmp_path):
     return request.getfixturevalue("mariadb_url")
 
 
-@pytest.fixture(params=list(CONFIGS))
+@pytest.fixture(params=["patched at the top", pytest.param("patched by the worker", marks=pytest.mark.slow)])
 def config(request):
     return CONFIGS[request.param]
 
@@ -87,7 +87,7 @@ def test_f11_workers_of_a_preloading_master_that_used_the_database(url):
             assert all_at_once(server, [f"/token?token={t}" for t in tokens]) == [f"{t}/{t}" for t in tokens]
 
 
-@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["no preload", "preload"])
+@pytest.mark.parametrize("preload", PRELOAD)
 def test_f11_dirty_workers_count_as_a_fork(url, preload):
     """Forked by an arbiter of their own; with preload they inherit, twice removed, the master's connection."""
     dirty = ["--dirty-app=support.probe_dirty:Probe", "--dirty-workers=2"]
@@ -171,7 +171,7 @@ def test_unwrapped_application_is_cleaned_up_by_the_backstop(url):
         nothing_in_use(server)
 
 
-@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["no preload", "preload"])
+@pytest.mark.parametrize("preload", PRELOAD)
 def test_connections_are_bounded_and_gone_after_sigterm(mariadb, mariadb_url, preload):
     """At most workers x pool_size while it runs; none 5 s after SIGTERM."""
     user = "app"

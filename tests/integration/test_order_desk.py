@@ -29,7 +29,7 @@ from support.waiting import wait_until
 
 @pytest.fixture(
     scope="module",
-    params=["flask-sqlite", "asgi-sqlite", pytest.param("asgi-mariadb", marks=pytest.mark.mariadb)],
+    params=["flask-sqlite", "asgi-sqlite", pytest.param("asgi-mariadb", marks=[pytest.mark.mariadb, pytest.mark.slow])],
 )
 def desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """(a client of the running desk, what counts its connections in use), on two databases."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from dbsession.watch.collect import collect
-from support.gunicorn import serve_probe
+from support.gunicorn import PRELOAD, serve_probe
 from support.processes import script_env
 from support.waiting import wait_until
 
@@ -54,7 +54,7 @@ def seen(folder, pids):
     return wait_until(lambda: sorted(each["pid"] for each in collect(folder, 5).workers) == sorted(pids), 20)
 
 
-@pytest.mark.parametrize("preload", [[], ["--preload"]])
+@pytest.mark.parametrize("preload", PRELOAD)
 def test_held_connection_is_shown_with_its_route_in_text_and_json(tmp_path, folder, preload):
     # The request outlives its worker's grace: that is killed in the end.
     with serve(tmp_path, folder, *preload, "--graceful-timeout=1") as server, held(server):
