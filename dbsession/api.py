@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.engine import Engine
 
-from dbsession import block, engines, source
+from dbsession import block, created, source
 from dbsession.config import Databases
 from dbsession.created import Listener
 from dbsession.manager import SessionManager
@@ -99,7 +99,7 @@ def on_engine_created(fn: L) -> L:
     Returns:
         `fn`.
     """
-    engines.on_created(fn)
+    created.on_created(fn)
     return fn
 
 

@@ -12,10 +12,10 @@ from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import Pool, QueuePool
 
-from dbsession import created, ident, sqlite, sqlite_files
+from dbsession import ident, sqlite, sqlite_files
 from dbsession.config import DatabaseConfig, refused_option, shown
 from dbsession.connections import ConnectionLinks
-from dbsession.created import Listener, Told
+from dbsession.created import Told
 from dbsession.errors import ConfigError
 from dbsession.factory import make_factory
 from dbsession.hub import Waiter
@@ -65,7 +65,7 @@ class Database:
 
     def retire(self) -> None:
         """As `dispose()`, for good: whatever is still opened by somebody who kept the Engine is closed on return."""
-        self.retired = True
+        self.retired = self.told.over = True
         self._links.closing = True
         self.dispose()
 
@@ -84,14 +84,6 @@ class Database:
 def all_databases() -> list[Database]:
     """Those of this process, in no order."""
     return [each for each in (reference() for reference in list(_databases)) if each is not None]
-
-
-def on_created(listener: Listener) -> None:
-    """Call `listener` for each engine that there is and each that will be built, once."""
-    created.listeners.append(listener)  # first, so that none that is being built now is missed
-    for database in all_databases():
-        if not (database.inherited or database.retired):
-            database.told.tell(listener)
 
 
 def close_idle_sqlite_files() -> None:
@@ -134,8 +126,7 @@ def build(config: DatabaseConfig, owner: DatabaseOwner) -> Database:
     links = ConnectionLinks(config)
     links.listen(engine)
     database = Database(config, owner, engine, make_factory(config, engine), links)
-    for listener in list(created.listeners):
-        database.told.tell(listener)
+    database.told.tell_all()
     return database
 
 

@@ -22,7 +22,8 @@ from typing import Any, TypeVar, overload
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from dbsession.aio import block, databases, loop_local
+from dbsession import created
+from dbsession.aio import block, loop_local
 from dbsession.aio.asgi import DBSessionMiddleware
 from dbsession.aio.manager import SessionManager
 from dbsession.aio.sessions import AsyncScopedSession
@@ -154,7 +155,7 @@ def on_engine_created(fn: L) -> L:
     Returns:
         `fn`.
     """
-    databases.on_created(fn)
+    created.on_created(fn)
     return fn
 
 

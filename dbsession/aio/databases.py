@@ -16,11 +16,11 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
-from dbsession import created, discarding
+from dbsession import discarding
 from dbsession.aio import closing, engines, loop_local
 from dbsession.aio.sessions import DatabaseOwner, make_factory
 from dbsession.config import DatabaseConfig
-from dbsession.created import Listener, Told
+from dbsession.created import Told
 from dbsession.errors import describe
 from dbsession.source import Source
 
@@ -69,7 +69,7 @@ class Database:
 
     def retire(self) -> None:
         """From now on what comes back is closed."""
-        self.retired = self.links.closing = True
+        self.retired = self.links.closing = self.told.over = True
 
     async def dispose(self) -> None:
         """Close the idle connections; those in use finish, and are closed on their return."""
@@ -102,14 +102,6 @@ def all_databases() -> list[Database]:
     return [each for each in (reference() for reference in list(_databases)) if each is not None]
 
 
-def on_created(listener: Listener) -> None:
-    """Call `listener` for each engine that there is and each that will be built, once."""
-    created.listeners.append(listener)  # first, so that none that is being built now is missed
-    for database in all_databases():
-        if not (database.inherited or database.retired):
-            database.told.tell(listener)
-
-
 class LoopDatabases:
     """The databases of one manager in one loop. Lives in the loop's storage, until the loop's resources are closed."""
 
@@ -136,7 +128,7 @@ class LoopDatabases:
     def _build(self, name: str, source: Source) -> Database:
         database = Database(self._owner, source, *_parts(source.lookup(name)))
         self._built[name] = database
-        engines.tell(database.told)  # who may ask for it
+        database.told.tell_all()  # who may ask for it
         return database
 
     def _succeed(self, source: Source) -> None:
@@ -226,7 +218,7 @@ _kept: list[Database] = []  # in a forked child, the parent's: never closed, nor
 
 def _after_fork_in_child() -> None:
     for database in all_databases():
-        database.inherited = True
+        database.inherited = database.told.over = True
         _kept.append(database)
 
 

@@ -12,13 +12,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 from sqlalchemy.util import greenlet_spawn
 
-from dbsession import created, sqlite_files
+from dbsession import sqlite_files
 from dbsession.aio import bounds
 from dbsession.aio.kill import Killer
 from dbsession.aio.pool import FairPool
 from dbsession.aio.sqlite_threads import Threads
 from dbsession.config import DatabaseConfig, refused_option
-from dbsession.created import Told
 from dbsession.errors import ConfigError
 from dbsession.outcome import TransactionWatch
 from dbsession.stats import Stats
@@ -151,12 +150,6 @@ def build(config: DatabaseConfig) -> tuple[AsyncEngine, Links]:
     links = Links(config)
     links.listen(engine)
     return engine, links
-
-
-def tell(told: Told) -> None:
-    """Tell everybody who wants to know of the new engine."""
-    for listener in list(created.listeners):
-        told.tell(listener)
 
 
 def _defaults(config: DatabaseConfig, options: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from sqlalchemy import event, text
 
 import dbsession
 from dbsession import SessionManager, created
+from support.processes import run_python
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +156,27 @@ def test_function_is_not_called_again_in_a_forked_child(url):
         finally:
             os._exit(2)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_engine_of_either_half_is_told_at_once_whichever_half_is_asked(tmp_path):
+    run_python(
+        """
+        import asyncio
+        import sys
+        import dbsession
+        from dbsession import aio
+
+        dbsession.configure({"default": "sqlite:///" + sys.argv[1]})
+        dbsession.get_engine()
+
+        async def main():
+            aio.get_engine()
+            for ask in (dbsession.on_engine_created, aio.on_engine_created):
+                seen = []
+                ask(lambda name, engine: seen.append(engine.dialect.driver))
+                assert sorted(seen) == ["aiosqlite", "pysqlite"], seen
+
+        asyncio.run(main())
+        """,
+        str(tmp_path / "a.db"),
+    )
