@@ -47,10 +47,10 @@ def retryable(error: BaseException) -> bool:
     if isinstance(error, RollbackRequired):  # somebody went on after it
         return error.__cause__ is not None and retryable(error.__cause__)
     original = getattr(error, "orig", None) or error
-    return codes.is_retryable(original) or _is_sqlite_busy(original)
+    return codes.is_retryable(original) or is_sqlite_busy(original)
 
 
-def _is_sqlite_busy(error: BaseException) -> bool:
+def is_sqlite_busy(error: BaseException) -> bool:
     """Whether another writer was quicker."""
     code: int = getattr(error, "sqlite_errorcode", 0)
     return isinstance(error, sqlite3.OperationalError) and code & 0xFF == sqlite3.SQLITE_BUSY

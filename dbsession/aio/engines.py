@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
+import sqlite3
 import weakref
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
-from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util import await_, greenlet_spawn
 
 from dbsession import sqlite_files
 from dbsession.aio import bounds
 from dbsession.aio.kill import Killer
 from dbsession.aio.pool import FairPool
 from dbsession.aio.sqlite_threads import Threads
+from dbsession.attempts import is_sqlite_busy
 from dbsession.config import DatabaseConfig, refused_option
 from dbsession.errors import ConfigError
 from dbsession.outcome import TransactionWatch
 from dbsession.stats import Stats
+
+_RETRY_S = (0.001, 0.003)  # random, so that two processes do not ask in step
 
 
 class Links:
@@ -65,13 +72,25 @@ class Links:
         self.stats.connects += 1
         self._records.add(record)
         if self._config.backend == "sqlite":
-            sqlite_files.set_pragmas(connection, self._config.readonly)
+            self._set_pragmas(connection)
         elif self._config.readonly and self._config.backend in ("mysql", "mariadb"):
             cursor = connection.cursor()
             cursor.execute("SET SESSION TRANSACTION READ ONLY")
             cursor.close()
         if self._killer is not None:
             self._killer.note(connection, record.info)
+
+    def _set_pragmas(self, connection: Any) -> None:
+        # SQLite's own wait does not hold for the change of a new file to WAL: of two that do it at once one is refused.
+        end = monotonic() + self._config.busy_timeout_s
+        while True:
+            try:
+                sqlite_files.set_pragmas(connection, self._config.readonly)
+                return
+            except sqlite3.OperationalError as error:
+                if not is_sqlite_busy(error) or monotonic() > end:
+                    raise
+            await_(asyncio.sleep(random.uniform(*_RETRY_S)))
 
     def _returned(self, connection: Any, record: Any) -> None:
         if connection is not None and self.closing:

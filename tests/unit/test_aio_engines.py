@@ -633,3 +633,25 @@ def test_task_that_is_resumed_in_a_child_opens_a_session_of_its_own(url):
         """,
         url,
     )
+
+
+def test_new_file_is_opened_by_two_loops_at_once(tmp_path):
+    """Of two that change a file to WAL at once SQLite refuses one, whatever its busy timeout is."""
+    barrier, found = threading.Barrier(2, timeout=BOUND_S), []
+
+    async def main(turn):
+        manager = aio.SessionManager({"a": f"sqlite:///{tmp_path}/{turn}.db"})
+        manager.engine("a")
+        await asyncio.to_thread(barrier.wait)
+        found.append(await manager.get("a").scalar(ONE))
+
+    def loops():
+        for turn in range(60):
+            asyncio.run(main(turn))
+
+    threads = [threading.Thread(target=loops) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(BOUND_S)
+    assert found == [1] * 120
