@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from support.dashboard import Dashboard, chromium
 from support.gunicorn import Gunicorn
@@ -92,9 +93,10 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
 
 @pytest.fixture
 def page(open_page: Callable[..., Page], dashboard: Dashboard) -> Page:
-    """The page, which has had its first answer."""
+    """The page, which has had its first answer, and shows nobody of the test before any more."""
     page = open_page(dashboard.url)
     expect(page.locator(STATE)).to_have_text("1 worker")
+    expect(rows(page)).to_have_count(0)
     return page
 
 
@@ -248,6 +250,20 @@ def test_page_stands_still_while_it_is_paused(server: Gunicorn, page: Page) -> N
         expect(rows(page)).to_have_count(0)
         pause.click()
         expect(rows(page)).to_have_count(1, timeout=SHOWN_MS)
+
+
+@pytest.mark.slow
+def test_answer_that_comes_after_the_pause_is_not_shown(server: Gunicorn, page: Page) -> None:
+    answers: list[Route] = []
+    page.route("**/state?*", lambda route: answers.append(route))
+    wait_until(lambda: page.evaluate("true") and answers, 10, "the page asks")
+    page.get_by_role("button", name="Pause").click()
+    with holding(server, "a"), page.expect_response("**/state?*") as held:
+        wait_until(lambda: "/hold/" in json.dumps(page.request.get(f"{page.url}state").json()["holders"]), 10)
+        answers[0].continue_()
+    held.value.finished()
+    expect(page.locator("#age")).to_contain_text("paused, as of 2")
+    expect(rows(page)).to_have_count(0)
 
 
 def test_page_is_usable_by_keyboard_alone(server: Gunicorn, page: Page) -> None:

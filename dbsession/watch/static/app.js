@@ -229,15 +229,15 @@ function showLost() {
 
 let cursor = "";
 let timer = null;
+let turn = 0; // counts what was scheduled: an answer to an earlier turn's question comes too late
 
 async function ask() {
   const response = await fetch(`state?since=${encodeURIComponent(cursor)}`, { signal: AbortSignal.timeout(5000) });
-  if (response.status === 401) {
-    location.assign("login");
-    return RETRY_MS;
-  }
-  if (!response.ok) throw new Error(`status ${response.status}`);
-  const answer = await response.json();
+  if (response.status !== 401 && !response.ok) throw new Error(`status ${response.status}`);
+  return response.status === 401 ? null : response.json();
+}
+
+function show(answer) {
   cursor = answer.cursor;
   lost = false;
   received = { ageS: answer.age_s, at: performance.now() };
@@ -246,14 +246,22 @@ async function ask() {
   holders.update(answer.holders, answer.more_holders);
   scopes.update(answer.scopes, answer.more_scopes);
   warnings.update(answer.warnings);
-  return answer.interval_s * 1000;
 }
 
 async function poll() {
+  const mine = turn;
   let pauseMs = RETRY_MS;
   try {
-    pauseMs = await ask();
+    const answer = await ask();
+    if (mine !== turn) return;
+    if (answer === null) {
+      location.assign("login");
+    } else {
+      show(answer);
+      pauseMs = answer.interval_s * 1000;
+    }
   } catch (error) {
+    if (mine !== turn) return;
     console.debug(error);
     showLost();
   }
@@ -263,6 +271,7 @@ async function poll() {
 
 function schedule(pauseMs) {
   clearTimeout(timer);
+  turn += 1;
   // A page that nobody sees does not ask.
   if (!paused && !document.hidden) timer = setTimeout(poll, pauseMs);
 }
