@@ -198,7 +198,7 @@ class MariaDBServer:
             unix_socket=str(self.socket),
             user="root",
             autocommit=True,
-            connect_timeout=5,
+            connect_timeout=20,
             read_timeout=30,
             cursorclass=pymysql.cursors.DictCursor,
         )
