@@ -67,6 +67,8 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         row = {"n": int(query["n"]), "pid": os.getpid()}
         session.execute(text("INSERT INTO work VALUES (:n, :pid, CONNECTION_ID())"), row)
         time.sleep(float(query.get("pause", 0)))
+        while "until" in query and not os.path.exists(query["until"]):
+            time.sleep(0.01)  # patched: the others run
         session.execute(text("SELECT SLEEP(:s)"), {"s": float(query.get("statement", 0))})
         session.commit()
         return reply(start_response, str(os.getpid()))
