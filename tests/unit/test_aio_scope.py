@@ -18,7 +18,7 @@ from dbsession import aio, sessions
 from dbsession.aio import closing, scope
 from dbsession.errors import ScopeEnded, ScopeRequired
 
-BOUND_S = 20.0
+BOUND_S = 60.0
 ONE = text("SELECT 1")
 
 
