@@ -32,7 +32,7 @@ def serve(tmp_path, folder, *arguments, workers=2, **env):
 
 
 @contextmanager
-def held(server, path="/token?token=s3cret&pause=30"):
+def held(server, path="/token?token=s3cret&pause=300"):
     """A request that holds a connection, until the block ends."""
     client = server.connect()
     client.request("GET", path, headers={"Connection": "close"})
