@@ -165,6 +165,8 @@ class ConnectionLinks:
                 execute(cursor, statement, *arguments)
                 return
             note.statement = statement
+            if note.connection is None:
+                note.connection = weakref.ref(context.root_connection)
             note.executing = True
             note.changed = time.monotonic()
             try:

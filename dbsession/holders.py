@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any
 
 from sqlalchemy import event
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from dbsession import ident, places
@@ -36,9 +36,10 @@ class Holder:
     """One connection in use, at one moment.
 
     `scope` is what holds it (`GET /orders/7`, the label of a `session_scope()`, or the greenlet's function),
-    `greenlet` who. `state` is "executing", "committing", "idle in transaction" or "idle", and on MySQL and MariaDB
-    "pinging" (the server has not answered yet whether the connection lives) or "streaming" (a server-side cursor is
-    not read to its end); `state_s` how long no statement began or ended. `place` is `file:line in function` of the
+    `greenlet` who. `state` is "executing", "committing", "idle in transaction" (SQLAlchemy's: it lasts from a statement
+    to the commit or rollback, with autocommit there is none) or "idle", and on MySQL and MariaDB "pinging" (the server
+    has not answered yet whether the connection lives) or "streaming" (a server-side cursor is not read to its end);
+    `state_s` how long no statement began or ended. `place` is `file:line in function` of the
     innermost frame outside SQLAlchemy and dbsession at the checkout, and `stack` begins with it and goes outwards.
     `statement` is the last one, its literals masked, cut at 120 characters.
     """
@@ -68,6 +69,7 @@ class Checkout:
     __slots__ = (
         "__weakref__",
         "changed",
+        "connection",
         "executing",
         "greenlet",
         "in_use",
@@ -88,6 +90,7 @@ class Checkout:
     thread: int
     label: str | None  # of the scope in which it was checked out
     statement: str | None
+    connection: weakref.ref[Connection] | None  # SQLAlchemy's, that has executed something
     executing: bool
     since: float  # by time.monotonic(), as `changed`: when `executing` became what it is
     changed: float
@@ -108,7 +111,8 @@ class Checkout:
             return "pinging"
         if getattr(driver, "unread", False):
             return "streaming"
-        return "idle in transaction" if _in_transaction(driver) else "idle"
+        user = None if self.connection is None else self.connection()
+        return "idle in transaction" if _in_transaction(driver, user) else "idle"
 
 
 class HeldConnections:
@@ -135,7 +139,7 @@ class HeldConnections:
             note = info[CHECKOUT] = Checkout()
             note.record = weakref.ref(record)
             note.in_use = note.executing = False  # until the rest is there, too
-            note.statement = None
+            note.statement = note.connection = None
             note.reported = ()
             self._notes.add(note)
         note.stack = places.noted_from_pool(self._frames)
@@ -159,7 +163,7 @@ class HeldConnections:
         if note is None or not note.in_use:
             return
         note.in_use = False
-        note.statement = None  # it may be large
+        note.statement = note.connection = None  # the first may be large
         self._stats.holds.add(monotonic() - note.since)
         if note.reported:
             if self.tell is not None:
@@ -241,10 +245,21 @@ def _nobody() -> Any:
     return None
 
 
-def _in_transaction(connection: Any) -> bool:
-    """Whether a transaction is open on this DBAPI connection, as far as its driver tells; else probably."""
+def _in_transaction(driver: Any, user: Connection | None) -> bool:
+    """Whether a transaction is open on this DBAPI connection: for SQLAlchemy, as `Session.in_transaction()` has it,
+    since a SELECT alone may begin none at the server, and holds the connection all the same; or as far as the driver
+    tells, else probably."""
     try:
-        known = getattr(connection, "in_transaction", None)
-        return bool(known) if known is not None else getattr(connection, "autocommit", False) is not True
+        if user is not None and user.in_transaction() and not _autocommits(user, driver):
+            return True
+        known = getattr(driver, "in_transaction", None)
+        return bool(known) if known is not None else getattr(driver, "autocommit", False) is not True
     except Exception:  # closed just now
+        return False
+
+
+def _autocommits(user: Connection, driver: Any) -> bool:
+    try:
+        return user.dialect.detect_autocommit_setting(driver)
+    except NotImplementedError:  # not every dialect can tell
         return False
