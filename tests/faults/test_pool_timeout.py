@@ -73,7 +73,7 @@ def test_pool_timeout_names_every_holder_and_what_it_is_busy_with(with_server, m
     assert states == dict.fromkeys(("first", "writer", "reader"), "idle in transaction") | {"sleeper": "executing"}
     statements = [holder.statement for holder in error.holders]
     assert statements == [
-        "SELECT ?", "INSERT INTO t VALUES (?, ?)", "SELECT * FROM t WHERE note = %(note)s", "SELECT SLEEP(?), %(x)s"
+        "SELECT 1", "INSERT INTO t VALUES (?, ?)", "SELECT * FROM t WHERE note = %(note)s", "SELECT SLEEP(20), %(x)s"
     ], statements
     places = [re.search(r"script\\.py:\\d+ in (\\w+)$", holder.place)[1] for holder in error.holders]
     assert places == ["hold", "hold", "reader", "sleeper"]
@@ -117,7 +117,7 @@ def test_holder_is_committing_while_the_server_takes_its_time(with_server):
     try:
         wait_until(lambda: "committer" in holders() and holders()["committer"].state == "committing", 20)
         holder = holders()["committer"]
-        assert holder.statement == "INSERT INTO t VALUES (?)"
+        assert holder.statement == "INSERT INTO t VALUES (1)"
         # Since the COMMIT, and not since the INSERT ended.
         assert holder.held_s - holder.state_s > before[0].held_s - before[0].state_s
     finally:
