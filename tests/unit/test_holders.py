@@ -22,6 +22,7 @@ from dbsession.holders import Holder
 from dbsession.keys import CHECKOUT
 from support.models import Base, Order
 from support.pools import make
+from support.processes import run_python
 
 
 @pytest.fixture
@@ -698,3 +699,30 @@ def test_name_of_a_greenlet_cannot_forge_lines(managed):
     done.set()
     greenlet.join(timeout=10)
     assert holder.greenlet.isprintable() and "ERROR forged" in holder.greenlet
+
+
+def test_holder_is_called_by_its_threads_name_when_threads_are_greenlets(tmp_path):
+    """gevent runs each in a greenlet whose function is `Thread._bootstrap`, whatever the thread is for."""
+    run_python(
+        """
+        from gevent import monkey
+        monkey.patch_all()
+        import sys, threading
+        import dbsession
+        from sqlalchemy import text
+        dbsession.configure({"default": f"sqlite:///{sys.argv[1]}/a.db"})
+        ready, done = threading.Event(), threading.Event()
+        def work():
+            dbsession.get_dbsession().execute(text("SELECT 1"))
+            ready.set()
+            done.wait(10)
+        thread = threading.Thread(target=work, name="nightly")
+        thread.start()
+        assert ready.wait(10)
+        (holder,) = dbsession.snapshot().holders
+        done.set()
+        thread.join(10)
+        assert holder.scope == holder.greenlet == "thread nightly", holder
+        """,
+        tmp_path,
+    )
