@@ -130,9 +130,11 @@ def test_request_is_refused_without_the_token(locked: Any, path: str, headers: d
     assert SECRET not in answer.text
 
 
-def test_page_leads_to_the_login_without_the_token(locked: Any) -> None:
+def test_page_is_refused_with_the_login_in_its_place_without_the_token(locked: Any) -> None:
+    """Not by a redirect: a script that follows it would take the login, a 200, for the page."""
     answer = locked.get("/")
-    assert (answer.status_code, answer.headers["Location"]) == (303, "login")
+    assert answer.status_code == 401 and 'action="login"' in answer.text
+    assert answer.headers["WWW-Authenticate"].startswith("Bearer")  # for which no browser asks by itself
     assert locked.get("/login").status_code == locked.get("/style.css").status_code == 200
 
 
