@@ -100,23 +100,38 @@ assert os.listdir(folder) == [path.name]
     assert list(folder.iterdir()) == []
 
 
-def test_socket_reads_nothing_from_a_client_that_sends(mode, tmp_path):
+def test_socket_takes_no_notice_of_what_a_client_sends(mode, tmp_path):
+    """It gets the whole answer and its end, and no error: neither at once nor when the answer has come already."""
     run_script(
         mode,
         START
         + """
 dbsession.serve_snapshots(folder)
-client = connect()
-client.sendall(b"POST /stop HTTP/1.1\\r\\n\\r\\n")
-received = []
-try:
-    while piece := client.recv(65536):
-        received.append(piece)
-except ConnectionResetError:  # what it sent was never read
-    pass
-client.close()
-assert json.loads(b"".join(received))["pid"] == os.getpid()
+for at_once in (True, False) * 5:
+    with connect() as client:
+        received = b"" if at_once else client.recv(65536)
+        client.sendall(b"POST /stop HTTP/1.1\\r\\n\\r\\n")
+        while piece := client.recv(65536):
+            received += piece
+    assert json.loads(received)["pid"] == os.getpid()
 assert [each["pid"] for each in collect(folder, 10).workers] == [os.getpid()]
+""",
+        tmp_path,
+    )
+
+
+def test_socket_drops_the_clients_that_do_not_close_and_answers_the_next(mode, tmp_path):
+    run_script(
+        mode,
+        START
+        + """
+inspection.LINGER_S = 0.05
+dbsession.serve_snapshots(folder)
+lazy = [connect() for _ in range(inspection.CLIENTS)]
+assert [each["pid"] for each in collect(folder, 20).workers] == [os.getpid()]
+wait_until(lambda: not inspection._server._clients, 20)
+for client in lazy:
+    assert json.loads(rest(client))["pid"] == os.getpid()
 """,
         tmp_path,
     )
