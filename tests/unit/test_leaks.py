@@ -116,6 +116,26 @@ def test_idle_transaction_is_told_once_and_only_while_nothing_runs(run):
     )
 
 
+@pytest.mark.parametrize("limit", ["leak_after_s", "idle_in_transaction_s"])
+def test_short_limit_is_kept_when_the_connection_is_taken_after_a_look(run, limit):
+    """The pause between two looks is short then, too."""
+    run(
+        """
+        leaks._LONGEST_S = 60
+        dbsession.configure(configure(**{"leak_after_s": 0, sys.argv[2]: 0.2}))
+        with dbsession.session_scope("the first"):
+            session.execute(text("SELECT 1"))
+        wait_until(lambda: leaks._ticker._pause_s != 1.0, 20, "it has looked")
+        end = Event()
+        task = spawn(hold, end)
+        told("WARNING", "the import")
+        end.set()
+        join([task])
+        """,
+        limit,
+    )
+
+
 def test_nothing_is_watched_when_both_are_0(run):
     run(
         """
