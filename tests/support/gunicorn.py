@@ -105,7 +105,7 @@ class Gunicorn:
         status = self._process.poll()
         if status is not None:
             raise RuntimeError(f"gunicorn ended with status {status}")
-        found = re.search(r"Listening at: http://127\.0\.0\.1:(\d+)", self.logs())
+        found = re.search(r"Listening at: http://127\.0\.0\.1:(\d+) ", self.logs())
         workers = self.worker_pids()
         if not found or sum(map(takes_signals, workers)) < self._workers:  # a dirty arbiter keeps the SIGHUP
             return False
@@ -113,7 +113,7 @@ class Gunicorn:
         if self._ready is None:
             return True
         try:
-            self.get(self._ready, timeout_s=5)
+            self.get(self._ready, timeout_s=20)
         except (OSError, http.client.HTTPException):
             return False
         return True

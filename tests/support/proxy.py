@@ -149,7 +149,7 @@ class Connection:
     def cut(self) -> None:
         """Returns when the RST is sent."""
         self.broken = True
-        self._closed.wait(10)
+        self._closed.wait(20)
 
     def _pump(self, direction: str) -> None:
         source, sink = self.ends[direction]

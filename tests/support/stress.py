@@ -158,9 +158,9 @@ class Stress:
             with self._world.scope():
                 expect(self._world.get("a").scalar(text("SELECT :n"), {"n": n}), n)
                 holding.append(n)
-                wait_until(lambda: len(holding) == POOL_SIZE, 10, "all places at once")
+                wait_until(lambda: len(holding) == POOL_SIZE, 20, "all places at once")
 
-        gevent.joinall([gevent.spawn(hold, n) for n in range(POOL_SIZE)], 20, raise_error=True)
+        gevent.joinall([gevent.spawn(hold, n) for n in range(POOL_SIZE)], 30, raise_error=True)
         assert engine.pool.checkedout() == 0
 
     def _compare_with_what_is_stored(self) -> None:

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import gevent
+import gevent.event
 import gevent.hub
 import gevent.socket
 import greenlet
@@ -140,16 +141,18 @@ class Sweep:
                 )
                 victim.throw(kill)
 
-        holders = [gevent.spawn(self._hold, world) for _ in range(self._variant.holders)]
+        enough = gevent.event.Event()
+        holders = [gevent.spawn(self._hold, world, enough) for _ in range(self._variant.holders)]
         if holders:
             wait_until(lambda: all(engine.pool.checkedout() == len(holders) for engine in world.engines), 20)
+            gevent.spawn_later(0.005, enough.set)  # the victim waits by then
         self._victim = victim = gevent.spawn(run)
         greenlet.settrace(trace)
         started = time.monotonic()
         victim.join(ENDED_WITHIN_S)
         greenlet.settrace(None)
         ended_s = time.monotonic() - started
-        gevent.joinall(holders, 20)
+        gevent.joinall(holders, 20, raise_error=True)
         if victim.dead and switches < k:
             if told.error is not None:
                 self._fault(k, "an error without a kill", where, told.error)
@@ -160,10 +163,11 @@ class Sweep:
             self._fault(k, what, where, detail)
         return True
 
-    def _hold(self, world: Any) -> None:
+    def _hold(self, world: Any, enough: gevent.event.Event) -> None:
         with world.scope():
             for name in self._variant.names:
-                world.get(name).execute(text("SELECT SLEEP(0.005)"))
+                world.get(name).execute(text("SELECT 1"))
+            assert enough.wait(60)
 
     def _fault(self, k: int, what: str, where: str, detail: object) -> None:
         if isinstance(detail, BaseException):
