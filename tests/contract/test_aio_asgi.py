@@ -225,10 +225,10 @@ def test_session_raises_when_it_is_used_after_the_request(manager, session):
             await query(kept[0])
         # The ended scope is nobody's current one any more: what goes on in this task opens one of its own.
         assert session() is not kept[0]
-        scopes.stack_here().scopes.append(kept[1])
+        scopes.stack_here().push(kept[1])
         with pytest.raises(ScopeEnded):
             session()
-        scopes.stack_here().scopes.pop()
+        scopes.stack_here().unlink(kept[1])
 
     run(manager, main)
 
