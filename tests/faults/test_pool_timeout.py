@@ -73,7 +73,7 @@ def test_pool_timeout_names_every_holder_and_what_it_is_busy_with(with_server, m
     assert states == dict.fromkeys(("first", "writer", "reader"), "idle in transaction") | {"sleeper": "executing"}
     statements = [holder.statement for holder in error.holders]
     assert statements == [
-        "SELECT 1", "INSERT INTO t VALUES (?, ?)", "SELECT * FROM t WHERE note = %(note)s", "SELECT SLEEP(20), %(x)s"
+        "SELECT 1", "INSERT INTO t VALUES (?, ?)", "SELECT * FROM t WHERE note = %(note)s", "SELECT SLEEP(?), %(x)s"
     ], statements
     places = [re.search(r"script\\.py:\\d+ in (\\w+)$", holder.place)[1] for holder in error.holders]
     assert places == ["hold", "hold", "reader", "sleeper"]
