@@ -37,6 +37,7 @@ def managed(tmp_path):
         return managers[-1]
 
     yield make
+    gevent.sleep(0)  # the hub closes what ended greenlets have left
     for manager in managers:
         manager.clear()
         manager.dispose()
