@@ -1,0 +1,128 @@
+"""Which task holds a connection: see `dbsession.holders`.
+
+SQLAlchemy takes a connection in a greenlet of its own, whose parent is the one of the caller's coroutines, suspended
+meanwhile: so their frames hang on the parent, and those of a `run_sync()` function or of a listener on the greenlet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import weakref
+from time import monotonic
+from types import CodeType, FrameType
+from typing import Any
+
+import greenlet
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from dbsession import places
+from dbsession.errors import plain
+from dbsession.holders import Checkout, HeldConnections
+from dbsession.keys import CHECKOUT
+
+_ASYNCIO = os.path.dirname(os.path.abspath(asyncio.__file__)) + os.sep
+
+# Files of code that stands between the user's and the pool: a lookup in place of a call. Written by any thread, a step
+# each; it grows no further than the program's files.
+_between: set[str] = set()
+
+# Frames cost more than all else here, so those in the greenlet are skipped where they are what they were the last time,
+# and all were SQLAlchemy's: id(code) of the coroutine that made the greenlet -> how many calls _noted() stood below the
+# greenlet's first one, and that one's code. Written by any thread, a step each; it grows no further than SQLAlchemy has
+# coroutines that begin to use a connection.
+_known: dict[int, tuple[int, CodeType]] = {}
+_known_codes: dict[int, CodeType] = {}  # by id, so that they keep it
+_FIRST = 4  # in _noted(): below it there is only the pool
+
+_here = greenlet.getcurrent
+_running_loop = asyncio.get_running_loop
+_current_task = asyncio.current_task
+
+
+class HeldByTasks(HeldConnections):
+    """The connections of one engine, which is of one event loop, that tasks have in use. Lives as long as the engine.
+
+    Notes are written in the loop's thread; the watcher's thread, and whoever takes a snapshot, reads them.
+    """
+
+    def taken(self, record: ConnectionPoolEntry) -> None:
+        info: Any = record.record_info
+        try:
+            note: Checkout = info[CHECKOUT]
+        except KeyError:
+            note = self.new_note(record)
+        task: Any = _current_task(_running_loop())
+        note.stack = _noted(task, self.frames)
+        note.taker = weakref.ref(task)
+        try:
+            scope = task._dbsession_aio.scopes[-1]
+            note.label = None if scope.kind == "implicit" else scope.label
+        except (AttributeError, IndexError):
+            note.label = None
+        note.since = note.changed = monotonic()
+        note.in_use = True
+        self.stats.checkouts += 1
+
+    def name_of(self, note: Checkout) -> str:
+        task: Any = None if note.taker is None else note.taker()
+        if task is None:
+            return "a task that is gone"
+        function = getattr(task.get_coro(), "__qualname__", None)
+        return plain(f"{function} in {task.get_name()}" if function else task.get_name())
+
+
+def _noted(task: Any, count: int) -> places.Noted:
+    """The user's places in this task, `count` at most, for what is called two calls below SQLAlchemy's
+    `_ConnectionFairy._checkout()`."""
+    parent = _here().parent
+    if parent is None:  # no greenlet of SQLAlchemy's
+        return places.noted(sys._getframe(_FIRST), count)
+    frame: FrameType | None = parent.gr_frame
+    stack: places.Noted = []
+    maker: FrameType | None = None if frame is None else frame.f_back
+    if maker is not None:
+        # Never our own frame: kept by itself, it would keep all of them, and what they use, until a collection.
+        depth, code = _known.get(id(maker.f_code), (_FIRST, None))
+        try:
+            outermost = sys._getframe(depth)
+            known = outermost.f_code is code and outermost.f_back is None
+        except ValueError:  # it stands less deep
+            known = False
+        if not known:
+            stack = _noted_inside(maker.f_code, count)
+            count -= len(stack) // 2
+    # Beyond the task's own coroutine there is only the event loop, and whoever runs it.
+    last: FrameType | None = getattr(task.get_coro(), "cr_frame", None)
+    while frame is not None and ((file := frame.f_code.co_filename) in _between or _is_between(file)):
+        if frame is last:
+            return stack
+        frame = frame.f_back
+    while frame is not None and count:
+        stack += (frame.f_code, frame.f_lasti)
+        if frame is last:
+            break
+        frame = frame.f_back
+        count -= 1
+    return stack
+
+
+def _noted_inside(maker: CodeType, count: int) -> places.Noted:
+    """Those in the greenlet itself, as seen from `_noted()`; mostly there are none, which is remembered."""
+    stack = places.noted(sys._getframe(_FIRST + 1), count)
+    if not stack:
+        depth, frame = 0, sys._getframe(1)
+        while frame.f_back is not None:
+            depth, frame = depth + 1, frame.f_back
+        _known_codes[id(maker)] = maker
+        _known[id(maker)] = depth, frame.f_code
+    return stack
+
+
+def _is_between(file: str) -> bool:
+    """Whether it is SQLAlchemy's or ours, or what asyncio itself awaits, as in `wait_for()`."""
+    between = places.is_inside(file) or file.startswith(_ASYNCIO)
+    if between:
+        _between.add(file)
+    return between
