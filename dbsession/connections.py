@@ -14,12 +14,13 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
-from dbsession import fork, leaks, sqlite
+from dbsession import fork, leak_ticker, sqlite
 from dbsession.config import DatabaseConfig
 from dbsession.greenlet_holders import HeldByGreenlets
 from dbsession.holders import watched
 from dbsession.homes import HOME, home_of
 from dbsession.keys import COMMITTING, DOOMED, READ_TIMEOUT, SCOPE
+from dbsession.leaks import LeakWatch
 from dbsession.mysql import connector, state
 from dbsession.mysql.connection import Connection as MySQLConnection
 from dbsession.outcome import TransactionWatch
@@ -42,7 +43,7 @@ class ConnectionLinks:
         """Kept alive as long as the engine: after configure() somebody may still hold a connection of it."""
         self.stats = Stats()
         self.held = HeldByGreenlets(config.name, config.backend, self.stats)
-        self._leaks = leaks.LeakWatch(config, self.held)  # for its life only
+        self._leaks = LeakWatch(config, self.held, leak_ticker.watches)  # for its life only
         self._connector = connector.Connector(config, self.stats) if connector.uses_pymysql(config) else None
         self._watch = TransactionWatch(config)
         self._config = config
@@ -83,7 +84,7 @@ class ConnectionLinks:
         except TypeError:
             pass  # a driver without weak references: after a fork its pool is replaced, and that is all
         self.stats.connects += 1
-        leaks.watch()
+        leak_ticker.watch()
         fork.prepare()
         record.info[HOME] = home_of(connection)
         if self._config.backend == "sqlite":

@@ -39,9 +39,9 @@ class Holder:
     `scope` is what holds it (`GET /orders/7`, the label of a `session_scope()`, or the greenlet's function),
     `greenlet` who; in asyncio that is the task. `state` is "executing", "committing", "idle in transaction" or "idle",
     and on MySQL and MariaDB "pinging" (the server has not answered yet whether the connection lives) or "streaming" (a
-    server-side cursor is not read to its end); `state_s` how long no statement began or ended. `place` is `file:line in function` of the
-    innermost frame outside SQLAlchemy and dbsession at the checkout, in asyncio of this task and outside of asyncio
-    itself, too; `stack` begins with it and goes outwards.
+    server-side cursor is not read to its end); `state_s` how long no statement began or ended. `place` is `file:line in
+    function` of the innermost frame outside SQLAlchemy and dbsession at the checkout, in asyncio of this task and
+    outside of asyncio itself, too; `stack` begins with it and goes outwards.
     `statement` is the last one, its literals masked, cut at 120 characters.
     """
 
@@ -76,6 +76,7 @@ class Checkout:
         "record",
         "reported",
         "reported_as",
+        "reported_since",
         "since",
         "stack",
         "statement",
@@ -93,8 +94,10 @@ class Checkout:
     executing: bool
     since: float  # by time.monotonic(), as `changed`: when `executing` became what it is
     changed: float
-    reported: tuple[str, ...]  # what the leak watch has said of it
+    # By the leak watch, perhaps in a thread of its own; it counts for the checkout that began at `reported_since`.
+    reported: tuple[str, ...]  # what was said of it
     reported_as: str  # whose it was then
+    reported_since: float
 
     def state(self) -> str:
         """What it is busy with: see `Holder`."""
@@ -145,7 +148,7 @@ class HeldConnections:
         note.record = weakref.ref(record)
         note.in_use = note.executing = False  # until the rest is there, too
         note.statement = None
-        note.reported = ()
+        note.reported, note.reported_since = (), 0.0
         self._notes.add(note)
         return note
 
@@ -159,7 +162,7 @@ class HeldConnections:
         note.statement = None  # it may be large
         self.stats.holds.add(monotonic() - note.since)
         if note.reported:
-            if self.tell is not None:
+            if self.tell is not None and note.reported_since == note.since:
                 self.tell(note)
             note.reported = ()
 

@@ -17,7 +17,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 from sqlalchemy.util import await_, greenlet_spawn
 
 from dbsession import sqlite_files
-from dbsession.aio import bounds
+from dbsession.aio import bounds, leaks
 from dbsession.aio.holders import HeldByTasks
 from dbsession.aio.kill import Killer
 from dbsession.aio.pool import FairPool
@@ -27,6 +27,7 @@ from dbsession.config import DatabaseConfig, refused_option
 from dbsession.errors import ConfigError
 from dbsession.holders import watched
 from dbsession.keys import COMMITTING, DOOMED, SCOPE
+from dbsession.leaks import LeakWatch
 from dbsession.outcome import TransactionWatch
 from dbsession.stats import Stats
 
@@ -43,6 +44,7 @@ class Links:
         self.closing = False  # whatever comes back is closed; set by whoever retires the engine
         self.threads = Threads()
         self._config = config
+        self._leaks = LeakWatch(config, self.held, leaks.watches)  # for its life only
         self._watch = TransactionWatch(config)
         is_mysql = config.backend in ("mysql", "mariadb")
         self._killer = Killer(config.name, self.stats) if is_mysql and config.kill_abandoned else None
@@ -77,6 +79,7 @@ class Links:
 
     def _connected(self, connection: Any, record: Any) -> None:
         self.stats.connects += 1
+        leaks.watch()
         self._records.add(record)
         if self._config.backend == "sqlite":
             self._set_pragmas(connection)
@@ -139,6 +142,7 @@ class Links:
         for record in list(self._records):
             if record.dbapi_connection is not None:
                 await greenlet_spawn(record.invalidate)
+                self.held.returned(record)  # which nobody does any more
 
 
 def _discarded(record: Any, error: BaseException) -> BaseException | None:
