@@ -226,6 +226,10 @@ class FairPool(AsyncAdaptedQueuePool):
     def overflow(self) -> int:
         return self._open - self._size if self._size else 0
 
+    def limit(self) -> int | None:
+        """How many connections there may be; None: any number."""
+        return None if self._limit == float("inf") else int(self._limit)
+
     def waiting(self) -> int:
         """How many wait for a connection."""
         return len(self._waiting)

@@ -146,7 +146,7 @@ def test_sqlalchemys_session_keeps_whether_it_was_closed_where_ours_says_it_too(
 
 
 def test_sqlalchemy_keeps_its_live_sessions_in_a_mapping_of_weak_references(tmp_path):
-    """watch.snapshot reads it without waiting, whatever other threads do: `valuerefs()` copies in one step."""
+    """watch.pictures reads it without waiting, whatever other threads do: `valuerefs()` copies in one step."""
     import weakref
 
     from sqlalchemy.orm import Session
