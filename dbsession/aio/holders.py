@@ -53,9 +53,12 @@ class HeldByTasks(HeldConnections):
             note: Checkout = info[CHECKOUT]
         except KeyError:
             note = self.new_note(record)
-        task: Any = _current_task(_running_loop())
+        try:
+            task: Any = _current_task(_running_loop())
+        except RuntimeError:  # no loop runs here
+            task = None
         note.stack = _noted(task, self.frames)
-        note.taker = weakref.ref(task)
+        note.taker = None if task is None else weakref.ref(task)  # None: in a callback of the loop
         try:
             scope = task._dbsession_aio.scopes[-1]
             note.label = None if scope.kind == "implicit" else scope.label
@@ -66,7 +69,9 @@ class HeldByTasks(HeldConnections):
         self.stats.checkouts += 1
 
     def name_of(self, note: Checkout) -> str:
-        task: Any = None if note.taker is None else note.taker()
+        if note.taker is None:
+            return "no task"
+        task: Any = note.taker()
         if task is None:
             return "a task that is gone"
         function = getattr(task.get_coro(), "__qualname__", None)
@@ -94,7 +99,7 @@ def _noted(task: Any, count: int) -> places.Noted:
             stack = _noted_inside(maker.f_code, count)
             count -= len(stack) // 2
     # Beyond the task's own coroutine there is only the event loop, and whoever runs it.
-    last: FrameType | None = getattr(task.get_coro(), "cr_frame", None)
+    last: FrameType | None = None if task is None else getattr(task.get_coro(), "cr_frame", None)
     while frame is not None and ((file := frame.f_code.co_filename) in _between or _is_between(file)):
         if frame is last:
             return stack

@@ -410,6 +410,33 @@ def test_task_that_is_gone_is_said_so_and_not_kept(run, managed):
     run(main)
 
 
+def test_checkout_in_a_callback_is_held_by_no_task(run, managed):
+    """Somebody steps through a coroutine by hand."""
+    manager = managed(options={"pool_pre_ping": False})
+
+    async def main():
+        engine = manager.engine()
+        await (await engine.connect()).close()  # so that nothing is left to wait for
+        stepped = asyncio.get_running_loop().create_future()
+        pool = engine.sync_engine.pool
+
+        def step():
+            coroutine = greenlet_spawn(pool.connect)
+            try:
+                coroutine.send(None)
+            except StopIteration as end:
+                stepped.set_result(end.value)
+
+        asyncio.get_running_loop().call_soon(step)
+        connection = await stepped
+        (holder,) = held(manager)
+        assert holder.scope == holder.greenlet == "no task" and holder.place.endswith("step")
+        await greenlet_spawn(connection.close)
+        nothing_left(manager)
+
+    run(main)
+
+
 def test_name_of_a_task_cannot_forge_a_line(run, managed):
     manager = managed()
 
