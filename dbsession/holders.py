@@ -40,9 +40,9 @@ class Holder:
     `greenlet` who; in asyncio that is the task. `state` is "executing", "committing", "idle in transaction" or "idle",
     and on MySQL and MariaDB "pinging" (the server has not answered yet whether the connection lives) or "streaming" (a
     server-side cursor is not read to its end); `state_s` how long no statement began or ended. `place` is `file:line in
-    function` of the innermost frame outside SQLAlchemy and dbsession at the checkout, in asyncio of this task and
-    outside of asyncio itself, too; `stack` begins with it and goes outwards.
-    `statement` is the last one, its literals masked, cut at 120 characters.
+    function` of the innermost frame outside SQLAlchemy and dbsession at the checkout; in asyncio, of this task and
+    outside of asyncio itself, too, and where a listener took the connection, the line that awaits. `stack` begins with
+    it and goes outwards. `statement` is the last one, its literals masked, cut at 120 characters.
     """
 
     database: str

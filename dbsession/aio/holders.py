@@ -11,7 +11,7 @@ import os
 import sys
 import weakref
 from time import monotonic
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import greenlet
@@ -19,21 +19,16 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from dbsession import places
 from dbsession.errors import plain
-from dbsession.holders import Checkout, HeldConnections
+from dbsession.holders import STACK_FRAMES, Checkout, HeldConnections
 from dbsession.keys import CHECKOUT
 
 _ASYNCIO = os.path.dirname(os.path.abspath(asyncio.__file__)) + os.sep
 
-# Files of code that stands between the user's and the pool: a lookup in place of a call. Written by any thread, a step
-# each; it grows no further than the program's files.
+# Files of code that stands between the user's and the pool, and of the user's: a lookup in place of a call. Written by
+# any thread, a step each; they grow no further than the program's files.
 _between: set[str] = set()
+_users: set[str] = set()
 
-# Frames cost more than all else here, so those in the greenlet are skipped where they are what they were the last time,
-# and all were SQLAlchemy's: id(code) of the coroutine that made the greenlet -> how many calls _noted() stood below the
-# greenlet's first one, and that one's code. Written by any thread, a step each; it grows no further than SQLAlchemy has
-# coroutines that begin to use a connection.
-_known: dict[int, tuple[int, CodeType]] = {}
-_known_codes: dict[int, CodeType] = {}  # by id, so that they keep it
 _FIRST = 4  # in _noted(): below it there is only the pool
 
 _here = greenlet.getcurrent
@@ -80,27 +75,26 @@ class HeldByTasks(HeldConnections):
 
 def _noted(task: Any, count: int) -> places.Noted:
     """The user's places in this task, `count` at most, for what is called two calls below SQLAlchemy's
-    `_ConnectionFairy._checkout()`."""
+    `_ConnectionFairy._checkout()`.
+
+    Each frame that is looked at costs as much as all else, so those in the greenlet are left out where nothing of the
+    user's is in it but a listener, if anything: its place is then the line that awaits. (Not of whole stacks.)
+    """
     parent = _here().parent
-    if parent is None:  # no greenlet of SQLAlchemy's
+    spawn = None if parent is None else parent.gr_frame  # SQLAlchemy's greenlet_spawn(), for whom the next one waits
+    frame: FrameType | None = None if spawn is None else spawn.f_back
+    if frame is None:
         return places.noted(sys._getframe(_FIRST), count)
-    frame: FrameType | None = parent.gr_frame
     stack: places.Noted = []
-    maker: FrameType | None = None if frame is None else frame.f_back
-    if maker is not None:
-        # Never our own frame: kept by itself, it would keep all of them, and what they use, until a collection.
-        depth, code = _known.get(id(maker.f_code), (_FIRST, None))
-        try:
-            outermost = sys._getframe(depth)
-            known = outermost.f_code is code and outermost.f_back is None
-        except ValueError:  # it stands less deep
-            known = False
-        if not known:
-            stack = _noted_inside(maker.f_code, count)
-            count -= len(stack) // 2
+    code = frame.f_code
+    if count > STACK_FRAMES or code.co_name == "run_sync" or code.co_filename not in _between:
+        stack = places.noted(sys._getframe(_FIRST), count)
+        count -= len(stack) // 2
     # Beyond the task's own coroutine there is only the event loop, and whoever runs it.
     last: FrameType | None = None if task is None else getattr(task.get_coro(), "cr_frame", None)
-    while frame is not None and ((file := frame.f_code.co_filename) in _between or _is_between(file)):
+    while frame is not None and (
+        (file := frame.f_code.co_filename) in _between or (file not in _users and _is_between(file))
+    ):
         if frame is last:
             return stack
         frame = frame.f_back
@@ -113,21 +107,8 @@ def _noted(task: Any, count: int) -> places.Noted:
     return stack
 
 
-def _noted_inside(maker: CodeType, count: int) -> places.Noted:
-    """Those in the greenlet itself, as seen from `_noted()`; mostly there are none, which is remembered."""
-    stack = places.noted(sys._getframe(_FIRST + 1), count)
-    if not stack:
-        depth, frame = 0, sys._getframe(1)
-        while frame.f_back is not None:
-            depth, frame = depth + 1, frame.f_back
-        _known_codes[id(maker)] = maker
-        _known[id(maker)] = depth, frame.f_code
-    return stack
-
-
 def _is_between(file: str) -> bool:
     """Whether it is SQLAlchemy's or ours, or what asyncio itself awaits, as in `wait_for()`."""
     between = places.is_inside(file) or file.startswith(_ASYNCIO)
-    if between:
-        _between.add(file)
+    (_between if between else _users).add(file)
     return between

@@ -315,17 +315,12 @@ def test_whole_stack_ends_with_the_task(run, managed):
     run(main)
 
 
-def test_what_is_skipped_is_only_what_was_looked_through(run, managed):
-    """The frames between are known after the first time; a listener among them is found all the same."""
+def test_place_of_a_listeners_checkout_is_the_line_that_awaits_until_whole_stacks_are_noted(run, managed):
+    """The frames inside SQLAlchemy's greenlet would cost each checkout as much as all of the note."""
     manager = managed()
-    found = []
 
     async def main():
-        engine = manager.engine()
-        for _ in range(2):
-            async with engine.connect():
-                assert held(manager)[0].place.startswith(__file__)
-        assert holders._known
+        engine, found = manager.engine(), []
 
         @event.listens_for(engine.sync_engine, "engine_connect")
         def listener(connection):
@@ -334,6 +329,11 @@ def test_what_is_skipped_is_only_what_was_looked_through(run, managed):
                 with engine.sync_engine.connect():  # nested
                     found.append(held(manager)[1])
 
+        async with engine.connect():  # awaits
+            pass
+        assert found[1].place.startswith(line_of("awaits"))
+        manager.database("default").held.note_whole_stacks()
+        found.clear()
         async with engine.connect():
             pass
         assert found[1].place.startswith(line_of("nested"))
