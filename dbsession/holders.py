@@ -17,7 +17,7 @@ from time import monotonic
 from typing import Any
 
 from sqlalchemy import event
-from sqlalchemy.engine import Engine, ExecutionContext
+from sqlalchemy.engine import Connection, Engine, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from dbsession import places
@@ -37,8 +37,9 @@ class Holder:
     """One connection in use, at one moment.
 
     `scope` is what holds it (`GET /orders/7`, the label of a `session_scope()`, or the greenlet's function),
-    `greenlet` who; in asyncio that is the task. `state` is "executing", "committing", "idle in transaction" or "idle",
-    and on MySQL and MariaDB "pinging" (the server has not answered yet whether the connection lives) or "streaming" (a
+    `greenlet` who; in asyncio that is the task. `state` is "executing", "committing", "idle in transaction"
+    (SQLAlchemy's: it lasts from a statement to the commit or rollback, with autocommit there is none) or "idle", and on
+    MySQL and MariaDB "pinging" (the server has not answered yet whether the connection lives) or "streaming" (a
     server-side cursor is not read to its end); `state_s` how long no statement began or ended. `place` is `file:line in
     function` of the innermost frame outside SQLAlchemy and dbsession at the checkout; in asyncio, of this task and
     outside of asyncio itself, too, and where a listener took the connection, the line that awaits. `stack` begins with
@@ -70,6 +71,7 @@ class Checkout:
     __slots__ = (
         "__weakref__",
         "changed",
+        "connection",
         "executing",
         "in_use",
         "label",
@@ -91,6 +93,7 @@ class Checkout:
     thread: int  # the native one of a greenlet
     label: str | None  # of the scope in which it was checked out
     statement: str | None
+    connection: weakref.ref[Connection] | None  # SQLAlchemy's, that has executed something
     executing: bool
     since: float  # by time.monotonic(), as `changed`: when `executing` became what it is
     changed: float
@@ -113,7 +116,8 @@ class Checkout:
             return "pinging"
         if getattr(wire, "unread", False):
             return "streaming"
-        return "idle in transaction" if _in_transaction(record.dbapi_connection) else "idle"
+        user = None if self.connection is None else self.connection()
+        return "idle in transaction" if _in_transaction(record.dbapi_connection, user) else "idle"
 
 
 class HeldConnections:
@@ -147,7 +151,7 @@ class HeldConnections:
         note = info[CHECKOUT] = Checkout()
         note.record = weakref.ref(record)
         note.in_use = note.executing = False  # until the rest is there, too
-        note.statement = None
+        note.statement = note.connection = None
         note.reported, note.reported_since = (), 0.0
         self._notes.add(note)
         return note
@@ -159,7 +163,7 @@ class HeldConnections:
         if note is None or not note.in_use:
             return
         note.in_use = False
-        note.statement = None  # it may be large
+        note.statement = note.connection = None  # the first may be large
         self.stats.holds.add(monotonic() - note.since)
         if note.reported:
             if self.tell is not None and note.reported_since == note.since:
@@ -241,15 +245,26 @@ def _nobody() -> Any:
     return None
 
 
-def _in_transaction(connection: Any) -> bool:
-    """Whether a transaction is open on this DBAPI connection, as far as its driver tells; else probably."""
+def _in_transaction(connection: Any, user: Connection | None) -> bool:
+    """Whether a transaction is open on this DBAPI connection: for SQLAlchemy, as `Session.in_transaction()` has it,
+    since a SELECT alone may begin none at the server, and holds the connection all the same; or as far as the driver
+    tells, else probably."""
     driver = getattr(connection, "driver_connection", connection)  # below SQLAlchemy's adapter of one for asyncio
     try:
+        if user is not None and user.in_transaction() and not _autocommits(user, connection):
+            return True
         known = getattr(driver, "in_transaction", None)
         if known is None and hasattr(driver, "get_transaction_status"):  # asyncmy, aiomysql
             known = driver.get_transaction_status()
         return bool(known) if known is not None else getattr(connection, "autocommit", False) is not True
     except Exception:  # closed just now
+        return False
+
+
+def _autocommits(user: Connection, connection: Any) -> bool:
+    try:
+        return user.dialect.detect_autocommit_setting(connection)
+    except NotImplementedError:  # not every dialect can tell
         return False
 
 
@@ -268,6 +283,8 @@ def watched(execute: Callable[..., Any]) -> Callable[..., Any]:
             execute(cursor, statement, *arguments)
             return
         note.statement = statement
+        if note.connection is None:
+            note.connection = weakref.ref(context.root_connection)
         note.executing = True
         note.changed = monotonic()
         try:

@@ -105,6 +105,9 @@ def name_of(greenlet: Any, thread_number: int) -> str:
         return "a greenlet that is gone"
     if isinstance(greenlet, gevent.Greenlet):
         run = getattr(greenlet, "_run", None)  # gone once it has ended; a subclass may override it
+        owner = getattr(run, "__self__", None)
+        if isinstance(owner, threading.Thread):  # a patched one, all of which begin in the same function
+            return plain(f"thread {owner.name}")
         function = getattr(run, "__qualname__", None) or getattr(getattr(run, "func", None), "__qualname__", None)
         if function == "Greenlet._run":  # it has ended
             return plain(greenlet.name)

@@ -49,13 +49,16 @@ class LeakWatch:
         self._held = held
         self._aside = watches.aside
         held.tell = self._returned
-        if config.leak_after_s or config.idle_in_transaction_s:
+        limits = [limit_s for limit_s in (config.leak_after_s, config.idle_in_transaction_s) if limit_s]
+        # What begins after a look is seen at the next one: not so late that a short limit means nothing.
+        self._pause_s = min((limit_s / 4 for limit_s in limits), default=_LONGEST_S)
+        if limits:
             watches.add(self)
 
     def look(self) -> float:
         """Report what is held too long now; return when to look again, by time.monotonic(), at the latest."""
         now = time.monotonic()
-        soonest = now + _LONGEST_S
+        soonest = now + min(self._pause_s, _LONGEST_S)
         for note in self._held.notes():
             taken = note.since
             for limit_s, since, what in (

@@ -39,7 +39,8 @@ _PATTERNS = {"mysql": _MYSQL, "mariadb": _MYSQL, "sqlite": _DOUBLE_IS_TEXT, "mss
 
 
 def masked(statement: str, backend: str) -> str:
-    """`statement` on one line and cut at 120 characters, with `?` for each value in its text, without its comments.
+    """`statement` on one line and cut at 120 characters, with `?` for each text and each longer number that was written
+    into it, without its comments.
 
     Args:
         backend: whose SQL it is: "mysql", "sqlite", "postgresql" ...
@@ -54,7 +55,11 @@ def _masked(beginning: str, backend: str) -> str:
     return text if len(text) <= STATEMENT_CHARS else f"{text[: STATEMENT_CHARS - 1]}…"
 
 
+# A number of two digits identifies nobody, and says which statement it is: `SELECT 1`, `LIMIT 10`.
+_SMALL = re.compile(r"\d?\.?\d?")
+
+
 def _replacement(found: re.Match[str]) -> str:
-    if found[1]:
-        return found[1]
+    if found[1] or _SMALL.fullmatch(found[0]):
+        return found[0]
     return " " if found[0].startswith(("/*", "--", "#")) else "?"

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 # Private, and the only way to end a session without the sweep that close() is; see ManagedSession.close.
 # tests/unit/test_private_names.py fails loudly when the name goes.
-from sqlalchemy.orm.session import _SessionCloseState
+from sqlalchemy.orm.session import _SessionCloseState as _State
 
 from dbsession import discarding
 from dbsession.config import DatabaseConfig
@@ -26,6 +26,9 @@ from dbsession.outcome import is_autocommit, wrote
 # collector happens to find it, in the Hub or in somebody else's request; pinned here it stays for the scope's end.
 # Written by each session for its own connections, one set operation at a time.
 _pinned: set[Connection] = set()
+
+# Looked up once: Python 3.11 takes 40 times as long for an enum's member as for a name of the module.
+_ACTIVE, _CLOSED, _CLOSE_IS_RESET = _State.ACTIVE, _State.CLOSED, _State.CLOSE_IS_RESET
 
 
 class ManagedSession(Session):
@@ -46,10 +49,10 @@ class ManagedSession(Session):
         self._leave_scope()
         if self._always_closes or self._open_connections or self.in_transaction() or len(self.identity_map):
             self._close_or_discard(super().close)
-        elif self._close_state is _SessionCloseState.ACTIVE:
+        elif self._close_state is _ACTIVE:
             # Nothing to give back and no object to detach (an object comes in by a transaction, and a new one leaves
             # with it): all that SQLAlchemy's close() would change.
-            self._close_state = _SessionCloseState.CLOSED
+            self._close_state = _CLOSED
 
     def reset(self) -> None:
         """As `Session.reset`; if that fails, its connections are discarded before the error goes on."""
@@ -61,7 +64,7 @@ class ManagedSession(Session):
         self._close_or_discard(super().invalidate)
 
     def _leave_scope(self) -> None:
-        if self._close_state is _SessionCloseState.CLOSE_IS_RESET:
+        if self._close_state is _CLOSE_IS_RESET:
             return  # it is as good as new afterwards
         home = self._scope() if self._scope is not None else None
         if home is not None:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from dbsession.aio.scope import Scope, Stack, stack_here, unlink
+from dbsession.aio.scope import Scope, Stack, stack_here
 from dbsession.config import positive_seconds
 from dbsession.errors import plain
 
@@ -68,11 +68,11 @@ class SessionScope:
             raise RuntimeError("This aio.session_scope() is open already: call session_scope() for each block.")
         self._stack = stack_here()  # the opener's: a generator may be closed by another task
         self._scope = scope = Scope(self._label, self._kind, self._stack.loop, self._read_timeout_s)
-        self._stack.scopes.append(scope)
+        self._stack.push(scope)
         return scope
 
     async def __aexit__(self, *_: object) -> None:
         scope, self._scope = self._scope, None
         if scope is not None:
-            unlink(self._stack, scope)
+            self._stack.unlink(scope)
             await scope.end()

@@ -15,7 +15,7 @@ T = TypeVar("T")
 NO_ARGUMENT: Any = object()  # in place of the first one, where none is passed by position
 _NO_KEY = object()  # of a default that cannot be hashed: equal to no argument
 _ANY_ARGUMENTS = inspect.signature(lambda *args, **kwargs: None)
-_REMEMBERED_CALLS = 1024  # of each factory, whose keys need not be found out again
+_REMEMBERED_CALLS = 1024  # of each factory and type of argument, whose keys need not be found out again
 _PLAIN = frozenset((str, bytes, int, float, bool, NoneType))  # lru_cache(typed=True) tells these apart as we do
 _EXACT = _PLAIN - {float}  # where equal ones of the same type can replace each other: 0.0 and -0.0 cannot
 
@@ -36,17 +36,18 @@ def typed(value: Any) -> tuple[type, Hashable]:
     return type(value), value
 
 
-def remember(short: dict[tuple[type, Any], T], one: Any, what: T) -> None:
+def remember(short: dict[type, dict[Any, T]], one: Any, what: T) -> None:
     """Writes down what was found out about the call of a factory with this one positional argument, or NO_ARGUMENT.
 
-    `short[type(one), one]` is the fastest look-up that tells such calls apart, if the argument is of one of the exact
+    `short[type(one)][one]` is the fastest look-up that tells such calls apart, if the argument is of one of the exact
     types; for others nothing is written. Each factory has a `short` of its own, in all threads: any of them may write,
     since all write the same, and what another one clears meanwhile is found out again.
     """
     if one is NO_ARGUMENT or type(one) in _EXACT:
-        if len(short) >= _REMEMBERED_CALLS:
-            short.clear()
-        short[type(one), one] = what
+        same_type = short.setdefault(type(one), {})
+        if len(same_type) >= _REMEMBERED_CALLS:
+            same_type.clear()
+        same_type[one] = what
 
 
 class Calls:
@@ -91,7 +92,7 @@ class Calls:
             item = self._item(name, value)
             if item != (name, self._defaults[name]):
                 items.append(item)
-        return (self, *items) if items else self
+        return frozenset((self, *items)) if items else self  # which keeps its hash: a tuple's is computed each time
 
     def _item(self, name: str, value: Any) -> tuple[str, Hashable]:
         try:

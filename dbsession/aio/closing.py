@@ -52,14 +52,13 @@ async def close_all(sessions: Sessions, label: str) -> None:
         database, session = sessions.popitem()
         if database.inherited:
             continue  # it belongs to the parent process: not a byte on its connections
-        if not session.needs_server:
-            failure = _failure_at_once(session)
-        elif kill is not None:
-            failure = kill
-        else:
-            if end is None:
-                end = asyncio.get_running_loop().time() + discarding.BOUND_S
-            failure = await _failure_of(session, end)
+        failure: BaseException | None = None
+        try:
+            if not session.close_at_once():
+                end = end or asyncio.get_running_loop().time() + discarding.BOUND_S
+                failure = kill or await _failure_of(session, end)
+        except BaseException as error:  # a listener of the user's, for instance
+            failure = error
         if failure is not None:
             kill = kill or _kill(failure)
             _give_up(database, session, label, failure)
@@ -69,14 +68,6 @@ async def close_all(sessions: Sessions, label: str) -> None:
 
 def _kill(failure: BaseException) -> BaseException | None:
     return None if isinstance(failure, Exception) else failure
-
-
-def _failure_at_once(session: Any) -> BaseException | None:
-    try:
-        session.close_at_once()
-    except BaseException as error:  # a listener of the user's, for instance
-        return error
-    return None
 
 
 async def _failure_of(session: Any, end: float) -> BaseException | None:
@@ -114,11 +105,10 @@ def close_aside(sessions: Sessions, label: str) -> None:
         database, session = sessions.popitem()
         if database.inherited:
             continue
-        if session.needs_server:
-            left[database] = session
-            continue
-        failure = _failure_at_once(session)
-        if failure is not None:
+        try:
+            if not session.close_at_once():
+                left[database] = session
+        except BaseException as failure:  # a listener of the user's, for instance
             kill = kill or _kill(failure)
             _give_up(database, session, label, failure)
     if left:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Generic, TypeVar
@@ -30,12 +31,12 @@ def key_of_acm(acm: object) -> Hashable:
 def singleton_of(factory: Callable[..., Any]) -> Callable[..., Any]:
     """`factory`, whose values the loop keeps."""
     calls = Calls(factory)
-    keys: dict[tuple[type, Any], Hashable] = {}
+    keys: dict[type, dict[Any, Hashable]] = {}
 
     def get(one: Any = NO_ARGUMENT, /, *more: Any, **kwargs: Any) -> Any:
         if not more and not kwargs:
             try:
-                return running_loop()._dbsession_loop_local.values[keys[type(one), one]]
+                return running_loop()._dbsession_loop_local.values[keys[type(one)][one]]
             except _NOT_THERE:
                 pass
         args = more if one is NO_ARGUMENT else (one, *more)
@@ -78,12 +79,12 @@ def sticky_singleton_of(factory: Callable[..., AbstractAsyncContextManager[T, An
         )
     calls = Calls(factory)
     bare = Sticky(calls, calls.label, factory)
-    parts: dict[tuple[type, Any], _Parts] = {}
+    parts: dict[type, dict[Any, _Parts]] = {}
 
     def get(one: Any = NO_ARGUMENT, /, *more: Any, **kwargs: Any) -> Sticky[T]:
         if not more and not kwargs:
             try:
-                return Sticky(*parts[type(one), one])  # a new one: asyncio.gather() awaits the same once
+                return Sticky(*parts[type(one)][one])  # a new one: asyncio.gather() awaits the same once
             except _NOT_SHORT:
                 pass
         args = more if one is NO_ARGUMENT else (one, *more)
@@ -193,11 +194,13 @@ class Sticky(Kept[T]):
         return _NOTHING
 
 
-class _Nothing(tuple[()]):
-    """Awaitable: at once, with None. All of it in C, a coroutine would cost more than the look-up."""
+@types.coroutine
+def _nothing() -> Generator[Any, Any, None]:
+    return
+    yield
 
-    __slots__ = ()
-    __await__: Any = tuple.__iter__
 
-
-_NOTHING = _Nothing()
+# Awaitable any number of times, in any loop: it gives None at once, since it has ended. A coroutine for each time would
+# cost more than the look-up.
+_NOTHING = _nothing()
+next(_NOTHING, None)

@@ -1,12 +1,14 @@
 """The scopes of an asyncio task, and their end.
 
     task ── _dbsession_aio ──> Stack ──> [Scope, Scope ...]   outermost first; the last one is current
+                                     ──> {database: session}  the current scope's own dict, for the fastest look-up
     _here: ContextVar ──> a Stack                             only to find it quickly, always looked at twice
 
 A context is copied to child tasks, to callbacks and to the threads of `asyncio.to_thread`; so the Stack found in it
 counts only if its own task is the one that runs now, in the thread of its loop. Whoever fails this has no scope of the
 parent's. Who writes: a Stack and its scopes only code that runs in its task, or the task's done-callback; both run in
-the loop's thread, and none of the functions here awaits between reading and writing.
+the loop's thread, and none of the functions here awaits between reading and writing. What is found as a Stack's
+`sessions` changes in the same step as its scopes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import asyncio
 import os
 import sys
 from _thread import get_ident
+from collections.abc import Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 from dbsession.aio import closing
@@ -26,6 +30,8 @@ current_task = asyncio.current_task
 
 _here: ContextVar[Stack | None] = ContextVar("dbsession.aio", default=None)
 here = _here.get
+
+_NO_SESSIONS: Mapping[Any, Any] = MappingProxyType({})
 
 
 class Scope(Unit):
@@ -64,22 +70,38 @@ class Scope(Unit):
 
 
 class Stack:
-    """The scopes of one task. Lives until the task is done, or as long as a context that was copied from it."""
+    """The scopes of one task, and the sessions of the current one. Lives until the task is done, or as long as a
+    context that was copied from it."""
 
-    __slots__ = ("loop", "scopes", "task", "thread")
+    __slots__ = ("loop", "scopes", "sessions", "task", "thread")
 
     def __init__(self, task: asyncio.Task[object]) -> None:
         self.task: asyncio.Task[object] | None = task
         self.loop: asyncio.AbstractEventLoop | None = task.get_loop()
         self.thread = get_ident()
         self.scopes: list[Scope] = []
+        self.sessions = _NO_SESSIONS
         task.add_done_callback(self._task_done)
+
+    def push(self, scope: Scope) -> None:
+        """Make `scope` the current one."""
+        self.scopes.append(scope)
+        self.sessions = scope.sessions
+
+    def unlink(self, scope: Scope) -> None:
+        """Take the topmost `scope` out: nearly always the last one."""
+        scopes = self.scopes
+        for index in range(len(scopes) - 1, -1, -1):
+            if scopes[index] is scope:
+                del scopes[index]
+                self.sessions = scopes[-1].sessions if scopes else _NO_SESSIONS
+                return
 
     def _task_done(self, _: object) -> None:
         # Contexts of children and callbacks may keep this object for long, but nothing else then.
         self.task = self.loop = None
         self.thread = 0  # no thread's: whoever finds this in a context sees at once that it is over
-        scopes, self.scopes = self.scopes, []
+        scopes, self.scopes, self.sessions = self.scopes, [], _NO_SESSIONS
         for scope in reversed(scopes):
             if scope.kind == "implicit":  # a block's end is its own: a generator may be read on by another task
                 scope.end_aside()
@@ -135,7 +157,7 @@ def current_or_implicit() -> Scope:
     scopes = stack.scopes
     if not scopes:
         scope = Scope("the rest of a task", "implicit", stack.loop)
-        scopes.append(scope)  # at the bottom, for good; what is opened above it ends by its own token
+        stack.push(scope)  # at the bottom, for good; what is opened above it ends by its own token
         return scope
     scope = scopes[-1]
     if scope.ended:
@@ -144,15 +166,6 @@ def current_or_implicit() -> Scope:
             "working after its unit of work had ended; open one of its own with `async with aio.session_scope():`."
         )
     return scope
-
-
-def unlink(stack: Stack, scope: Scope) -> None:
-    """Take the topmost `scope` off `stack`: nearly always the last one."""
-    scopes = stack.scopes
-    for index in range(len(scopes) - 1, -1, -1):
-        if scopes[index] is scope:
-            del scopes[index]
-            return
 
 
 def _after_fork_in_child() -> None:

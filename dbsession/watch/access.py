@@ -10,7 +10,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 
 LEAST_TOKEN = 16
-"""Characters. Guessing is limited, but not for somebody with many addresses and much time."""
+"""Characters; whoever gives fewer is warned. Guessing is limited, but not for somebody with many addresses and much
+time."""
 
 FAILURES, FAILURES_S = 5, 60.0
 """So many wrong tokens from one address within so many seconds, and it has to wait."""

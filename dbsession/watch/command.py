@@ -63,10 +63,9 @@ def add_check(commands: Any) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of them: give a whole one from 1 on")
+    return int(text)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ def add_dashboard(commands: Any) -> None:
     parser.add_argument("--port", type=_port, default=8765, help="the port; 0: any that is free (default: 8765)")
     parser.add_argument(
         "--token",
-        help=f"what a browser has to know, at least {LEAST_TOKEN} characters; needed to listen on anything but "
+        help=f"what a browser has to know, best {LEAST_TOKEN} characters or more; needed to listen on anything but "
         f"loopback, and to keep other users of this machine out. Better in the environment, as {TOKEN_VARIABLE}: they "
         "can read command lines, too",
     )
@@ -73,6 +73,9 @@ def _run(options: argparse.Namespace) -> int:
     except ConfigError as error:
         listener.close()
         return _refuse(str(error))
+    if token is not None and len(token) < LEAST_TOKEN:
+        warning = f"The token has {len(token)} characters, which may be guessed: use {LEAST_TOKEN} or more."
+        print(f"dbsession dashboard: {warning}", file=sys.stderr, flush=True)
     _serve(listener, history, folder, Token(token) if token is not None else None)
     return 0
 
@@ -91,8 +94,8 @@ def _problem(folder: str, host: str, token: str | None) -> str | None:
         return f"The folder {folder!r} does not exist: name the one that {folders.VARIABLE} names to the workers."
     if not host:
         return "--host is empty: name an address, such as 127.0.0.1."
-    if token is not None and len(token) < LEAST_TOKEN:
-        return f"The token has {len(token)} characters: use {LEAST_TOKEN} or more, chosen at random."
+    if token == "":
+        return f"The token is empty: use {LEAST_TOKEN} characters or more, chosen at random."
     if token is None and not is_loopback(host):
         return (
             f"--host {host} can be reached from other machines, so a token is needed: set {TOKEN_VARIABLE}, or leave "

@@ -2,7 +2,7 @@
 
     <folder, 0700>/<pid>.sock, 0600      connect; read one line of JSON, `snapshot().as_dict()`, up to the end of file
 
-Nothing is read from the client, so there is no verb, and nothing that it could change.
+What a client sends is thrown away, so there is no verb, and nothing that it could change.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from dbsession.watch.snapshot import snapshot
 
 CLIENTS = 8  # answered at a time; further ones wait in the kernel
 ANSWER_S = 2.0  # that a client gets to read its answer
+LINGER_S = 0.5  # and, with the whole answer sent, to close
 _RETRY_S = 1.0  # after an accept() that failed, such as for want of descriptors
 
 # The interpreter's own, whatever is patched.
@@ -110,7 +112,14 @@ class _Server:
         try:
             client.settimeout(ANSWER_S)  # for the whole of sendall()
             client.sendall(json.dumps(snapshot().as_dict()).encode() + b"\n")
-        except OSError:  # it did not read it all
+            client.shutdown(socket.SHUT_WR)
+            # Closed now, whoever sends something would meet an error in place of the answer, or of its end.
+            end = time.monotonic() + LINGER_S
+            while (left_s := end - time.monotonic()) > 0:
+                client.settimeout(left_s)
+                if not client.recv(4096):
+                    break
+        except OSError:  # it did not read it all, or did not close
             pass
         finally:
             self._clients.discard(client)
@@ -151,8 +160,8 @@ def _listen(path: Path) -> socket.socket:
 
 def serve_snapshots(folder: str | os.PathLike[str]) -> None:
     """Serve this process's `snapshot()` on the Unix socket `<folder>/<pid>.sock`, for `dbsession top`, `dbsession
-    dashboard` and whoever else of this user connects: it gets one line of JSON and the end of file. Nothing is read
-    from it. From now on the last warnings of dbsession are kept for the snapshot, too.
+    dashboard` and whoever else of this user connects: it gets one line of JSON and the end of file. What it sends is
+    thrown away. From now on the last warnings of dbsession are kept for the snapshot, too.
 
     Ends with the process. A forked child serves nothing until it calls this itself. Called again, it serves in the
     folder named last. Never waits. Under gunicorn `gunicorn_hooks.post_worker_init` calls it in each worker when the

@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from dbsession import fork, hub
+from dbsession import engines, fork, hub
 from dbsession.engines import Database
 from dbsession.errors import ConfigError, describe
 from dbsession.stats import BOUNDS_S, Stats
@@ -120,9 +120,20 @@ class Publisher:
         self._changes = Changes(_numbers)
         self._shown: dict[tuple[prometheus_client.Gauge, tuple[str, ...]], float] = {}
         self._failed = False
+        self._reserved: tuple[int, frozenset[str]] = 0, frozenset()  # in which process, and for which databases
 
     def publish(self) -> None:
-        """Copy. Never waits, and does no I/O but into the shared folder's mapped files."""
+        """Copy. Never waits, and does no I/O but into the shared folder's mapped files.
+
+        Raises:
+            OSError: there is no room for them.
+        """
+        if metrics_folder.folder() is not None:
+            _, known = self._reserved
+            needed = os.getpid(), known.union(each.name for each in engines.all_databases())
+            if self._reserved != needed:
+                metrics_folder.reserve(needed[1])
+                self._reserved = needed
         for name, grown in self._changes.take():
             for increment, by in zip(_increments(name), grown, strict=True):
                 if by:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import atexit
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 from dbsession.errors import describe
@@ -27,6 +30,11 @@ FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 _FILE = re.compile(r"(?:counter|histogram|summary|gauge_[a-z]+)_([0-9]+)\.db")
 """What prometheus_client calls its files there: the kind, the process. It is no other `.db` that is removed."""
+
+# The kinds of files that our own metrics are in, with how many values of one database, and the most bytes that such a
+# value takes besides the database's name.
+_VALUES = {"counter": 7, "histogram": 36, "gauge_livesum": 5, "gauge_livemax": 1}
+_VALUE_BYTES = 300
 
 _owner = 0  # the process that removes the folder at its end, if it was made here
 
@@ -85,6 +93,37 @@ def begin(master: Any) -> None:
                     os.remove(file)
         except OSError as error:
             logger.warning("The metrics of an earlier run could not be removed: %s.", describe(error))
+
+
+def reserve(databases: Collection[str]) -> None:
+    """Make this process's files, with room on the disk for the metrics of these databases. prometheus_client maps them
+    into memory, and only makes them long: where the disk is full, its first write would kill the process (SIGBUS).
+
+    Raises:
+        OSError: there is no room, or no folder. No file is left half made.
+    """
+    for kind, values in _VALUES.items():
+        needed = values * sum(_VALUE_BYTES + len(json.dumps(name)) for name in databases)
+        count = 1 << max(12, needed.bit_length())  # it doubles them, too
+        path = os.path.join(folder() or "", f"{kind}_{os.getpid()}.db")
+        if os.path.exists(path):
+            _allocate(path, max(count, os.path.getsize(path)))
+            continue
+        try:
+            _allocate(path + ".new", count)
+            os.rename(path + ".new", path)
+        except OSError:
+            with suppress(OSError):
+                os.remove(path + ".new")
+            raise
+
+
+def _allocate(path: str, count: int) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, count)
+    finally:
+        os.close(descriptor)
 
 
 def forget(pid: int) -> None:

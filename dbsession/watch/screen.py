@@ -146,10 +146,8 @@ class Top(App[None]):
     def _show_databases(self) -> None:
         now, earlier = self._looks[-1], self._looks[0]
         found = usage(now, earlier if earlier is not now else None, by_process=self._by_process)
-        table = self.query_one("#databases", DataTable)
-        table.clear(columns=True)
-        names = ("database", *(["pid"] if self._by_process else []), "in use", "of the limit", "idle", "waiting")
-        table.add_columns(*names, "checkouts/s", "timeouts", "wait p50", "wait p99")
+        names = ["database", *(["pid"] if self._by_process else []), "in use", "of the limit", "idle", "waiting"]
+        rows = []
         for each in found:
             limit = "" if each.limit is None else f"/{each.limit}"
             per_s = "-" if each.checkouts_per_s is None else f"{each.checkouts_per_s:.1f}"
@@ -157,7 +155,9 @@ class Top(App[None]):
             cells += [_right(f"{each.in_use}{limit}"), _bar(each)]
             cells += [_right(each.idle), _alarming(each.waiting), _right(per_s)]
             cells += [_alarming(each.timeouts), _right(duration(each.wait_p50_s)), _right(duration(each.wait_p99_s))]
-            table.add_row(*cells)
+            rows.append(cells)
+        names += ["checkouts/s", "timeouts", "wait p50", "wait p99"]
+        _fill(self.query_one("#databases", DataTable), names, rows)
 
     def _show_holders(self) -> None:
         table = self.query_one("#holders", DataTable)
@@ -166,21 +166,9 @@ class Top(App[None]):
         key, largest_first = SORTED_BY[self._sort]
         found = [holder for holder in holders(self._looks[-1]) if self._filter.casefold() in _searched(holder)]
         self._shown = sorted(found, key=key, reverse=largest_first is not self._reversed)
-        table.clear(columns=True)
-        for name in ("held", "state", "for", "scope", "database", "pid", "checked out at", "last statement"):
-            table.add_column(f"{name} {'▲' if self._reversed else '▼'}" if name == self._sort else name, key=name)
-        for holder in self._shown:
-            state = plain(holder["state"])
-            table.add_row(
-                _right(duration(holder["held_s"])),
-                Text(state, style="yellow" if state == "idle in transaction" else ""),
-                _right(duration(holder["state_s"])),
-                Text(plain(holder["scope"]), no_wrap=True),
-                Text(plain(holder["database"])),
-                _right(holder["pid"]),
-                Text(plain(short_place(holder["place"])), no_wrap=True),
-                Text(plain(holder["statement"] or "-"), no_wrap=True),
-            )
+        names = ["held", "state", "for", "scope", "database", "pid", "checked out at", "last statement"]
+        names = [f"{name} {'▲' if self._reversed else '▼'}" if name == self._sort else name for name in names]
+        _fill(table, names, [_cells(holder) for holder in self._shown])
         if chosen is not None and self._shown:
             same = [index for index, each in enumerate(self._shown) if _identity(each) == _identity(chosen[1])]
             table.move_cursor(row=same[0] if same else min(chosen[0], len(self._shown) - 1), scroll=False)
@@ -260,6 +248,30 @@ def _identity(holder: dict[str, Any]) -> tuple[Any, ...]:
 def _searched(holder: dict[str, Any]) -> str:
     columns = ("state", "scope", "greenlet", "place", "statement", "database", "pid")
     return "\n".join(str(holder[column]) for column in columns).casefold()
+
+
+def _cells(holder: dict[str, Any]) -> list[Text]:
+    state = plain(holder["state"])
+    return [
+        _right(duration(holder["held_s"])),
+        Text(state, style="yellow" if state == "idle in transaction" else ""),
+        _right(duration(holder["state_s"])),
+        Text(plain(holder["scope"]), no_wrap=True),
+        Text(plain(holder["database"])),
+        _right(holder["pid"]),
+        Text(plain(short_place(holder["place"])), no_wrap=True),
+        Text(plain(holder["statement"] or "-"), no_wrap=True),
+    ]
+
+
+def _fill(table: DataTable[Text], names: list[str], rows: list[list[Text]]) -> None:
+    """Show these in place of what the table has shown."""
+    table.clear(columns=True)
+    for index, name in enumerate(names):
+        # Left to itself the table finds its widths out when it is idle; what it has drawn before stays cut off.
+        table.add_column(name, width=max([Text(name).cell_len, *(row[index].cell_len for row in rows)]))
+    for row in rows:
+        table.add_row(*row)
 
 
 def _right(value: object) -> Text:

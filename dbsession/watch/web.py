@@ -78,9 +78,10 @@ def create_app(history: History, folder: str, token: Token | None = None, cookie
                 return None
         elif session.get("in"):
             return None
-        if request.endpoint == "index":
-            return redirect("login", 303)
-        answer = plain(401, "Log in, or send the token as `Authorization: Bearer`.")
+        if request.endpoint == "index":  # a browser shows the form; whoever else asks sees the status
+            answer = Response(render_template("login.html", wrong=False), 401)
+        else:
+            answer = plain(401, "Log in, or send the token as `Authorization: Bearer`.")
         answer.headers["WWW-Authenticate"] = 'Bearer realm="dbsession dashboard"'
         return answer
 

@@ -5,6 +5,8 @@ warm        the session once more, of a task that has one
 loop-local  a value of the running loop once more, beside asyncio-loop-local
 query       a task that reads one row by its primary key through the ORM, beside an AsyncSession passed by hand
 growth      what each of 1,000,000 tasks left, by Private_Dirty, in a fresh process
+
+The first three wait for nothing, and are judged by this process's CPU, in many short rounds.
 """
 
 from __future__ import annotations
@@ -37,6 +39,10 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 NO_COST = 1.03
 """What counts as no measurable cost of a query: two identical copies differ by as much (see the noise)."""
 
+SHORT = 5
+"""So many rounds, that much shorter, in place of one, where nothing is waited for: the less time lies between what is
+compared, the more alike is what the machine does else."""
+
 
 class Bench:
     """The benchmark in one loop, which lives as long as it."""
@@ -44,24 +50,24 @@ class Bench:
     def __init__(self, report: Report, loop: str, runner: asyncio.Runner, seconds: float) -> None:
         self.report, self.loop, self.runner, self.seconds = report, loop, runner, seconds
 
-    def interleave(self, build: Callable[[], Awaitable[dict[str, Times]]], seconds: float) -> Samples:
-        """Each case in a task of its own, with what `build` made in that task."""
+    def interleave(self, build: Callable[[], Awaitable[dict[str, Times]]], seconds: float, divided: int = 1) -> Samples:
+        """Each case in a task of its own, with what `build` made there. A round is `divided` into shorter ones."""
 
         async def one(name: str) -> Metrics:
-            wall, cpu = await peers.per_time((await build())[name], seconds)
+            wall, cpu = await peers.per_time((await build())[name], seconds / divided)
             return {"ns": wall * 1e9, "us": wall * 1e6, "cpu": cpu * 1e6}
 
         async def names() -> list[str]:
             return list(await build())
 
         cases = {name: (lambda name=name: self.runner.run(one(name))) for name in self.runner.run(names())}
-        return interleave(cases, self.report.options.rounds)
+        return interleave(cases, self.report.options.rounds * divided)
 
     def goal(self, text: str, samples: Samples, case: str, base: str, limit: float, **how: str) -> None:
-        ratio = samples.ratio(case, base, how.pop("metric", "us"), **how)
+        ratio = samples.ratio(case, base, how.pop("metric", "cpu"), **how)
         self.report.goal(f"{self.loop}: {text}", ratio, "<=", limit)
 
-    def control(self, what: str, samples: Samples, case: str, metric: str = "us") -> None:
+    def control(self, what: str, samples: Samples, case: str, metric: str = "cpu") -> None:
         self.report.control(f"{self.loop}: {what}", samples.ratio(f"{case} {AGAIN}", case, metric))
 
     def tasks(self, engine: AsyncEngine) -> None:
@@ -69,11 +75,12 @@ class Bench:
             units = {name: peers.tasks(make(engine)) for name, make in TASKS.items()}
             return units | {f"{SCOPED} {AGAIN}": peers.tasks(TASKS[SCOPED](engine))}
 
-        samples = self.interleave(build, self.seconds)
+        samples = self.interleave(build, self.seconds, SHORT)
         for measured in samples.values.values():
-            alone = samples.values[ALONE]["us"]
-            measured["net"] = [us - bare for us, bare in zip(measured["us"], alone, strict=True)]
-        self.report.table(f"{self.loop}: a task", samples, {"us": "us a task", "net": "net us"}, base=SCOPED)
+            alone = samples.values[ALONE]["cpu"]
+            measured["net"] = [us - bare for us, bare in zip(measured["cpu"], alone, strict=True)]
+        columns = {"us": "us a task", "cpu": "CPU us", "net": "net CPU us"}
+        self.report.table(f"{self.loop}: a task", samples, columns, base=SCOPED)
         text = "a task's get and end, unused / async_scoped_session get + remove()"
         self.goal(text, samples, OURS, SCOPED, 0.5)
         self.goal(f"{text}, net of the task", samples, OURS, SCOPED, 0.5, less=ALONE)
@@ -81,20 +88,21 @@ class Bench:
         plots.bars(
             self.report.folder / f"aio_task_{self.loop}.svg",
             f"A task with a session that nothing was done with, {self.loop}",
-            {name: samples.median(name, "us") for name in TASKS},
-            "µs a task, the task itself included",
+            {name: samples.median(name, "cpu") for name in TASKS},
+            "µs of CPU a task, the task itself included",
         )
 
     def warm(self, engine: AsyncEngine) -> None:
-        samples = self.interleave(lambda: peers.warm(engine), self.seconds / 2)
-        self.report.table(f"{self.loop}: warm", samples, {"ns": "ns"}, base=peers.WARM_THEIRS)
+        samples = self.interleave(lambda: peers.warm(engine), self.seconds / 2, SHORT)
+        self.report.table(f"{self.loop}: warm", samples, {"ns": "ns", "cpu": "CPU us"}, base=peers.WARM_THEIRS)
         for name, text in ((peers.WARM_OURS, "by the proxy"), (peers.WARM_BY_NAME, "by its name")):
             self.goal(f"warm get, {text} / async_scoped_session()", samples, name, peers.WARM_THEIRS, 0.6)
         self.control("async_scoped_session's warm get", samples, peers.WARM_THEIRS)
 
     def loop_local(self) -> None:
-        samples = self.interleave(peers.loop_local, self.seconds / 2)
-        self.report.table(f"{self.loop}: loop-local", samples, {"ns": "ns"}, base="dict[get_running_loop()]")
+        samples = self.interleave(peers.loop_local, self.seconds / 2, SHORT)
+        columns = {"ns": "ns", "cpu": "CPU us"}
+        self.report.table(f"{self.loop}: loop-local", samples, columns, base="dict[get_running_loop()]")
         for what, limit in (("singleton", 0.5), ("async with sticky", 0.2)):
             for arguments in ("no arguments", "one argument"):
                 case = f"{what}, {arguments}"

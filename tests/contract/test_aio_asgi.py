@@ -20,7 +20,7 @@ END = {"type": "http.response.body", "body": b"", "more_body": False}
 
 @pytest.fixture
 def manager(tmp_path):
-    options = {"pool_size": 2, "pool_timeout": 2}
+    options = {"pool_size": 2, "pool_timeout": 20}
     manager = SessionManager(
         {name: {"url": f"sqlite:///{tmp_path}/{name}.db", "options": options} for name in ("default", "other")}
     )
@@ -96,7 +96,7 @@ def run(manager, main):
     """`main()` in a loop of its own; whatever happened in it, nothing is in use at its end."""
 
     async def bounded():
-        async with asyncio.timeout(20), manager.running():
+        async with asyncio.timeout(60), manager.running():
             try:
                 return await main()
             finally:
@@ -225,10 +225,10 @@ def test_session_raises_when_it_is_used_after_the_request(manager, session):
             await query(kept[0])
         # The ended scope is nobody's current one any more: what goes on in this task opens one of its own.
         assert session() is not kept[0]
-        scopes.stack_here().scopes.append(kept[1])
+        scopes.stack_here().push(kept[1])
         with pytest.raises(ScopeEnded):
             session()
-        scopes.stack_here().scopes.pop()
+        scopes.stack_here().unlink(kept[1])
 
     run(manager, main)
 

@@ -1001,7 +1001,7 @@ async def test_pool_timeout_says_the_same_of_who_holds_the_connections(half, tmp
                 await done(manager.get().execute(text("SELECT 1")))
     (holder,) = raised.value.holders
     assert (holder.database, holder.scope, holder.statement) == ("default", "import", "SELECT ?")
-    assert any(place.startswith(f"{__file__}:") for place in holder.stack) and holder.state == "idle"
+    assert any(place.startswith(f"{__file__}:") for place in holder.stack) and holder.state == "idle in transaction"
     said = str(raised.value).splitlines()
     assert said[0].endswith("with 1 in use and 0 others waiting. Held, longest first:")
     assert said[1] == f"  {holder}" and "SELECT ?" in said[1] and len(said) == 3

@@ -100,23 +100,38 @@ assert os.listdir(folder) == [path.name]
     assert list(folder.iterdir()) == []
 
 
-def test_socket_reads_nothing_from_a_client_that_sends(mode, tmp_path):
+def test_socket_takes_no_notice_of_what_a_client_sends(mode, tmp_path):
+    """It gets the whole answer and its end, and no error: neither at once nor when the answer has come already."""
     run_script(
         mode,
         START
         + """
 dbsession.serve_snapshots(folder)
-client = connect()
-client.sendall(b"POST /stop HTTP/1.1\\r\\n\\r\\n")
-received = []
-try:
-    while piece := client.recv(65536):
-        received.append(piece)
-except ConnectionResetError:  # what it sent was never read
-    pass
-client.close()
-assert json.loads(b"".join(received))["pid"] == os.getpid()
-assert [each["pid"] for each in collect(folder, 10).workers] == [os.getpid()]
+for at_once in (True, False) * 5:
+    with connect() as client:
+        received = b"" if at_once else client.recv(65536)
+        client.sendall(b"POST /stop HTTP/1.1\\r\\n\\r\\n")
+        while piece := client.recv(65536):
+            received += piece
+    assert json.loads(received)["pid"] == os.getpid()
+assert [each["pid"] for each in collect(folder, 30).workers] == [os.getpid()]
+""",
+        tmp_path,
+    )
+
+
+def test_socket_drops_the_clients_that_do_not_close_and_answers_the_next(mode, tmp_path):
+    run_script(
+        mode,
+        START
+        + """
+inspection.LINGER_S = 0.05
+dbsession.serve_snapshots(folder)
+lazy = [connect() for _ in range(inspection.CLIENTS)]
+assert [each["pid"] for each in collect(folder, 30).workers] == [os.getpid()]
+wait_until(lambda: not inspection._server._clients, 20)
+for client in lazy:
+    assert json.loads(rest(client))["pid"] == os.getpid()
 """,
         tmp_path,
     )
@@ -131,11 +146,10 @@ def test_socket_drops_the_clients_that_do_not_read_and_answers_the_next(mode, tm
 from types import SimpleNamespace
 large = {"version": 1, "pid": os.getpid(), "databases": [], "holders": "x" * 8_000_000, "scopes": [], "warnings": []}
 inspection.snapshot = lambda: SimpleNamespace(as_dict=lambda: large)
-inspection.ANSWER_S = 0.2
 dbsession.serve_snapshots(folder)
 lazy = [connect() for _ in range(inspection.CLIENTS)]
-assert collect(folder, 20).workers == [large]
-wait_until(lambda: not inspection._server._clients, 20)
+assert collect(folder, 40).workers == [large]
+wait_until(lambda: not inspection._server._clients, 40)
 for client in lazy:
     assert len(rest(client)) < 8_000_000
 """,
@@ -184,7 +198,7 @@ other = Path(sys.argv[1], "other")
 dbsession.serve_snapshots(folder)
 dbsession.serve_snapshots(other)
 assert os.listdir(folder) == [] and os.listdir(other) == [path.name]
-assert [each["pid"] for each in collect(other, 10).workers] == [os.getpid()]
+assert [each["pid"] for each in collect(other, 30).workers] == [os.getpid()]
 inspection.stop()
 inspection.stop()
 assert os.listdir(other) == [] and collect(other, 10).workers == []
@@ -202,7 +216,7 @@ def test_socket_keeps_no_loop_running(mode, tmp_path):
         + """
 import gevent
 dbsession.serve_snapshots(folder)
-assert [each["pid"] for each in collect(folder, 10).workers] == [os.getpid()]
+assert [each["pid"] for each in collect(folder, 30).workers] == [os.getpid()]
 assert gevent.get_hub().join(timeout=20), "the loop did not end by itself"
 """,
         tmp_path,
@@ -234,7 +248,7 @@ logging.getLogger().addHandler(logging.NullHandler())
 logging.getLogger("dbsession.pool").warning("before")
 dbsession.serve_snapshots(folder)
 logging.getLogger("dbsession.pool").warning("Database %r: ...", "default")
-[worker] = collect(folder, 10).workers
+[worker] = collect(folder, 30).workers
 assert [each["text"] for each in worker["warnings"]] == ["Database 'default': ..."]
 """,
         tmp_path,
@@ -318,7 +332,7 @@ def test_collect_removes_the_sockets_of_killed_processes_and_nothing_else(folder
 def test_collect_counts_as_silent_who_gives_no_snapshot_and_hears_the_others(folder, answer):
     good = json.dumps({"version": 1, "pid": 4_000_002}).encode()
     with Answers(folder, 4_000_001, answer), Answers(folder, 4_000_002, good):
-        found = collect(folder, 10)
+        found = collect(folder, 30)
     assert ([each["pid"] for each in found.workers], found.silent) == ([4_000_002], [4_000_001])
 
 

@@ -264,7 +264,7 @@ def test_configure_during_a_build_does_not_leave_a_stale_engine(tmp_path):
     building.wait()
     manager.configure({"default": f"sqlite:///{tmp_path}/new.db"})
     go.set()
-    assert job.get(timeout=5) == f"{tmp_path}/new.db"
+    assert job.get(timeout=30) == f"{tmp_path}/new.db"
 
 
 def test_dispose_closes_idle_connections_now_and_those_in_use_on_return(manager):

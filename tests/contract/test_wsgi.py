@@ -19,7 +19,7 @@ from support.waiting import wait_until
 @pytest.fixture
 def manager(tmp_path):
     manager = SessionManager(
-        {"default": {"url": f"sqlite:///{tmp_path}/a.db", "options": {"pool_size": 2, "pool_timeout": 2}}}
+        {"default": {"url": f"sqlite:///{tmp_path}/a.db", "options": {"pool_size": 2, "pool_timeout": 20}}}
     )
     with manager.scope():
         manager.get().execute(text("CREATE TABLE t (n INTEGER)"))
@@ -421,4 +421,4 @@ def test_body_dropped_without_a_hub_is_closed_by_a_thread(manager):
         del body
 
     run_thread(use)
-    wait_until(lambda: in_use(manager) == 0, 5)
+    wait_until(lambda: in_use(manager) == 0, 30)

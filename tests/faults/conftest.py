@@ -19,7 +19,7 @@ from support.steering import steering
 def script_runner(server: MariaDBServer, own_url: str) -> Iterator[Callable[..., Any]]:
     with steering(server) as port:
 
-        def run(source, *args, mode="patched", url=own_url, timeout=60.0):
+        def run(source, *args, mode="patched", url=own_url, timeout=120.0):
             source = "from support.server_prelude import *\n" + textwrap.dedent(source)
             return run_script(mode, source, url, port, *args, timeout=timeout)
 
@@ -30,7 +30,7 @@ def script_runner(server: MariaDBServer, own_url: str) -> Iterator[Callable[...,
 def with_server(mariadb, mariadb_url):
     """Runs a script after `from support.server_prelude import *`; the server is as before when the test is over.
 
-    `with_server(source, *args, mode="patched", url=mariadb_url, timeout=60)`; `args` begin at sys.argv[3].
+    `with_server(source, *args, mode="patched", url=mariadb_url, timeout=120)`; `args` begin at sys.argv[3].
     """
     with script_runner(mariadb, mariadb_url) as run:
         yield run

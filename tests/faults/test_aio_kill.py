@@ -14,7 +14,7 @@ from support.waiting import wait_until
 DRIVERS = ("asyncmy", "aiomysql")
 
 
-async def until(predicate, deadline_s=10.0):
+async def until(predicate, deadline_s=30.0):
     async with asyncio.timeout(deadline_s):
         while not predicate():
             await asyncio.sleep(0.01)
@@ -38,28 +38,33 @@ def test_statement_is_ended_at_the_server_when_its_task_is_cancelled(driver, mar
         assert await manager.get("default").scalar(text("SELECT 7")) == 7
 
     asyncio.run(main())
-    assert not mariadb.processlist()
+    wait_until(lambda: not mariadb.processlist(), 20, "no connection is left")
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_statement_is_ended_at_the_server_when_the_loop_ends_with_its_task(driver, mariadb, mariadb_url):
-    """asyncio.run() cancels at its end what runs, the task that says KILL, too. A SLEEP ends by itself after 5 s,
-    when it sees that its client has gone."""
+    """asyncio.run() cancels at its end what runs, the task that says KILL, too. It waits for a row lock, for 50 s: a
+    SLEEP would end by itself after 5 s, when it sees that its client has gone."""
     manager = aio.SessionManager({"default": mariadb_url.replace("pymysql", driver)})
+    table = f"`{make_url(mariadb_url).database}`.t"
 
     def running():
-        return [each for each in mariadb.processlist() if "SLEEP(60" in (each["info"] or "")]
+        return [each for each in mariadb.processlist() if "UPDATE t" in (each["info"] or "")]
 
     async def main():
-        async with asyncio.timeout(10) as limit:
-            task = asyncio.create_task(manager.get("default").execute(text("SELECT SLEEP(60)")))
+        async with asyncio.timeout(30) as limit:
+            task = asyncio.create_task(manager.get("default").execute(text("UPDATE t SET n = 2")))
             await until(running)
             limit.reschedule(0)
             await task
 
-    with pytest.raises(TimeoutError):
-        asyncio.run(main())
-    wait_until(lambda: not running(), 2, "the statement has ended")
+    with mariadb.root() as cursor:
+        for statement in (f"CREATE TABLE {table} (n INT)", f"INSERT INTO {table} VALUES (1)", "BEGIN"):
+            cursor.execute(statement)
+        cursor.execute(f"SELECT n FROM {table} FOR UPDATE")
+        with pytest.raises(TimeoutError):
+            asyncio.run(main())
+        wait_until(lambda: not running(), 20, "the statement has ended")
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

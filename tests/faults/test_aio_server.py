@@ -15,8 +15,8 @@ from dbsession import aio, discarding, sessions
 from support.aio_sweep import until
 from support.proxy import Proxy
 
-DEADLINE_S = 30  # of a whole test, far beyond every bound in it
-SHORT_S = 0.4
+DEADLINE_S = 120  # of a whole test, far beyond every bound in it
+SHORT_S = 1.0
 TICK_S = 0.01
 MANY_ROWS = text("SELECT seq, REPEAT('x', 200) FROM seq_1_to_5000000")
 
@@ -72,7 +72,7 @@ async def loop_goes_on():
         yield
     finally:
         ticker.cancel()
-    assert ticks >= SHORT_S / TICK_S / 4
+    assert ticks >= SHORT_S / TICK_S / 10
 
 
 @contextmanager
@@ -93,7 +93,7 @@ async def one(manager):
 
 
 async def nothing_in_use(manager):
-    await until(lambda: manager.engine().pool.checkedout() == 0, 5)
+    await until(lambda: manager.engine().pool.checkedout() == 0, 20)
 
 
 # -- silence -----------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_connecting_ends_with_an_error_when_the_server_is_silent_after_the_hands
     """SQLAlchemy asks the first connection what its server can, and we ask each who it is."""
 
     async def work():
-        manager = managed(through, connect_timeout_s=SHORT_S)
+        manager = managed(through, connect_timeout_s=3)
         if not first:
             await one(manager)
             await manager.dispose()
@@ -145,7 +145,7 @@ def test_setting_a_level_ends_with_an_error_when_the_server_is_silent(through, p
 
 def test_use_ends_with_an_error_when_the_server_is_silent_at_the_liveness_check(through, proxy):
     async def work():
-        manager = managed(through, connect_timeout_s=SHORT_S)
+        manager = managed(through, connect_timeout_s=3)
         await one(manager)
         proxy.stall()
         async with loop_goes_on():
@@ -212,7 +212,7 @@ def test_cancelled_statement_ends_at_once_when_the_server_stops_reading_it(throu
         task = asyncio.create_task(send())
         await begun.wait()
         task.cancel()
-        await asyncio.wait([task], timeout=4)
+        await asyncio.wait([task], timeout=15)
         assert task.cancelled()
         await nothing_in_use(manager)
         proxy.resume()
@@ -298,18 +298,18 @@ def test_late_statement_leaves_the_other_connections_alone(url):
 
 async def _sleep(manager):
     async with manager.scope():
-        await manager.get().scalar(text("SELECT SLEEP(2)"))
+        await manager.get().scalar(text("SELECT SLEEP(20)"))
 
 
 def test_session_scope_has_its_own_bound_for_a_statement(url):
     async def work():
         manager = managed(url, read_timeout_s=SHORT_S)
         async with manager.scope(read_timeout_s=20):
-            assert await manager.get().scalar(text("SELECT SLEEP(1)")) == 0
+            assert await manager.get().scalar(text("SELECT SLEEP(2)")) == 0
         manager = managed(url)
         async with manager.scope(read_timeout_s=SHORT_S):
             with fails(2013):
-                await manager.get().scalar(text("SELECT SLEEP(2)"))
+                await manager.get().scalar(text("SELECT SLEEP(20)"))
 
     run(work)
 
@@ -379,8 +379,8 @@ def test_dispose_ends_when_tasks_never_stop_ending(url):
                 await asyncio.create_task(one())
 
         load = [asyncio.create_task(busy()) for _ in range(5)]
-        await until(lambda: ended > 20, 10)
-        async with asyncio.timeout(discarding.BOUND_S + 2):
+        await until(lambda: ended > 20, 40)
+        async with asyncio.timeout(discarding.BOUND_S + 20):
             await manager.dispose()
         for task in load:
             task.cancel()
@@ -455,7 +455,7 @@ def test_statement_fails_once_when_it_is_killed(verb, numbers, mariadb, url):
             return [each["id"] for each in mariadb.processlist() if "SLEEP(20)" in (each["info"] or "")]
 
         task = asyncio.create_task(sleep())
-        await until(sleeping, 10)
+        await until(sleeping, 15)
         with mariadb.root() as cursor:
             cursor.execute(f"KILL {verb} {sleeping()[0]}")
         with fails(*numbers):
@@ -497,7 +497,7 @@ def test_idle_connection_that_was_killed_costs_no_error(mariadb, url):
         killed = await one(manager)
         with mariadb.root() as cursor:
             cursor.execute("KILL %s", (killed,))
-        await until(lambda: killed not in [each["id"] for each in mariadb.processlist()], 10)
+        await until(lambda: killed not in [each["id"] for each in mariadb.processlist()], 20)
         assert await one(manager) != killed
 
     run(work)

@@ -14,7 +14,7 @@ SCRIPT = """
     from sqlalchemy import text
     from support.proxy import ProxyControl
     url, proxy, direct = sys.argv[1], ProxyControl(int(sys.argv[2])), sys.argv[3]
-    dbsession.configure({"default": {"url": url, "read_timeout_s": 1}, "direct": direct})
+    dbsession.configure({"default": {"url": url, "read_timeout_s": 2}, "direct": direct})
     session, engine = dbsession.get_dbsession(), dbsession.get_engine()
     with dbsession.get_engine("direct").begin() as connection:
         connection.execute(text("CREATE TABLE t (n INT) ENGINE=InnoDB"))
@@ -34,7 +34,7 @@ SCRIPT = """
             except BaseException as error:
                 return error, scope
             finally:
-                wait_until(lambda: rows() == runs, 10, "the server to carry out COMMIT")
+                wait_until(lambda: rows() == runs, 20, "the server to carry out COMMIT")
                 proxy.resume()
 """
 

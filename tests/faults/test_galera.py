@@ -61,7 +61,7 @@ def half_done(name):
     written = []
     def wait():
         written.append(True)
-        wait_until(lambda: gone, 60)
+        wait_until(lambda: gone, 100)
     task = spawn(unit, name, wait)
     wait_until(lambda: written, 20)
     return task
@@ -141,11 +141,11 @@ def moved():
 
 held = half_done("other")
 tasks = [spawn(load) for _ in range(8)]
-wait_until(lambda: acknowledged() > 100, 20)
+wait_until(lambda: acknowledged() > 100, 60)
 getattr(NodeControl(path, int(pid)), fault)()
 wait_until(moved, 40)
 first = next(numbers)
-wait_until(lambda: sum(int(token[1:]) > first for token in list(told)) > 50, 20)
+wait_until(lambda: sum(int(token[1:]) > first for token in list(told)) > 50, 60)
 gone.append(True)
 stopped.append(True)
 join([*tasks, held])
@@ -161,7 +161,7 @@ dbsession.dispose()
         writer.socket,
         writer.pid,
         fault,
-        timeout=100,
+        timeout=250,
     )
     result = json.loads(done.stdout)
     assert set(result["after"]) == {"acknowledged"}, Counter(result["after"])
@@ -183,7 +183,7 @@ node = NodeControl(path)
 hold_all("default")
 held = half_done("other")
 tasks = [spawn(load) for _ in range(8)]
-wait_until(lambda: acknowledged() > 50, 20)
+wait_until(lambda: acknowledged() > 50, 60)
 node.isolate()
 gone.append(True)
 stopped.append(True)
@@ -214,7 +214,7 @@ dbsession.dispose()
 """,
         galera.url(2),
         node.socket,
-        timeout=100,
+        timeout=250,
     )
     result = json.loads(done.stdout)
     assert Counter(result["codes"]) == {1047: 50}
@@ -252,14 +252,14 @@ def test_galera_certification_failure_at_commit_is_retried(galera):
                 seen["acknowledged"] += 1
                 seen["refused at COMMIT"] += len(whole) - 1
 
-        join([spawn(writer, name) for name in urls for _ in range(2)], 60)
+        join([spawn(writer, name) for name in urls for _ in range(2)], 150)
         assert [checked_out(dbsession.get_engine(name)) for name in urls] == [0, 0]
         print(json.dumps(seen))
         dbsession.dispose()
         """,
         galera.url(0),
         galera.url(1),
-        timeout=90,
+        timeout=200,
     )
     seen = json.loads(done.stdout)
     for node in galera.nodes:

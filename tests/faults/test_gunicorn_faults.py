@@ -40,10 +40,10 @@ class Load:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def send(self, count: int, pause: float = 0, statement: float = 0) -> list[int]:
+    def send(self, count: int, pause: float = 0, statement: float = 0, until: Path | None = None) -> list[int]:
         numbers = list(itertools.islice(self._numbers, count))
         for n in numbers:
-            path = f"/work?n={n}&pause={pause}&statement={statement}"
+            path = f"/work?n={n}&pause={pause}&statement={statement}" + (f"&until={until}" if until else "")
             self.answers[n] = self._pool.submit(self._server.get, path, timeout_s=40)
         return numbers
 
@@ -54,12 +54,13 @@ class Load:
             cursor.execute(f"SELECT n, pid, id FROM `{self._database}`.work")
             return {row["n"]: (row["pid"], row["id"]) for row in cursor.fetchall()}
 
-    def on_both(self, pause: float = 0, statement: float = 0) -> dict[int, set[int]]:
-        """Starts requests until each of two workers is at some; the workers, with the numbers of their requests."""
+    def on_both(self, pause: float = 0, statement: float = 0, until: Path | None = None) -> dict[int, set[int]]:
+        """Starts requests until each of two workers is at some; the workers, with the numbers of their requests, which
+        go on when the file `until` is there."""
         numbers: list[int] = []
         while len(numbers) < 48:
-            numbers += self.send(4, pause, statement)
-            wait_until(lambda sent=numbers: not set(sent) - self.rows().keys(), 10, "they are under way")
+            numbers += self.send(4, pause, statement, until)
+            wait_until(lambda sent=numbers: not set(sent) - self.rows().keys(), 30, "they are under way")
             rows = self.rows()
             shares: dict[int, set[int]] = {}
             for n in numbers:
@@ -71,7 +72,7 @@ class Load:
     def gone(self, numbers: set[int], rows: dict[int, tuple[int, int]]) -> None:
         """Waits until the server has none of the connections that did these requests."""
         ids = {rows[n][1] for n in numbers}
-        wait_until(lambda: not ids & {p["id"] for p in self._mariadb.processlist()}, 5, "connections gone")
+        wait_until(lambda: not ids & {p["id"] for p in self._mariadb.processlist()}, 20, "connections gone")
 
     def statuses(self, numbers: set[int]) -> set[object]:
         """The HTTP statuses; None for a connection that ended without an answer."""
@@ -105,12 +106,12 @@ def serve(request, mariadb, mariadb_url) -> Iterator:
         )
 
     yield start, lambda server: Load(server, mariadb, database)
-    wait_until(lambda: not mariadb.processlist(), 5, "no connection is left")
+    wait_until(lambda: not mariadb.processlist(), 20, "no connection is left")
 
 
 def serves_with_two_workers_without(server, load, ended, numbers=12):
     """The master has replaced the one that ended; the two serve, and lose nothing."""
-    wait_until(lambda: len(server.worker_pids()) == 2 and ended not in server.worker_pids(), 10, "a new worker")
+    wait_until(lambda: len(server.worker_pids()) == 2 and ended not in server.worker_pids(), 30, "a new worker")
     assert load.statuses(set(load.send(numbers))) == {200}
 
 
@@ -123,7 +124,7 @@ def test_requests_within_the_graceful_timeout_are_finished_when_a_worker_gets_si
         rows = load.rows()
         os.kill(victim, signal.SIGTERM)
         assert load.statuses(shares[victim] | shares[other]) == {200}
-        wait_until(lambda: not pid_alive(victim), 10)
+        wait_until(lambda: not pid_alive(victim), 30)
         load.gone(shares[victim], rows)
         assert load.rows("READ COMMITTED") == rows
         assert other in server.worker_pids()
@@ -141,7 +142,7 @@ def test_requests_beyond_the_graceful_timeout_are_torn_down_when_a_worker_gets_s
         os.kill(victim, signal.SIGTERM)
         lost = waiting[victim] | in_statement[victim]
         assert 200 not in load.statuses(waiting[victim])
-        wait_until(lambda: not pid_alive(victim), 10)
+        wait_until(lambda: not pid_alive(victim), 30)
         load.gone(lost, rows)
         assert load.statuses(in_statement[other]) == {200}
         kept = load.rows("READ COMMITTED").keys()
@@ -149,7 +150,7 @@ def test_requests_beyond_the_graceful_timeout_are_torn_down_when_a_worker_gets_s
         # Some may just have been finished; one that was killed at its COMMIT is stored or not.
         assert {n for n in in_statement[victim] if load.statuses({n}) == {200}} <= kept
         serves_with_two_workers_without(server, load, victim)
-        assert server.worker_pids()[0] == other
+        assert other in server.worker_pids()
         server.kill()  # instead of waiting for the other worker's long requests
 
 
@@ -162,7 +163,7 @@ def test_f14_long_statements_are_ended_when_workers_are_torn_down(serve):
         rows = load.rows()
         for worker in shares:
             os.kill(worker, signal.SIGTERM)
-        wait_until(lambda: not any(map(pid_alive, shares)), 10)
+        wait_until(lambda: not any(map(pid_alive, shares)), 30)
         for worker, numbers in shares.items():
             load.gone(numbers, rows)
             serves_with_two_workers_without(server, load, worker)
@@ -174,17 +175,19 @@ def test_f14_long_statements_are_ended_when_workers_are_torn_down(serve):
     [signal.SIGKILL, *(pytest.param(signum, marks=pytest.mark.slow) for signum in (signal.SIGABRT, signal.SIGQUIT))],
     ids=lambda signum: signum.name,
 )
-def test_only_its_own_requests_are_lost_when_a_worker_dies(serve, signum):
+def test_only_its_own_requests_are_lost_when_a_worker_dies(serve, signum, tmp_path):
     """No teardown runs; the kernel closes the sockets, and the server rolls back."""
     start, load_on = serve
     with start("--graceful-timeout=5") as server, load_on(server) as load:
-        shares = load.on_both(pause=2)
+        go_on = tmp_path / "go_on"
+        shares = load.on_both(until=go_on)
         victim, other = shares
         rows = load.rows()
         os.kill(victim, signum)
-        wait_until(lambda: not pid_alive(victim), 10)
+        wait_until(lambda: not pid_alive(victim), 30)
         load.gone(shares[victim], rows)
         assert load.statuses(shares[victim]) == {None}
+        go_on.touch()
         assert load.statuses(shares[other]) == {200}
         assert load.rows("READ COMMITTED").keys() == shares[other]
         assert other in server.worker_pids()
@@ -202,11 +205,11 @@ def test_no_request_is_lost_when_workers_end_after_max_requests(serve):
             numbers.update(sent)
             return {pid for pid, _ in load.rows("READ COMMITTED").values()}
 
-        wait_until(lambda: len(workers_so_far()) >= 5, 30, "workers are replaced")
+        wait_until(lambda: len(workers_so_far()) >= 5, 90, "workers are replaced")
         rows = load.rows("READ COMMITTED")
         assert rows.keys() == numbers
-        ended = {pid for pid, _ in rows.values()} - set(server.worker_pids())
-        assert ended
+        pids = {pid for pid, _ in rows.values()}
+        ended = wait_until(lambda: pids - set(server.worker_pids()), 30, "one of them has ended")
         load.gone({n for n in numbers if rows[n][0] in ended}, rows)
 
 
@@ -219,8 +222,8 @@ def test_no_connection_is_left_when_the_master_gets_sigterm_with_requests_in_fli
         numbers = set().union(*shares.values())
         server.term()
         assert load.statuses(numbers) == ({200} if graceful_s > 1 else {None})
-        server.wait(20)
-        wait_until(lambda: not mariadb.processlist(), 5, "no connection is left")
+        server.wait(40)
+        wait_until(lambda: not mariadb.processlist(), 20, "no connection is left")
         assert load.rows("READ COMMITTED").keys() == (numbers if graceful_s > 1 else set())
 
 
@@ -231,7 +234,7 @@ def test_no_connection_is_left_when_the_master_is_killed(serve, mariadb):
     with start("--graceful-timeout=2") as server, load_on(server) as load:
         load.on_both(pause=0.5)
         server.kill()
-        wait_until(lambda: not mariadb.processlist(), 15, "no connection is left")
+        wait_until(lambda: not mariadb.processlist(), 40, "no connection is left")
 
 
 @pytest.mark.slow
@@ -251,5 +254,6 @@ def test_slots_come_back_and_others_are_served_when_many_clients_reset_mid_strea
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
                 client.close()
             assert {len(answer.result(30).body.splitlines()) for answer in whole} == {30}
-        wait_until(lambda: all(server.get("/state").body.count(b'"checked_out": 0') for _ in range(10)), 10)
-        assert len(mariadb.processlist()) <= 2 * 20 + 1
+        wait_until(lambda: all(server.get("/state").body.count(b'"checked_out": 0') for _ in range(10)), 30)
+        # Those that were cut off, and those that had their statements ended, may still be ending at the server.
+        wait_until(lambda: len(mariadb.processlist()) <= 2 * 20 + 1, 20, "no more connections than places")

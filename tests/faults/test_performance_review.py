@@ -80,6 +80,8 @@ def ask():
 asked = gevent.spawn(ask)
 gevent.sleep(0)
 stall(0.8)
+from gevent.monkey import get_original
+assert get_original("select", "select")([connection._sock.fileno()], [], [], 20)[0]  # the server may be late, too
 assert asked.get(timeout=10) == (0,)
 """,
         mariadb_url,

@@ -265,7 +265,7 @@ def test_writer_that_waits_for_sqlites_lock_does_not_write_in_a_child(tmp_path):
         import gevent, dbsession
         from sqlalchemy import text
         path = f"{sys.argv[1]}/a.db"
-        dbsession.configure({"default": f"sqlite:///{path}"})
+        dbsession.configure({"default": {"url": f"sqlite:///{path}", "busy_timeout_s": 60}})
         session = dbsession.get_dbsession()
         with dbsession.session_scope():
             session.execute(text("CREATE TABLE t (n INTEGER)"))
@@ -285,11 +285,11 @@ def test_writer_that_waits_for_sqlites_lock_does_not_write_in_a_child(tmp_path):
         gevent.sleep(0.01)
         pid = os.fork()
         if pid == 0:
-            job.join(5)
+            job.join(20)
             os._exit(0 if failures and "fork" in str(failures[0]) else 1)
         assert os.waitpid(pid, 0)[1] == 0
         holder.rollback()
-        job.join(5)
+        job.join(20)
         assert not failures and session.scalar(text("SELECT COUNT(*) FROM t")) == 1
         """,
         tmp_path,
@@ -301,8 +301,9 @@ def test_dispose_with_waiters_does_not_multiply_connections(tmp_path):
         """
         from gevent import monkey; monkey.patch_all()
         import sys
-        import gevent, dbsession
+        import gevent, gevent.event, dbsession
         from sqlalchemy import event, text
+        from support.waiting import wait_until
         dbsession.configure({"default": {"url": f"sqlite:///{sys.argv[1]}/a.db", "options": {"pool_size": 2}}})
         engine, opened = dbsession.get_engine(), set()
         event.listen(engine, "connect", lambda connection, _: opened.add(connection))
@@ -310,13 +311,14 @@ def test_dispose_with_waiters_does_not_multiply_connections(tmp_path):
         def use():
             with dbsession.session_scope():
                 dbsession.get_dbsession().execute(text("SELECT 1"))
-                gevent.sleep(0.002)
+                go_on.wait(20)
         for _ in range(3):
+            go_on = gevent.event.Event()
             jobs = [gevent.spawn(use) for _ in range(6)]
-            gevent.sleep(0.001)
-            assert engine.pool.waiting() == 4
+            wait_until(lambda: engine.pool.waiting() == 4, 20)
             dbsession.dispose()
-            gevent.joinall(jobs, timeout=5, raise_error=True)
+            go_on.set()
+            gevent.joinall(jobs, timeout=20, raise_error=True)
         assert len(opened) <= 2, opened
         dbsession.dispose()
         assert not opened

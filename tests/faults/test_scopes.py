@@ -22,7 +22,7 @@ def test_f01_new_greenlet_never_inherits_a_session(mode, tmp_path):
             session.info["owner"] = n
             return inherited
         assert [join(spawn(use, n)) for n in range(1000)] == [[None]] * 1000
-        wait_until(lambda: checked_out(dbsession.get_engine()) == 0, 5)
+        wait_until(lambda: checked_out(dbsession.get_engine()) == 0, 20)
         """,
         tmp_path,
     )
@@ -97,7 +97,7 @@ def test_f10_uncleared_idents_give_their_connections_back(mode, tmp_path):
         from sqlalchemy import text
         gc.disable()
         dbsession.configure({"default": {"url": f"sqlite:///{sys.argv[1]}/a.db",
-                                         "options": {"pool_size": 2, "pool_timeout": 20}}})
+                                         "options": {"pool_size": 2, "pool_timeout": 50}}})
         session = dbsession.get_dbsession()
         total = 1000 if MODE != "threads" else 300
         kept = []
@@ -107,7 +107,7 @@ def test_f10_uncleared_idents_give_their_connections_back(mode, tmp_path):
             batch = [spawn(use) for _ in range(50)]
             join(batch)
             kept.append(batch)                    # still referenced: no destructor may be what saves us
-        wait_until(lambda: checked_out(dbsession.get_engine()) == 0, 5)
+        wait_until(lambda: checked_out(dbsession.get_engine()) == 0, 20)
         """,
         tmp_path,
     )
@@ -177,7 +177,7 @@ def test_f10_raw_greenlets_are_closed_in_a_thread_when_there_is_no_hub(tmp_path)
         dbsession.configure({"default": f"sqlite:///{sys.argv[1]}/a.db"})
         for _ in range(5):
             greenlet.greenlet(lambda: dbsession.get_dbsession().execute(text("SELECT 1"))).switch()
-        wait_until(lambda: dbsession.get_engine().pool.checkedout() == 0, 5)
+        wait_until(lambda: dbsession.get_engine().pool.checkedout() == 0, 20)
         """,
         tmp_path,
     )
@@ -204,7 +204,7 @@ def test_f10_native_thread_gives_its_connection_back(patched, tmp_path):
             started.append(dbsession.get_engine().pool.checkedout())
         for n in range(5):
             get_original("_thread", "start_new_thread")(use, ())
-            wait_until(lambda: len(started) > n and dbsession.get_engine().pool.checkedout() == 0, 5)
+            wait_until(lambda: len(started) > n and dbsession.get_engine().pool.checkedout() == 0, 20)
         assert started == [1] * 5
         """,
         tmp_path,
@@ -313,7 +313,7 @@ def test_f17_session_used_after_its_end_raises(mode, tmp_path):
                 raise AssertionError("not refused")
             assert proxy.scalar(text("SELECT 1")) == 1
         join(spawn(use))
-        wait_until(lambda: checked_out(dbsession.get_engine()) == 0, 5)
+        wait_until(lambda: checked_out(dbsession.get_engine()) == 0, 20)
         """,
         tmp_path,
     )

@@ -43,7 +43,7 @@ def test_no_request_fails_when_all_idle_connections_were_killed(mode, with_serve
             assert len(before) >= 20
             for id in before:
                 server.sql("KILL %s", id)
-            wait_until(lambda: not before & server.ids())
+            wait_until(lambda: not before & server.ids(), 20)
 
         configure()
         fill()
@@ -63,7 +63,7 @@ def test_no_request_fails_when_the_server_closed_idle_connections(with_server):
     """After wait_timeout, which a new connection takes from the global one."""
     with_server(
         """
-        server.set_global("wait_timeout", 1)
+        server.set_global("wait_timeout", 2)
         configure()
         fill()
         wait_until(lambda: not server.ids(), 20, "the server closes what is idle")
@@ -131,15 +131,18 @@ def test_f13_requests_end_with_an_error_when_the_server_is_silent(mode, with_ser
     """With idle connections and without; every slot comes back, and so does the service."""
     with_server(
         """
-        configure(connect_timeout_s=1, read_timeout_s=1, write_timeout_s=1)
+        configure(read_timeout_s=3, write_timeout_s=3)
+        connect_within(60)
         fill(10)
+        connect_within(2)
         server.pause()
-        errors = concurrently(failure, timeout_s=15)
+        errors = concurrently(failure, timeout_s=40)
         assert all(isinstance(error, exc.OperationalError) for error in errors), errors
         nothing_in_use()
         assert isinstance(failure(), exc.OperationalError)
         nothing_in_use()
         server.resume()
+        connect_within(60)
         assert concurrently(request) == [1] * 20
         nothing_in_use()
         """,
@@ -155,7 +158,8 @@ def test_f13_requests_end_with_an_error_when_the_network_is_silent(direction, ma
             """
             from support.proxy import ProxyControl
             proxy, direction = ProxyControl(int(sys.argv[3])), sys.argv[4]
-            configure(connect_timeout_s=1, read_timeout_s=1, write_timeout_s=1)
+            configure(read_timeout_s=3, write_timeout_s=3)
+            connect_within(60)
             request("CREATE TABLE t (n INT)", commit=True)
             ready, again = threading.Barrier(11), threading.Event()
             def work():
@@ -171,11 +175,13 @@ def test_f13_requests_end_with_an_error_when_the_network_is_silent(direction, ma
             ready.wait(20)
             proxy.stall(direction)
             again.set()
-            assert join(tasks, 15) == [2013] * 10
+            assert join(tasks, 40) == [2013] * 10
             nothing_in_use()
+            connect_within(2)
             assert isinstance(failure(), exc.OperationalError)
             nothing_in_use()
             proxy.resume()
+            connect_within(60)
             assert concurrently(request) == [1] * 20
             assert request("SELECT COUNT(*) FROM t") == 0
             nothing_in_use()
@@ -195,15 +201,16 @@ def test_f13_connecting_ends_with_an_error_when_the_server_never_greets(mode, wi
             """
             configure(connect_timeout_s=1, read_timeout_s=300, write_timeout_s=300)
             server.pause()
-            errors = concurrently(failure, 5, timeout_s=20)
+            errors = concurrently(failure, 5, timeout_s=40)
             assert [type(error) for error in errors] == [exc.OperationalError] * 5, errors
             assert {number(error) for error in errors} <= {2003, 2013}, errors
             nothing_in_use()
             server.resume()
+            connect_within(60)
             assert concurrently(request) == [1] * 20
 
             dbsession.configure({"default": {"url": sys.argv[3], "connect_timeout_s": 1, "read_timeout_s": 300}})
-            errors = concurrently(failure, 5, timeout_s=20)
+            errors = concurrently(failure, 5, timeout_s=40)
             assert [type(error) for error in errors] == [exc.OperationalError] * 5, errors
             nothing_in_use()
             """,
@@ -213,7 +220,6 @@ def test_f13_connecting_ends_with_an_error_when_the_server_never_greets(mode, wi
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_f13_connecting_ends_with_an_error_when_the_greeting_drips(with_server):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(20)
@@ -221,7 +227,7 @@ def test_f13_connecting_ends_with_an_error_when_the_greeting_drips(with_server):
         def drip():
             with contextlib.suppress(OSError), listener.accept()[0] as client:
                 client.sendall(b"\x50\0\0\0")
-                for _ in range(100):
+                for _ in range(60):
                     client.sendall(b"\x0a")
                     time.sleep(0.3)  # less than the timeout
 
@@ -231,7 +237,7 @@ def test_f13_connecting_ends_with_an_error_when_the_greeting_drips(with_server):
             with_server(
                 """
                 dbsession.configure({"default": {"url": sys.argv[3], "connect_timeout_s": 1}})
-                error, = concurrently(failure, 1, timeout_s=8)
+                error, = concurrently(failure, 1, timeout_s=20)
                 assert isinstance(error, exc.OperationalError), error
                 nothing_in_use()
                 """,
@@ -246,8 +252,8 @@ def test_f13_read_timeout_is_the_entrys_when_connecting_is_over(with_server):
     """connect_timeout_s is no limit on a statement."""
     with_server(
         """
-        configure(connect_timeout_s=1, read_timeout_s=20)
-        assert request("SELECT SLEEP(2)") == 0
+        configure(connect_timeout_s=3, read_timeout_s=30)
+        assert request("SELECT SLEEP(4)") == 0
         configure(connect_timeout_s=20, read_timeout_s=1)
         assert number(failure("SELECT SLEEP(30)")) == 2013
         nothing_in_use()
@@ -273,7 +279,7 @@ def test_f13_teardown_is_bounded_when_the_server_is_silent(mode, with_server):
         ready.wait(20)
         server.pause()
         end.set()
-        join(tasks, 20)
+        join(tasks, 40)  # its bound is 5 s
         nothing_in_use()
         server.resume()
         assert request("SELECT COUNT(*) FROM t") == 0

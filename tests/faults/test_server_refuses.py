@@ -23,6 +23,14 @@ def test_requests_fail_at_once_when_others_hold_all_connections(mode, mariadb, w
         server.set_global("max_connections", 10)  # the least it takes
         arguments = make_url(url).translate_connect_args(username="user")
         with contextlib.ExitStack() as others:
+            # The one that set it may still be ending, and its place would be free a moment after the last is taken.
+            first = pymysql.connect(**arguments)
+            others.callback(first.close)
+            def connected():
+                with first.cursor() as cursor:
+                    cursor.execute("SHOW GLOBAL STATUS LIKE 'Threads_connected'")
+                    return int(cursor.fetchone()[1])
+            wait_until(lambda: connected() == 1)
             for _ in range(100):
                 try:
                     others.callback(pymysql.connect(**arguments).close)
@@ -64,7 +72,7 @@ def test_writes_go_on_when_the_server_was_read_only_for_a_while(with_server):
         server.set_global("read_only", 0)
         request("INSERT INTO t VALUES (1)", commit=True)
         fill()
-        assert not before & server.ids()
+        wait_until(lambda: not before & server.ids(), 20, "the server has ended those of before")
         assert request("SELECT COUNT(*) FROM t") == 1
         nothing_in_use()
         """
@@ -76,7 +84,7 @@ def test_commits_are_stored_and_requests_end_when_the_server_crashes_under_load(
     first use after the recovery works."""
     with_server(
         """
-        configure(connect_timeout_s=2, read_timeout_s=5)
+        configure(read_timeout_s=20)
         request("CREATE TABLE t (n INT PRIMARY KEY)", commit=True)
         acknowledged, failed, stop = set(), [], threading.Event()
         def write(task):
@@ -93,15 +101,15 @@ def test_commits_are_stored_and_requests_end_when_the_server_crashes_under_load(
             stop.clear()
             acknowledged_before, failed_before = len(acknowledged), len(failed)
             tasks = [spawn(write, 30 * round + k) for k in range(30)]
-            wait_until(lambda: len(acknowledged) > acknowledged_before + 100)
+            wait_until(lambda: len(acknowledged) > acknowledged_before + 100, 40)
             server.kill()
-            wait_until(lambda: len(failed) > failed_before + 30)
+            wait_until(lambda: len(failed) > failed_before + 30, 40)
             server.start()
             acknowledged_at_recovery = len(acknowledged)
             if round:
-                wait_until(lambda: len(acknowledged) > acknowledged_at_recovery + 100)
+                wait_until(lambda: len(acknowledged) > acknowledged_at_recovery + 100, 40)
             stop.set()
-            join(tasks, 20)
+            join(tasks, 40)
             nothing_in_use()
             assert concurrently(request) == [1] * 20
             with dbsession.session_scope():
@@ -109,7 +117,8 @@ def test_commits_are_stored_and_requests_end_when_the_server_crashes_under_load(
             assert acknowledged <= stored, acknowledged - stored
         nothing_in_use()
         assert {number(error) for error in failed} <= {2003, 2006, 2013, 1927, 1053}, failed
-        """
+        """,
+        timeout=200,
     )
 
 
@@ -117,7 +126,7 @@ def test_commits_are_stored_and_requests_end_when_the_server_crashes_under_load(
 def test_connections_of_a_herd_stay_within_the_pool_when_the_server_comes_back(with_server):
     with_server(
         """
-        configure(connect_timeout_s=5)
+        configure()
         fill()
         server.stop()
         errors = concurrently(failure, 60)

@@ -141,7 +141,7 @@ def test_waiting_requests_get_clean_connections_when_the_pool_is_small(mode, wit
             return k % 7 != 0
         assert all(join([spawn(outcome, k) for k in range(200)]))
         nothing_in_use()
-        assert len(server.ids()) == 2
+        wait_until(lambda: len(server.ids()) == 2, 20, "the two are all there are")
         dbsession.dispose()
         wait_until(lambda: not server.ids())
         """,

@@ -21,7 +21,7 @@ def test_f09_pool_is_whole_and_nobody_was_told_a_lie_after_stress(mariadb, maria
             "patched",
             "from support import stress\nstress.main()",
             *(mariadb_url, control_port, seed, waves, size, restarts),
-            timeout=300,
+            timeout=600,
         )
     report = json.loads(done.stdout)
     faults = report["faults"]
@@ -29,4 +29,5 @@ def test_f09_pool_is_whole_and_nobody_was_told_a_lie_after_stress(mariadb, maria
     assert not done.stderr, f"seed {seed}"
     assert report["server_kills"] > 0
     assert {"committed", "GreenletExit", "Timeout", "Boom", "TimeoutError"} <= report["became"].keys()
-    assert report["became"]["committed"] > waves * size / 2
+    # Of the others a slow machine kills all.
+    assert report["left_alone_committed"] == report["left_alone"] > waves * size / 3

@@ -148,7 +148,7 @@ def test_f08_real_kill_at_each_switch_of_a_teardown(mariadb_url):
                         hub.loop.run_callback(victim.throw, kill)
             victim = gevent.spawn(run)
             greenlet.settrace(trace)
-            victim.join(5)
+            victim.join(20)
             greenlet.settrace(None)
             assert victim.dead
             return state["switches"] >= nth, victim.value

@@ -34,7 +34,7 @@ def test_f13_teardown_of_two_sessions_on_a_silent_server_ends_within_its_bound(m
             took, = join(spawn(request), 30)
             proxy.resume()
             # One bound for all of them under gevent; by the sockets' timeouts, one for each answer.
-            assert took < (2 if MODE != "threads" else 3) + 5, took
+            assert took < (2 if MODE != "threads" else 3) + 15, took  # and not read_timeout_s
             assert [checked_out(dbsession.get_engine(name)) for name in "ab"] == [0, 0]
             assert len(logged) == 2 and all("failed to close" in line for line in logged), logged
             for name in "ab":

@@ -67,4 +67,4 @@ def create_app(url: str | None = None, **options: object) -> Flask:
 
 def small() -> Flask:
     """For gunicorn: `flask_app:small()`."""
-    return create_app(pool_size=2, pool_timeout=5)
+    return create_app(pool_size=2, pool_timeout=20)

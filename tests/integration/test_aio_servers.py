@@ -56,20 +56,21 @@ class Serving:
             connection.execute(text("CREATE TABLE t (n INTEGER)"))
         engine.dispose()
 
-    def run(self):
+    def run(self, graceful_s=20):
+        """Who needs more is killed, and has neither told the database nor closed its files."""
         target = f"support.asgi_app:{self.app}"
         # Python's development mode: warnings are shown, and asyncio looks for mistakes.
         env = {"DBSESSION_URL": self.url, "PYTHONDEVMODE": "1"}
         if self.server == "uvicorn":
-            return Uvicorn(target, f"--loop={self.loop}", "--timeout-graceful-shutdown=2", env=env)
-        arguments = ["--worker-class=asgi", f"--asgi-loop={self.loop}", "--graceful-timeout=2"]
+            return Uvicorn(target, f"--loop={self.loop}", f"--timeout-graceful-shutdown={graceful_s}", env=env)
+        arguments = ["--worker-class=asgi", f"--asgi-loop={self.loop}", f"--graceful-timeout={graceful_s}"]
         arguments += ["--asgi-disconnect-grace-period=1"]
         return Gunicorn(target, *arguments, env=env, ready="/state")
 
     def gone(self):
         """The database has no connection of it any more."""
         if self.mariadb:
-            wait_until(lambda: all(process["db"] != self.name for process in self.mariadb.processlist()), 10)
+            wait_until(lambda: all(process["db"] != self.name for process in self.mariadb.processlist()), 30)
             self.mariadb.drop_database(self.name)
 
     def end(self, server, *, cut=False):
@@ -118,12 +119,12 @@ def state(server):
 
 
 def nothing_in_use(server):
-    wait_until(lambda: state(server)["checked_out"] == state(server)["sessions"] == 0, 10, "nothing is in use")
+    wait_until(lambda: state(server)["checked_out"] == state(server)["sessions"] == 0, 30, "nothing is in use")
 
 
 def all_at_once(server, paths):
     with ThreadPoolExecutor(len(paths)) as pool:
-        return [answer.text for answer in pool.map(lambda path: server.get(path, timeout_s=30), paths)]
+        return [answer.text for answer in pool.map(lambda path: server.get(path, timeout_s=60), paths)]
 
 
 def test_server_runs_as_it_was_told(server):
@@ -162,11 +163,11 @@ def test_body_is_streamed_from_the_database(server):
 def test_sessions_are_closed_when_the_client_leaves_in_mid_stream(server):
     clients = []
     for _ in range(5):
-        client = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+        client = socket.create_connection(("127.0.0.1", server.port), timeout=30)
         client.sendall(b"GET /stream?rows=1000000000 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"200 OK" in client.recv(4096)
         clients.append(client)
-    wait_until(lambda: state(server)["checked_out"] >= 5, 10, "all five are at it")
+    wait_until(lambda: state(server)["checked_out"] >= 5, 30, "all five are at it")
     for client in clients:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
         client.close()
@@ -187,15 +188,15 @@ def test_def_endpoint_gets_the_clear_error(server):
 def test_background_task_has_the_session_of_its_request(server):
     n = secrets.randbelow(10**6) + 10
     assert server.get(f"/background?n={n}").text == "later"
-    wait_until(lambda: server.get(f"/count?n={n}").text == "1", 10, "it has committed")
+    wait_until(lambda: server.get(f"/count?n={n}").text == "1", 30, "it has committed")
 
 
 @pytest.mark.parametrize("end", ["close", "reset"])
 def test_websocket_reads_from_the_database_until_its_client_leaves(server, end):
-    with connect(f"ws://127.0.0.1:{server.port}/chat", open_timeout=10, close_timeout=10) as client:
+    with connect(f"ws://127.0.0.1:{server.port}/chat", open_timeout=30, close_timeout=10) as client:
         for message in ("one", "two"):
             client.send(message)
-            assert client.recv(timeout=10) == message
+            assert client.recv(timeout=30) == message
         assert state(server)["checked_out"] == 1
         if end == "reset":
             client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -209,7 +210,7 @@ def test_dependency_of_fastapi_commits_what_the_endpoint_did(request, tmp_path_f
     with serving.run() as server:
         assert server.get("/dependency?n=7").text == "7"
         # FastAPI runs what stands after the `yield` when the response has left.
-        wait_until(lambda: server.get("/count?n=7").text == "1", 10, "it has committed")
+        wait_until(lambda: server.get("/count?n=7").text == "1", 30, "it has committed")
         assert server.get("/dependency?n=-7").status == 500
         nothing_in_use(server)
         assert server.get("/count?n=-7").text == "0"
@@ -233,7 +234,8 @@ def test_connections_are_gone_when_a_client_is_still_there_at_the_end(request, t
     """A stream that goes on for ever, and a SIGTERM: both servers give it their graceful timeout. uvicorn then cancels
     it, of gunicorn the master kills the worker."""
     serving = Serving(request, tmp_path_factory, server_name, "asyncio", "starlette_app", "mariadb")
-    with serving.run() as server, socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+    running = serving.run(graceful_s=2)
+    with running as server, socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
         client.sendall(b"GET /stream?rows=1000000000 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"200 OK" in client.recv(4096)
         server.term()

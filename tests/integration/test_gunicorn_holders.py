@@ -10,6 +10,8 @@ from support.waiting import wait_until
 CONFIG = """
 from gevent import monkey
 monkey.patch_all()
+import logging
+logging.basicConfig(level="INFO")
 from dbsession.gunicorn_hooks import post_request, post_worker_init, when_ready, worker_exit
 worker_class = "gevent"
 """
@@ -49,12 +51,14 @@ def test_request_that_holds_the_connection_is_named_with_route_and_line(tmp_path
     config = tmp_path / "gunicorn.conf.py"
     config.write_text(CONFIG)
     with Gunicorn("own:application", config=config, cwd=tmp_path, workers=1) as server:
+        # The worker's own `dbsession check` has had the only connection, and no longer has it.
+        wait_until(lambda: "dbsession check: nothing is wrong" in server.logs(), 60)
         holding = threading.Thread(target=server.get, args=("/hold/7?card=hidden",))
         holding.start()
         try:
-            wait_until((tmp_path / "held").exists, 20)
+            wait_until((tmp_path / "held").exists, 30)
             said = server.get("/other?card=hidden").text
-            logged = wait_until(lambda: "leak_after_s" in server.logs() and server.logs(), 20)
+            logged = wait_until(lambda: "leak_after_s" in server.logs() and server.logs(), 30)
         finally:
             (tmp_path / "end").touch()
             holding.join(20)

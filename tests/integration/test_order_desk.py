@@ -50,7 +50,7 @@ def client(desk: Any) -> Iterator[Any]:
     client, in_use = desk
     empty_tables()
     yield client
-    wait_until(lambda: in_use() == [0, 0], what="a request that is over holds no connection")
+    wait_until(lambda: in_use() == [0, 0], 30, "a request that is over holds no connection")
 
 
 # -- orders ----------------------------------------------------------------------------------------------------

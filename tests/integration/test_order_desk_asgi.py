@@ -83,7 +83,7 @@ def test_fifty_orders_are_stored_each_with_its_entry_when_posted_at_once(kind: s
             assert stored() == len({answer.json["id"] for answer in answers}) == 50
             entries = rows("audit", "SELECT order_id, detail FROM entries")
             assert sorted(entries) == sorted((a.json["id"], f"{a.json['quantity']} x pencil") for a in answers)
-            wait_until(lambda: client.in_use() == [0, 0])
+            wait_until(lambda: client.in_use() == [0, 0], 30)
             log = server.logs()
         for said in ("Traceback", "Warning", "different loop"):
             assert said not in log
@@ -106,7 +106,7 @@ def test_server_leaves_no_connection_at_the_database_when_it_ends(kind: str, mar
         with under(kind, urls) as server, http_client(server) as client:
             assert client.post("/orders", json=ORDER).status_code == 201
             assert set(connected()) - before
-        wait_until(lambda: not set(connected()) - before)
+        wait_until(lambda: not set(connected()) - before, 30)
 
 
 def test_export_gives_its_connection_back_when_the_client_goes_away(client: Any) -> None:
@@ -119,7 +119,7 @@ def test_export_gives_its_connection_back_when_the_client_goes_away(client: Any)
         reader.sendall(b"GET /orders.csv HTTP/1.1\r\nHost: desk\r\n\r\n")
         assert reader.recv(12) == b"HTTP/1.1 200"
         assert client.in_use() == [1, 0]
-    wait_until(lambda: client.in_use() == [0, 0])
+    wait_until(lambda: client.in_use() == [0, 0], 30)
     assert client.get("/orders?limit=1").json[0]["item"] == "pen" * 40
 
 
@@ -131,10 +131,10 @@ def test_order_is_not_stored_when_the_client_goes_away_in_its_body(client: Any) 
             b"Content-Length: 47\r\n\r\ncustomer=Ada&item=pen&price_cents=1&quantity=1"
         )
         sender.shutdown(socket.SHUT_WR)
-        sender.settimeout(10)
+        sender.settimeout(30)
         while sender.recv(4096):
             pass  # until the server has closed it
-    wait_until(lambda: client.in_use() == [0, 0])
+    wait_until(lambda: client.in_use() == [0, 0], 30)
     assert stored() == 0
     assert "Traceback" not in client.server.logs()
 

@@ -322,7 +322,7 @@ def test_fastapi_example_counts_its_visits_and_loads_no_gevent(folder, kind):
     else:
         (folder / "gunicorn.conf.py").unlink()  # the one shown for gevent, which gunicorn would take
         server = Gunicorn("fastapi_app:app", "-k", "asgi", cwd=folder, ready="/")
-    with server, httpx.Client(base_url=server.url) as client:
+    with server, httpx.Client(base_url=server.url, timeout=60) as client:
         first = client.get("/").json()
         assert [client.get(path).json() for path in ("/a", "/b")] == [first + 1, first + 2]
         assert client.post("/gevent").json() is False

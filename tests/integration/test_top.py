@@ -28,11 +28,12 @@ def folder(tmp_path):
 
 
 def serve(tmp_path, folder, *arguments, workers=2, **env):
+    arguments = ["--graceful-timeout=20", *arguments]  # who is killed leaves its socket
     return serve_probe(f"sqlite:///{tmp_path}/a.db", *arguments, workers=workers, DBSESSION_INSPECT=str(folder), **env)
 
 
 @contextmanager
-def held(server, path="/token?token=s3cret&pause=30"):
+def held(server, path="/token?token=s3cret&pause=300"):
     """A request that holds a connection, until the block ends."""
     client = server.connect()
     client.request("GET", path, headers={"Connection": "close"})
@@ -44,18 +45,31 @@ def held(server, path="/token?token=s3cret&pause=30"):
 
 def top(*arguments, status=0, **env):
     command = [sys.executable, "-m", "dbsession", "top", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=script_env(env))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=script_env(env))
     assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
     return done
 
 
 def seen(folder, pids):
-    """What all the workers say, once all of them serve."""
-    return wait_until(lambda: sorted(each["pid"] for each in collect(folder, 5).workers) == sorted(pids), 20)
+    """Returns once all these workers serve."""
+    wait_until(lambda: sorted(each["pid"] for each in collect(folder, 20).workers) == sorted(pids), 60)
 
 
-def snapshots(folder):
-    return json.loads(top("--json", "--folder", folder).stdout)["workers"]
+def told_of(folder, pids, silent=()):
+    """What `--json` and `--once` print when these workers answer in time; who is slow for once counts as silent."""
+
+    def ask():
+        told = json.loads(top("--json", "--folder", folder).stdout)
+        found = [each["pid"] for each in told["workers"]], told["silent"]
+        return told if found == (sorted(pids), sorted(silent)) else None
+
+    def text():
+        text = top("--once", DBSESSION_INSPECT=str(folder)).stdout
+        said = text.partition(" (pid ")[0].partition(", silent: ")
+        found = said[0].split()[0], said[2]
+        return text if found == (str(len(pids)), ", ".join(map(str, sorted(silent)))) else None
+
+    return wait_until(ask, 60), wait_until(text, 60)
 
 
 @pytest.mark.parametrize("preload", PRELOAD)
@@ -63,16 +77,14 @@ def test_held_connection_is_shown_with_its_route_in_text_and_json(tmp_path, fold
     # The request outlives its worker's grace: that is killed in the end.
     with serve(tmp_path, folder, *preload, "--graceful-timeout=1") as server, held(server):
         seen(folder, server.worker_pids())
-        wait_until(lambda: "GET /token" in top("--once", "--folder", folder).stdout, 20)
         # A worker that has had no request has no engine yet, and so no limit to add.
-        wait_until(lambda: server.get("/state") and all(each["databases"] for each in snapshots(folder)), 20)
-        told = json.loads(top("--json", "--folder", folder).stdout)
-        assert [each["pid"] for each in told["workers"]] == server.worker_pids() and told["silent"] == []
+        wait_until(lambda: server.get("/state") and all(each["databases"] for each in collect(folder, 20).workers), 60)
+        wait_until(lambda: "GET /token" in top("--once", "--folder", folder).stdout, 60)
+        told, text = told_of(folder, server.worker_pids())
         # The first worker's own `dbsession check` may hold one for a moment, too.
         holders = [holder for each in told["workers"] for holder in each["holders"]]
         [holder] = [holder for holder in holders if holder["scope"] == "GET /token"]
         assert holder["statement"] == "SELECT ?"
-        text = top("--once", DBSESSION_INSPECT=str(folder)).stdout
         assert text.startswith("2 workers (pid ") and "  GET /token  default  " in text and "\x1b" not in text
         assert "probe_app.py:" in text and "in token" in text and re.search(r"default +[12] +40 ", text)
         assert "s3cret" not in text + json.dumps(told)
@@ -86,9 +98,8 @@ def test_paused_worker_is_silent_and_the_others_are_shown(tmp_path, folder):
         seen(folder, [paused, other])
         os.kill(paused, signal.SIGSTOP)
         try:
-            told = json.loads(top("--json", "--folder", folder).stdout)
-            assert [each["pid"] for each in told["workers"]] == [other] and told["silent"] == [paused]
-            assert f"1 worker, silent: {paused}" in top("--once", "--folder", folder).stdout
+            _, text = told_of(folder, [other], [paused])
+            assert f"1 worker, silent: {paused}" in text
         finally:
             os.kill(paused, signal.SIGCONT)
 
@@ -98,7 +109,7 @@ def test_killed_worker_is_gone_and_its_successor_there(tmp_path, folder):
         [killed] = server.worker_pids()
         seen(folder, [killed])
         os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: server.worker_pids() not in ([], [killed]), 20)
+        wait_until(lambda: server.worker_pids() not in ([], [killed]), 60)
         seen(folder, server.worker_pids())
         assert [path.name for path in folder.iterdir()] == [f"{server.worker_pids()[0]}.sock"]
     assert list(folder.iterdir()) == []
@@ -160,7 +171,7 @@ def in_terminal(*command, keys=b"", env=None):
     output = b""
     try:
         while True:
-            ready, _, _ = select.select([master], [], [], 30)
+            ready, _, _ = select.select([master], [], [], 60)
             assert ready, output
             try:
                 piece = os.read(master, 65536)
@@ -201,7 +212,7 @@ def test_screen_ends_with_its_terminal_when_no_signal_says_so(folder):
     try:
         output = b""
         while b"pause" not in output:
-            ready, _, _ = select.select([master], [], [], 30)
+            ready, _, _ = select.select([master], [], [], 60)
             assert ready, output
             output += os.read(master, 65536)
         os.close(master)

@@ -50,7 +50,7 @@ assert grown < 2, grown
 """,
         tmp_path,
         loop,
-        timeout=300,
+        timeout=900,
     )
 
 
@@ -100,7 +100,7 @@ assert grown < 20, grown                          # a page or two of the allocat
         tmp_path,
         "asyncio",
         what,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -123,7 +123,7 @@ async def query(number):
 async def main():
     gc.disable()
     await asyncio.gather(*(query(number) for number in range(1000)))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while closing._under_way or alive() != nothing:
             await asyncio.sleep(0)
     assert aio.get_engine().pool.checkedout() == 0

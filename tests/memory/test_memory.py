@@ -45,7 +45,7 @@ assert grown < 2, grown
 """,
         tmp_path,
         patched,
-        timeout=300,
+        timeout=900,
     )
 
 
@@ -82,7 +82,7 @@ assert grown < 20, grown                          # a page or two of the allocat
         tmp_path,
         "plain",
         what,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -101,9 +101,10 @@ for _ in range(1000):
     raw.switch()
     del raw
     gevent.sleep(0)
-gevent.sleep(0.01)
+with gevent.Timeout(30):
+    while ident._unlinked or dbsession.get_engine().pool.checkedout():
+        gevent.sleep(0)
 gc.collect()
-assert not ident._unlinked
 assert sum(isinstance(o, Scope) for o in gc.get_objects()) == before
 assert dbsession.get_engine().pool.checkedout() == 0
 """,

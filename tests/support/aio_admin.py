@@ -7,6 +7,8 @@ import threading
 
 import pymysql
 
+from support.innodb import INNODB_STATUS, open_transactions
+
 TABLE = "CREATE TABLE unit (id INTEGER PRIMARY KEY {}, token VARCHAR(40), payload LONGTEXT)"
 
 
@@ -26,11 +28,8 @@ class MariaDBAdmin:
         return int(self._cursor.fetchone()[0])  # type: ignore[index]
 
     def open_transactions(self) -> int:
-        # Not information_schema.innodb_trx: who reads that again within 100 ms sees what it was before.
-        self._cursor.execute("SHOW ENGINE INNODB STATUS")
-        status = str(self._cursor.fetchone()[2])  # type: ignore[index]
-        # Before that there are those of the latest deadlock, however old.
-        return status.partition("LIST OF TRANSACTIONS FOR EACH SESSION")[2].count(", ACTIVE ")
+        self._cursor.execute(INNODB_STATUS)
+        return open_transactions(self._cursor.fetchone()[2])  # type: ignore[index]
 
     def connections(self) -> int:
         """How many there are of the database, ours aside."""

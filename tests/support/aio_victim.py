@@ -110,7 +110,7 @@ class Managed:
     """dbsession.aio, by a manager of its own."""
 
     def __init__(self, url: str, variant: Variant) -> None:
-        options = {"pool_size": 2, "pool_timeout": 4, **variant.options}
+        options = {"pool_size": 2, "pool_timeout": 10, **variant.options}
         self._manager = manager = aio.SessionManager({name: {"url": url, "options": options} for name in variant.names})
         self.get, self.scope, self.dispose = manager.get, manager.scope, manager.dispose
         self.run_in_transaction = manager.run_in_transaction

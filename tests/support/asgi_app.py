@@ -77,7 +77,7 @@ async def meet(request: Request) -> Response:
     meeting.come += 1
     if meeting.come == CONCURRENT:
         meeting.all_there.set()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await meeting.all_there.wait()
     return PlainTextResponse(f"{id(session())}:{id(driver)}")
 

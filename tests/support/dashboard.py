@@ -37,7 +37,7 @@ class Dashboard:
     def __enter__(self) -> Dashboard:
         self._process = Supervised(self._command, log=self.log, remove=self._folder, env=self._env)
         try:
-            self.url = wait_until(self._said, 20, "the dashboard says where it is")
+            self.url = wait_until(self._said, 60, "the dashboard says where it is")
         except BaseException as error:
             error.add_note(self.logs())
             self._process.close()
@@ -49,13 +49,13 @@ class Dashboard:
         status = self._process.poll()
         if status is not None:
             raise RuntimeError(f"the dashboard ended with status {status}")
-        found = re.search(r"http://\S+", self.logs())
-        return found[0] if found else None
+        found = re.search(r"is at (http://\S+) ", self.logs())
+        return found[1] if found else None
 
     def end(self) -> int:
         """SIGTERM; its exit status."""
         self._process.signal(signal.SIGTERM)
-        return self._process.wait(10)
+        return self._process.wait(30)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,7 +1,7 @@
 """A WSGI application with a deadline of PROBE_DEADLINE_S seconds, for the tests that run a real gunicorn.
 
 /late, /late-list and /late-stream never end by themselves, /flood sends as long as somebody reads; each holds a
-connection meanwhile. /state tells what the worker that answers has in use.
+connection meanwhile. /state tells what the worker that answers has in use; it has no deadline.
 """
 
 from __future__ import annotations
@@ -53,4 +53,8 @@ def flood() -> Iterator[bytes]:
         yield b"x" * 1_000_000
 
 
-wrapped = dbsession.DBSessionMiddleware(app, deadline=float(os.environ["PROBE_DEADLINE_S"]))
+_with_deadline = dbsession.DBSessionMiddleware(app, deadline=float(os.environ["PROBE_DEADLINE_S"]))
+
+
+def wrapped(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    return (app if environ["PATH_INFO"] == "/state" else _with_deadline)(environ, start_response)

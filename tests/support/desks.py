@@ -83,7 +83,7 @@ def uvicorn_desk(urls: dict[str, str], *arguments: str) -> Uvicorn:
 def http_client(server: Any) -> Iterator[HttpClient]:
     # No limit on the connections: fifty orders at once are to arrive at once.
     limits = httpx.Limits(max_connections=None)
-    with httpx.Client(base_url=server.url, timeout=30, limits=limits) as http:
+    with httpx.Client(base_url=server.url, timeout=60, limits=limits) as http:
         yield HttpClient(http, server)
 
 

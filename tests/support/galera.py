@@ -124,7 +124,8 @@ class GaleraCluster:
         # The first node only: the others get everything from it.
         command = [self._program("mariadb-install-db"), "--no-defaults", f"--datadir={node.data}"]
         command += ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]
-        command += ["--innodb-log-file-size=16M"]
+        # A server that starts removes what it takes for temporary tables left behind, another's in /tmp as well.
+        command += ["--innodb-log-file-size=16M", f"--tmpdir={node.folder}"]
         if os.geteuid() == 0:
             command.append("--user=mysql")
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)

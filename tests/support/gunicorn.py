@@ -70,7 +70,7 @@ class Gunicorn:
         env: dict[str, str] | None = None,
         workers: int | None = 1,
         ready: str | None = None,
-        start_s: float = 30.0,
+        start_s: float = 60.0,
         stop_s: float = 40.0,  # more than gunicorn's own graceful_timeout
     ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="dbs-"))
@@ -105,7 +105,7 @@ class Gunicorn:
         status = self._process.poll()
         if status is not None:
             raise RuntimeError(f"gunicorn ended with status {status}")
-        found = re.search(r"Listening at: http://127\.0\.0\.1:(\d+)", self.logs())
+        found = re.search(r"Listening at: http://127\.0\.0\.1:(\d+) ", self.logs())
         workers = self.worker_pids()
         if not found or sum(map(takes_signals, workers)) < self._workers:  # a dirty arbiter keeps the SIGHUP
             return False
@@ -113,7 +113,7 @@ class Gunicorn:
         if self._ready is None:
             return True
         try:
-            self.get(self._ready, timeout_s=5)
+            self.get(self._ready, timeout_s=20)
         except (OSError, http.client.HTTPException):
             return False
         return True
@@ -167,7 +167,7 @@ class Gunicorn:
         return self.log.read_text(errors="replace")
 
     def worker_pids(self) -> list[int]:
-        """Of the workers that run now, in order of age."""
+        """Of the workers that run now, by number: mostly the order of their age, but numbers begin anew some time."""
         return sorted(child_pids(self.pid))
 
     def term(self) -> None:
@@ -177,7 +177,7 @@ class Gunicorn:
     def kill(self) -> None:
         """SIGKILL to the master; the workers see that it is gone and end."""
         self._process.signal(signal.SIGKILL)
-        self._process.wait(10)
+        self._process.wait(30)
 
     def wait(self, timeout_s: float = 30.0) -> int:
         """The master's exit status, once it has ended."""

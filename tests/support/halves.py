@@ -28,7 +28,7 @@ from dbsession import aio
 T = TypeVar("T")
 Work = Callable[[], Awaitable[T]]
 
-BOUND_S = 20.0
+BOUND_S = 60.0
 
 
 async def done(value: Any) -> Any:

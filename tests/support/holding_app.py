@@ -1,6 +1,6 @@
 """A WSGI application whose requests hold a connection until they are told: for tests of what looks on from outside.
 
-The database is that of HOLDING_URL, with two connections.
+The database is that of HOLDING_URL, with two connections. Who waits for one in vain is seen to wait for ten seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sqlalchemy import text
 import dbsession
 from dbsession import get_dbsession
 
-OPTIONS = {"pool_size": 2, "pool_timeout": 3}
+OPTIONS = {"pool_size": 2, "pool_timeout": 10}
 dbsession.configure({"default": {"url": os.environ["HOLDING_URL"], "options": OPTIONS}})
 session = get_dbsession()
 _released = threading.Event()  # patched: the other requests of the one worker run meanwhile
@@ -26,7 +26,7 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
     path = environ["PATH_INFO"]
     if path.startswith("/hold/"):
         session.execute(text("SELECT 'a literal' AS held"))
-        assert _released.wait(60)
+        assert _released.wait(240)
     elif path == "/release":  # all of them
         _released.set()
         _released = threading.Event()

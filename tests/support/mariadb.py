@@ -86,12 +86,14 @@ class MariaDBServer:
             self._command += [f"--socket={self.socket}", "--bind-address=127.0.0.1"]
             self._command += [f"--pid-file={self.folder / 'pid'}", f"--tmpdir={self.folder}"]
             install = [install_db, *common, "--auth-root-authentication-method=normal", "--skip-test-db"]
+            # A server that starts removes what it takes for temporary tables left behind, another's in /tmp as well.
+            install.append(f"--tmpdir={self.folder}")
             done = subprocess.run(
                 [*install, "--skip-name-resolve", "--innodb-log-file-size=16M"],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=300,
             )
             assert done.returncode == 0, f"mariadb-install-db failed:\n{done.stdout}\n{done.stderr}"
             self.start()
@@ -198,7 +200,7 @@ class MariaDBServer:
             unix_socket=str(self.socket),
             user="root",
             autocommit=True,
-            connect_timeout=5,
+            connect_timeout=20,
             read_timeout=30,
             cursorclass=pymysql.cursors.DictCursor,
         )

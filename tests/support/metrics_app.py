@@ -1,4 +1,7 @@
-"""A WSGI application for the tests of the metrics under a real gunicorn. Each worker has a pool of two."""
+"""A WSGI application for the tests of the metrics under a real gunicorn. Each worker has a pool of two.
+
+METRICS_POOL_TIMEOUT_S: the seconds that a request waits for a connection.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,8 @@ from sqlalchemy import text
 
 import dbsession
 
-dbsession.configure(
-    {"default": {"url": os.environ["METRICS_URL"], "options": {"pool_size": 2, "pool_timeout": 0.5}, "leak_after_s": 0}}
-)
+options = {"pool_size": 2, "pool_timeout": float(os.environ.get("METRICS_POOL_TIMEOUT_S", "30"))}
+dbsession.configure({"default": {"url": os.environ["METRICS_URL"], "options": options, "leak_after_s": 0}})
 session = dbsession.get_dbsession()
 
 if os.environ.get("METRICS_QUERY_AT_IMPORT"):

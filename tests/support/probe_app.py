@@ -19,6 +19,7 @@ import dbsession
 from dbsession import get_dbsession
 
 session = get_dbsession()  # before anything is configured or patched, as applications do
+_met: list[Any] = []  # the sessions of /session
 
 if os.environ.get("PROBE_QUERY_AT_IMPORT"):
     # Under --preload this leaves the master with a live connection that every worker inherits.
@@ -44,7 +45,11 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         return reply(start_response, json.dumps(answer))
     if path == "/session":
         mine = session()
-        time.sleep(float(query.get("pause", 0)))  # patched: the others run
+        _met.append(mine)
+        end = time.monotonic() + 60
+        while len(_met) < int(query["of"]):  # all of them have one at the same time
+            assert time.monotonic() < end, len(_met)
+            time.sleep(0.01)  # patched: the others run
         assert session() is mine
         return reply(start_response, f"{os.getpid()}:{id(mine)}")
     if path == "/raise":
@@ -67,6 +72,8 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         row = {"n": int(query["n"]), "pid": os.getpid()}
         session.execute(text("INSERT INTO work VALUES (:n, :pid, CONNECTION_ID())"), row)
         time.sleep(float(query.get("pause", 0)))
+        while "until" in query and not os.path.exists(query["until"]):
+            time.sleep(0.01)  # patched: the others run
         session.execute(text("SELECT SLEEP(:s)"), {"s": float(query.get("statement", 0))})
         session.commit()
         return reply(start_response, str(os.getpid()))

@@ -50,7 +50,7 @@ class Supervised:
                 # Control-C at the terminal is for the tests; they close what they started.
                 start_new_session=True,
             )
-        line = self._line(10.0)
+        line = self._line(60.0)
         if not line.startswith("pid "):
             self.close()
             raise RuntimeError(f"could not start {command[0]}:\n{log.read_text(errors='replace')}")
@@ -113,7 +113,7 @@ def child_pids(pid: int) -> list[int]:
     return children
 
 
-def wait_gone(pids: list[int], deadline_s: float = 10.0) -> None:
+def wait_gone(pids: list[int], deadline_s: float = 30.0) -> None:
     """Returns when none of these processes runs any more."""
     wait_until(lambda: not any(map(pid_alive, pids)), deadline_s, f"the end of processes {pids}")
 
@@ -126,7 +126,7 @@ def script_env(extra: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def run_python(
-    source: str, *args: object, timeout: float = 60.0, env: dict[str, str] | None = None, status: int = 0
+    source: str, *args: object, timeout: float = 120.0, env: dict[str, str] | None = None, status: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Runs `source` in a fresh interpreter, where warnings are errors; returns when it has ended.
 
@@ -176,7 +176,7 @@ def run_python(
 
 
 def run_script(
-    mode: str, source: str, *args: object, timeout: float = 60.0, env: dict[str, str] | None = None
+    mode: str, source: str, *args: object, timeout: float = 120.0, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`run_python` after `from support.prelude import *` in one of MODES; see `prelude` for the names.
 

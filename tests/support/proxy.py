@@ -31,7 +31,7 @@ class ProxyControl:
         self.control_port = control_port
 
     def _call(self, **request: Any) -> Any:
-        with socket.create_connection(("127.0.0.1", self.control_port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", self.control_port), timeout=60) as connection:
             connection.sendall(json.dumps(request).encode() + b"\n")
             with connection.makefile("rb") as reply:
                 answer = json.loads(reply.readline())
@@ -149,19 +149,23 @@ class Connection:
     def cut(self) -> None:
         """Returns when the RST is sent."""
         self.broken = True
-        self._closed.wait(10)
+        self._closed.wait(20)
 
     def _pump(self, direction: str) -> None:
         source, sink = self.ends[direction]
         gate = self.gates.open[direction]
         try:
-            while data := self._until_cut(source.recv, self.gates.size):
-                self._until_cut(self._pass, gate)
-                self.data[direction] += data
+            while data := self._until_cut(source.recv, FULL_SIZE):
                 while data:
-                    data = data[self._until_cut(sink.send, data) :]
-                if self.gates.size < FULL_SIZE:
-                    time.sleep(0.001)
+                    self._until_cut(self._pass, gate)
+                    # Asked for now, and not when recv() began to wait: that may have been before dribble().
+                    size = self.gates.size
+                    piece, data = data[:size], data[size:]
+                    self.data[direction] += piece
+                    while piece:
+                        piece = piece[self._until_cut(sink.send, piece) :]
+                    if size < FULL_SIZE:
+                        time.sleep(0.001)
             self._until_cut(self._pass, gate)
             sink.shutdown(socket.SHUT_WR)
         except OSError:

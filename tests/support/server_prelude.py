@@ -12,15 +12,15 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import exc, text
+from sqlalchemy import event, exc, text
 
 from support.prelude import *  # noqa: F403
 from support.prelude import __all__ as _names
 from support.prelude import checked_out, dbsession, join, spawn, wait_until
 from support.steering import ServerControl
 
-__all__ = [*_names, "concurrently", "configure", "exc", "failure", "fill", "nothing_in_use", "number", "request"]
-__all__ += ["running", "server", "session", "sys", "text", "threading", "url"]
+__all__ = [*_names, "concurrently", "configure", "connect_within", "exc", "failure", "fill", "nothing_in_use"]
+__all__ += ["number", "request", "running", "server", "session", "sys", "text", "threading", "url"]
 
 url = sys.argv[1]
 server = ServerControl(int(sys.argv[2]))
@@ -28,7 +28,16 @@ session = dbsession.get_dbsession()
 
 
 def configure(*, options: dict[str, Any] | None = None, **entry: Any) -> None:
+    # Twenty that connect at once on a busy machine need more than the default's 10 s now and then.
+    entry = {"connect_timeout_s": 60, **entry}
     dbsession.configure({"default": {"url": url, "options": {"pool_size": 20, **(options or {})}, **entry}})
+
+
+def connect_within(seconds: float) -> None:
+    """From now on the engine may take this long to connect, whatever its entry says: when the server is there, but the
+    machine is busy, and short timeouts are for the time in which it is not. Ends with the next `configure()`."""
+    engine = dbsession.get_engine()
+    event.listen(engine, "do_connect", lambda _d, _r, _a, arguments: arguments.update(connect_timeout=seconds))
 
 
 def request(statement: str = "SELECT 1", commit: bool = False) -> Any:

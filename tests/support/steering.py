@@ -26,7 +26,7 @@ class ServerControl:
         self.control_port = control_port
 
     def _call(self, verb: str, *args: Any) -> Any:
-        with socket.create_connection(("127.0.0.1", self.control_port), timeout=60) as connection:
+        with socket.create_connection(("127.0.0.1", self.control_port), timeout=200) as connection:
             connection.sendall(json.dumps([verb, *args]).encode() + b"\n")
             with connection.makefile("rb") as reply:
                 answer = json.loads(reply.readline())

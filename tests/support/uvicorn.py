@@ -26,14 +26,14 @@ class Uvicorn(Gunicorn):
         self._command = [sys.executable, "-m", "uvicorn", "--host=127.0.0.1", "--port=0", "--no-use-colors"]
         self._command += [*arguments, app]
         self._cwd, self._env = self._folder, script_env(env)
-        self._start_s, self._stop_s = 30.0, 40.0
+        self._start_s, self._stop_s = 60.0, 40.0
         self.port = 0
 
     def _started(self) -> bool:
         status = self._process.poll()
         if status is not None:
             raise RuntimeError(f"uvicorn ended with status {status}")
-        found = re.search(r"Uvicorn running on http://127\.0\.0\.1:(\d+)", self.logs())
+        found = re.search(r"Uvicorn running on http://127\.0\.0\.1:(\d+) ", self.logs())
         if found:
             self.port = int(found[1])
         return found is not None

@@ -64,7 +64,7 @@ class Managed:
     """dbsession, by a manager of its own."""
 
     def __init__(self, url: str, variant: Variant) -> None:
-        options = {"pool_size": 2, "pool_timeout": 4, **variant.options}
+        options = {"pool_size": 2, "pool_timeout": 10, **variant.options}
         entry = {"url": url, "options": options, **variant.entry}
         self._manager = SessionManager(dict.fromkeys(variant.names, entry))
         self.get, self.scope, self.dispose = self._manager.get, self._manager.scope, self._manager.dispose

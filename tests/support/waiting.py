@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(predicate: Callable[[], T], deadline_s: float = 10.0, what: str = "") -> T:
+def wait_until(predicate: Callable[[], T], deadline_s: float = 30.0, what: str = "") -> T:
     """Returns the first true value of `predicate()`; AssertionError after `deadline_s` seconds without one.
 
     Lets other greenlets run in a process patched by gevent, as `time.sleep` does there.

@@ -122,7 +122,8 @@ def test_idle_transaction_is_told_once_and_only_while_nothing_runs(run, managed,
             await manager.get().execute(text("CREATE TABLE t (n INTEGER)"))
             await manager.get().commit()
         async with manager.engine().connect() as reader:
-            await reader.execute(text("SELECT 1"))  # SQLite: a SELECT that was read is no transaction
+            await reader.execute(text("SELECT 1"))
+            await reader.rollback()
             async with manager.scope("the import"):
                 await manager.get().execute(text("INSERT INTO t VALUES (4711)"))
                 said = await heard.told("WARNING", "the import")

@@ -226,7 +226,7 @@ def test_connection_goes_to_the_next_one_when_it_comes_back_as_the_first_ones_ti
     """In the same step: the first one has not woken up yet, and is still in the line."""
 
     async def main():
-        pool, order = make(driver, timeout=0.02), []
+        pool, order = make(driver, timeout=0.3), []  # long enough for `second` to come in time
         held = await take(pool)
 
         def expire(waiter):
@@ -566,13 +566,13 @@ def test_waiter_is_passed_over_when_its_loop_was_closed_under_it(driver):
 
 
 def test_connection_is_cut_off_when_the_pool_is_disposed_where_nothing_can_be_awaited(run, url, caplog):
-    before = threading.active_count()
+    before = set(threading.enumerate())
 
     async def main():
         engine = create_async_engine(url, poolclass=FairPool)
         await (await engine.connect()).close()
         engine.sync_engine.dispose()
-        while threading.active_count() != before:  # aiosqlite has a thread for each that is open
+        while not set(threading.enumerate()) <= before:  # aiosqlite has a thread for each that is open
             await asyncio.sleep(0)
 
     run(main)

@@ -18,7 +18,7 @@ from dbsession import aio, sessions
 from dbsession.aio import closing, scope
 from dbsession.errors import ScopeEnded, ScopeRequired
 
-BOUND_S = 20.0
+BOUND_S = 60.0
 ONE = text("SELECT 1")
 
 
@@ -53,6 +53,28 @@ async def all_given_back(manager):
 
 def of_type(*types):
     return [each for each in gc.get_objects() if type(each) in types]
+
+
+def test_stack_has_the_current_scopes_sessions_when_blocks_end_in_another_order(manager):
+    """A look-up goes to them without a look at the scopes."""
+
+    async def main():
+        stack, session = scope.stack_here(), manager.get()
+        assert not stack.sessions
+        implicit = session()
+        assert stack.sessions is scope.current().sessions and list(stack.sessions.values()) == [implicit]
+        outer, inner = manager.scope("outer"), manager.scope("inner")
+        for block in (outer, inner):
+            await block.__aenter__()
+            assert stack.sessions is scope.current().sessions and not stack.sessions
+        innermost = session()
+        await outer.__aexit__(None, None, None)  # as of a generator that somebody else closes
+        assert session() is innermost and stack.sessions is scope.current().sessions
+        await inner.__aexit__(None, None, None)
+        assert session() is implicit and stack.sessions is scope.current().sessions
+        return stack
+
+    assert run(main).sessions is scope._NO_SESSIONS
 
 
 def test_stack_sets_one_done_callback_however_often_sessions_are_used(manager):

@@ -14,7 +14,7 @@ from dbsession import aio
 from dbsession.aio import closing
 from dbsession.errors import ConfigError
 
-BOUND_S = 20.0
+BOUND_S = 60.0
 ONE = text("SELECT 1")
 
 

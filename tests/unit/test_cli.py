@@ -96,7 +96,9 @@ def test_check_ends_with_2_and_shows_no_secret_when_config_cannot_be_used(tmp_pa
 def test_wrong_usage_ends_with_2():
     assert run().returncode == 2
     assert run("chekc").returncode == 2
-    assert run("check", "--workers=0").returncode == 2
+    for wrong in ("0", "-1", "1.5", "many", ""):
+        done = run("check", f"--workers={wrong}")
+        assert done.returncode == 2 and f"{wrong!r} is no number" in done.stderr and "_" not in done.stderr, done
     assert run("--help").returncode == 0
 
 

@@ -130,9 +130,11 @@ def test_request_is_refused_without_the_token(locked: Any, path: str, headers: d
     assert SECRET not in answer.text
 
 
-def test_page_leads_to_the_login_without_the_token(locked: Any) -> None:
+def test_page_is_refused_with_the_login_in_its_place_without_the_token(locked: Any) -> None:
+    """Not by a redirect: a script that follows it would take the login, a 200, for the page."""
     answer = locked.get("/")
-    assert (answer.status_code, answer.headers["Location"]) == (303, "login")
+    assert answer.status_code == 401 and 'action="login"' in answer.text
+    assert answer.headers["WWW-Authenticate"].startswith("Bearer")  # for which no browser asks by itself
     assert locked.get("/login").status_code == locked.get("/style.css").status_code == 200
 
 
@@ -335,15 +337,26 @@ def test_dashboard_is_refused_with_an_empty_host(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("way", ["option", "environment"])
-@pytest.mark.parametrize("token", ["", "x" * (LEAST_TOKEN - 1)])
-def test_dashboard_is_refused_with_a_short_token(
-    capsys: pytest.CaptureFixture[str], folder: str, monkeypatch: pytest.MonkeyPatch, token: str, way: str
+def test_dashboard_is_refused_with_an_empty_token(
+    capsys: pytest.CaptureFixture[str], folder: str, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     monkeypatch.setenv("DBSESSION_INSPECT", folder)
     if way == "environment":
-        monkeypatch.setenv(dashboard.TOKEN_VARIABLE, token)
-    shown = refusal(capsys, *(["--token", token] if way == "option" else []))
-    assert str(LEAST_TOKEN) in shown and (not token or token not in shown)
+        monkeypatch.setenv(dashboard.TOKEN_VARIABLE, "")
+    assert str(LEAST_TOKEN) in refusal(capsys, *(["--token", ""] if way == "option" else []))
+
+
+@pytest.mark.parametrize("length", [1, LEAST_TOKEN - 1, LEAST_TOKEN])
+def test_dashboard_warns_of_a_token_only_when_it_is_short(
+    capsys: pytest.CaptureFixture[str], folder: str, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    served = []
+    monkeypatch.setattr(dashboard, "_serve", lambda listener, *given: (listener.close(), served.append(given)))
+    token = "§" * length
+    assert cli.main(["dashboard", "--folder", folder, "--host", "0.0.0.0", "--port", "0", "--token", token]) == 0
+    assert served[0][-1].matches(token)
+    shown = capsys.readouterr().err
+    assert (f"{LEAST_TOKEN} or more" in shown) is (length < LEAST_TOKEN) and "§" not in shown
 
 
 @pytest.mark.parametrize("port", ["x", "-1", "65536", "1.5", "", "²"])

@@ -22,6 +22,7 @@ from dbsession.holders import Holder
 from dbsession.keys import CHECKOUT
 from support.models import Base, Order
 from support.pools import make
+from support.processes import run_python
 
 
 @pytest.fixture
@@ -362,13 +363,40 @@ def test_state_says_what_the_connection_is_busy_with(managed):
         connection.execute(text("INSERT INTO orders VALUES (:n)"), [{"n": 4711}, {"n": 4712}])
         seen.append(held(manager)[0])
         connection.rollback()
+        seen.append(held(manager)[0])
         with pytest.raises(exc.OperationalError):
             connection.execute(text("SELECT 'secret' FROM nowhere"))
         seen.append(held(manager)[0])
-    assert [holder.state for holder in seen] == ["executing", "idle", "idle in transaction", "idle"]
-    statements = ["SELECT look()", "SELECT look()", "INSERT INTO orders VALUES (?)", "SELECT ? FROM nowhere"]
+    waits = "idle in transaction"
+    assert [holder.state for holder in seen] == ["executing", waits, waits, "idle", waits]
+    insert = "INSERT INTO orders VALUES (?)"
+    statements = ["SELECT look()", "SELECT look()", insert, insert, "SELECT ? FROM nowhere"]
     assert [holder.statement for holder in seen] == statements
     assert all(0 <= holder.state_s <= holder.held_s for holder in seen)
+
+
+def test_session_that_has_only_read_is_idle_in_transaction(managed):
+    """As its own `in_transaction()` says: it keeps its connection until it commits."""
+    manager = managed()
+    with manager.scope():
+        manager.get().execute(text("SELECT name FROM sqlite_master")).all()
+        assert manager.get()().in_transaction() and held(manager)[0].state == "idle in transaction"
+
+
+def test_session_is_idle_when_each_statement_commits_by_itself(managed):
+    manager = managed(readonly=True)
+    with manager.scope():
+        manager.get().execute(text("SELECT 1"))
+        assert held(manager)[0].state == "idle"
+
+
+def test_state_tells_nothing_of_the_checkout_before(managed):
+    manager = managed()
+    with manager.scope():
+        manager.get().execute(text("SELECT 1"))
+    connection = manager.engine().raw_connection()
+    assert held(manager)[0].state == "idle"
+    connection.close()
 
 
 def test_scope_is_that_of_the_session_else_the_callers_else_its_function(managed):
@@ -671,3 +699,30 @@ def test_name_of_a_greenlet_cannot_forge_lines(managed):
     done.set()
     greenlet.join(timeout=10)
     assert holder.greenlet.isprintable() and "ERROR forged" in holder.greenlet
+
+
+def test_holder_is_called_by_its_threads_name_when_threads_are_greenlets(tmp_path):
+    """gevent runs each in a greenlet whose function is `Thread._bootstrap`, whatever the thread is for."""
+    run_python(
+        """
+        from gevent import monkey
+        monkey.patch_all()
+        import sys, threading
+        import dbsession
+        from sqlalchemy import text
+        dbsession.configure({"default": f"sqlite:///{sys.argv[1]}/a.db"})
+        ready, done = threading.Event(), threading.Event()
+        def work():
+            dbsession.get_dbsession().execute(text("SELECT 1"))
+            ready.set()
+            done.wait(10)
+        thread = threading.Thread(target=work, name="nightly")
+        thread.start()
+        assert ready.wait(10)
+        (holder,) = dbsession.snapshot().holders
+        done.set()
+        thread.join(10)
+        assert holder.scope == holder.greenlet == "thread nightly", holder
+        """,
+        tmp_path,
+    )

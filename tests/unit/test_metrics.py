@@ -250,6 +250,71 @@ assert scrape()["checkouts_total", "default"] == 3
     )
 
 
+FULL = """
+import errno
+from dbsession.watch import metrics_folder
+fallocate = os.posix_fallocate
+def full(descriptor, offset, count):
+    if count > 4096:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    fallocate(descriptor, offset, count)
+"""
+
+
+def test_metrics_touch_no_file_that_the_disk_has_no_room_for(tmp_path, shared):
+    """prometheus_client would write into a hole of a mapped file, and the kernel end the process."""
+    run(
+        tmp_path,
+        FULL
+        + """
+import logging
+told = []
+handler = logging.Handler()
+handler.emit = lambda record: told.append(record.getMessage())
+logging.getLogger("dbsession").addHandler(handler)
+dbsession.configure({"default": "sqlite:///a.db"})
+os.posix_fallocate = full
+use(dbsession.get_dbsession(), 3)
+app = metrics.MetricsMiddleware(lambda environ, start_response: "served")
+assert app({"PATH_INFO": "/"}, None) == "served"
+assert told == [f"The metrics of process {os.getpid()} could not be published: OSError (28)."], told
+assert not [file for file in os.listdir(metrics_folder.folder()) if "histogram" in file]
+assert ("checkouts_total", "default") not in scrape()
+os.posix_fallocate = fallocate
+assert scrape()["checkouts_total", "default"] == 3
+""",
+        PROMETHEUS_MULTIPROC_DIR=str(shared),
+    )
+
+
+@pytest.mark.parametrize("names", [["default"], ["ü" * 200, '"' * 200, "b"], list(map(str, range(20)))])
+def test_metrics_have_all_their_room_before_the_first_is_written(tmp_path, shared, names):
+    run(
+        tmp_path,
+        f"names = {names!r}"
+        + """
+from dbsession.watch import metrics_folder
+folder = metrics_folder.folder()
+reserved, reserve = {}, metrics_folder.reserve
+def spy(databases):
+    reserve(databases)
+    reserved.update({file: os.path.getsize(f"{folder}/{file}") for file in os.listdir(folder)})
+metrics_folder.reserve = spy
+managers = []
+for name in names:
+    managers.append(dbsession.SessionManager({name: "sqlite:///a.db"}))
+    with managers[-1].scope():
+        managers[-1].get(name).execute(text("SELECT 1"))
+    metrics.start()  # publishes what there is so far
+assert scrape()["checkouts_total", names[-1]] == 1
+found = {file: os.stat(f"{folder}/{file}") for file in os.listdir(folder)}
+assert {file: each.st_size for file, each in found.items()} == reserved and len(found) == 4, (found, reserved)
+assert all(each.st_blocks * 512 >= each.st_size for each in found.values()), found
+""",
+        PROMETHEUS_MULTIPROC_DIR=str(shared),
+    )
+
+
 def test_scrape_reads_again_when_a_file_is_just_being_made(tmp_path, shared):
     run(
         tmp_path,

@@ -191,7 +191,6 @@ assert points()["use_time", "default"].count >= 2 and collected
 assert engine.pool.checkedout() == 0
 """,
         tmp_path,
-        timeout=20,
     )
 
 

@@ -187,7 +187,7 @@ def test_nobody_gets_a_connection_before_the_first_one_is_set_up():
 
     @event.listens_for(pool, "first_connect")
     def first_connect(*_):
-        wait_until(lambda: len(opened) == 3, 10)
+        wait_until(lambda: len(opened) == 3, 20)
         order.append("first_connect")
 
     event.listen(pool, "connect", lambda *_: order.append("connect"))
@@ -196,7 +196,7 @@ def test_nobody_gets_a_connection_before_the_first_one_is_set_up():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(40)
     assert order == ["first_connect", "connect", "connect", "connect"] and pool.checkedout() == len(held) == 3
 
 

@@ -59,7 +59,7 @@ def test_connection_that_comes_back_while_a_waiter_leaves_the_line_goes_to_the_n
     pool._timeout = 5.0
     second = gevent.spawn(take, pool, order, 2)
     first.join(timeout=5)
-    second.join(timeout=1)
+    second.join(timeout=20)
     assert first.value and order == [2] and counts(pool) == (0, 1, 0)
 
 

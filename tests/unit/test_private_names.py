@@ -145,6 +145,23 @@ def test_sqlalchemys_session_keeps_whether_it_was_closed_where_ours_says_it_too(
     assert changed == {"_close_state"} and not len(session.identity_map)
 
 
+def test_sqlalchemys_async_scoped_session_asks_proxied_for_the_session_of_each_method():
+    """aio's AsyncScopedSession._proxied gives it with a call less than SQLAlchemy's own."""
+    from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
+
+    assert isinstance(inspect.getattr_static(async_scoped_session, "_proxied"), property)
+    session = AsyncSession()
+
+    class Proxy(async_scoped_session):
+        _proxied = session
+
+    proxy = Proxy(async_sessionmaker(), scopefunc=pytest.fail)
+    proxy.autoflush = False
+    assert session.sync_session.autoflush is False
+    assert proxy.info is session.info and proxy.is_active
+    asyncio.run(proxy.rollback())
+
+
 def test_sqlalchemy_keeps_its_live_sessions_in_a_mapping_of_weak_references(tmp_path):
     """watch.pictures reads it without waiting, whatever other threads do: `valuerefs()` copies in one step."""
     import weakref

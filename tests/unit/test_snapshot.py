@@ -310,7 +310,6 @@ def test_snapshots_are_whole_while_threads_change_everything(tmp_path):
         assert found.in_use == 0 and not snapshot().holders and len(seen) > 10
         """,
         tmp_path,
-        timeout=90,
     )
 
 

@@ -15,7 +15,7 @@ from dbsession import SessionManager
 
 @pytest.fixture
 def manager(tmp_path):
-    manager = SessionManager({"default": {"url": f"sqlite:///{tmp_path}/a.db", "busy_timeout_s": 5}})
+    manager = SessionManager({"default": {"url": f"sqlite:///{tmp_path}/a.db", "busy_timeout_s": 60}})
     with manager.scope():
         manager.get().execute(text("CREATE TABLE t (n INTEGER)"))
         manager.get().commit()
@@ -53,7 +53,7 @@ def test_writer_waits_for_the_lock_while_other_greenlets_run(manager):
             gevent.sleep(0.001)
 
     jobs = [gevent.spawn(job) for job in (hold, write, tick)]
-    gevent.joinall(jobs, timeout=10, raise_error=True)
+    gevent.joinall(jobs, timeout=60, raise_error=True)
     assert jobs[1].value >= 20
 
 
@@ -66,7 +66,7 @@ def test_many_writers_all_get_their_turn(manager):
 
     for _ in range(5):
         jobs = [gevent.spawn(write, n) for n in range(20)]  # the pool's size: unpatched, waiting there stops the hub
-        gevent.joinall(jobs, timeout=30, raise_error=True)
+        gevent.joinall(jobs, timeout=60, raise_error=True)
     with manager.scope():
         assert manager.get().scalar(text("SELECT COUNT(*) FROM t")) == 200
 
@@ -137,7 +137,7 @@ def test_writers_stand_in_line_and_nobody_overtakes(manager):
 
     finished = []
     jobs = [gevent.spawn(hold)] + [gevent.spawn(write, n) for n in range(10)]
-    gevent.joinall(jobs, timeout=10, raise_error=True)
+    gevent.joinall(jobs, timeout=60, raise_error=True)
     while len(finished) < 10:
         gevent.sleep(0.001)
     assert got[:10] == list(range(10))
@@ -153,8 +153,9 @@ def test_killed_writer_leaves_the_line(manager):
                 manager.get().execute(text("INSERT INTO t VALUES (2)"))
 
         jobs = [gevent.spawn(write) for _ in range(5)]
-        gevent.sleep(0.01)
-        assert len(manager.database("default")._links._line) == 5
+        with gevent.Timeout(20):
+            while len(manager.database("default")._links._line) < 5:
+                gevent.sleep(0.001)
         gevent.killall(jobs, timeout=5)
         assert not manager.database("default")._links._line
         manager.get().commit()

@@ -26,7 +26,8 @@ def test_ticker_goes_on_after_a_turn_that_failed_and_is_one_in_each_process(mode
         for _ in range(10):
             ticker.start()
         wait_until(lambda: len(turns) >= 6)
-        assert turns == sorted(set(turns))
+        so_far = list(turns)  # they go on
+        assert so_far == sorted(set(so_far))
         ticker.start()
         if os.fork() == 0:
             seen = len(turns)
@@ -57,5 +58,4 @@ def test_ticker_keeps_no_process_running(mode):
             import gevent
             gevent.wait()  # returns when nothing is left to wait for
         """,
-        timeout=20,
     )

@@ -125,7 +125,7 @@ def test_timers_end_what_waits_too_long_and_nothing_else(mariadb_url):
         url = make_url(sys.argv[1])
         def connect():
             return Connection(host=url.host, port=url.port, user=url.username, password=url.password,
-                              read_timeout=0.3, write_timeout=0.3)
+                              read_timeout=1.5, write_timeout=1.5)
         def one(connection, statement):
             with connection.cursor() as cursor:
                 cursor.execute(statement)
@@ -133,9 +133,9 @@ def test_timers_end_what_waits_too_long_and_nothing_else(mariadb_url):
         connection = connect()
         assert one(connection, "SELECT LENGTH('" + "x" * 15_000_000 + "')") == 15_000_000  # more than one send takes
         for _ in range(4):                        # longer together than one may take
-            assert one(connection, "SELECT SLEEP(0.1)") == 0
+            assert one(connection, "SELECT SLEEP(0.5)") == 0
         try:
-            gevent.sleep(0.5)                     # no timer is left that would fire in here
+            gevent.sleep(2)                       # no timer is left that would fire in here
             one(connection, "SELECT SLEEP(30)")
         except pymysql.OperationalError as error:
             assert error.args[0] == 2013 and "timed out" in error.args[1], error
@@ -147,7 +147,7 @@ def test_timers_end_what_waits_too_long_and_nothing_else(mariadb_url):
         for level in (0.05, 30):                  # as a scope sets it, and back
             before = connection.read_within(level)
             try:
-                one(connection, "SELECT SLEEP(0.4)")
+                one(connection, "SELECT SLEEP(2)")
                 assert level == 30
             except pymysql.OperationalError:
                 assert level == 0.05
@@ -155,7 +155,7 @@ def test_timers_end_what_waits_too_long_and_nothing_else(mariadb_url):
         connection = connect()
         with gevent.Timeout(0.05, TimeoutError):  # somebody's own timeout goes on as it is
             try:
-                one(connection, "SELECT SLEEP(0.25)")
+                one(connection, "SELECT SLEEP(20)")
                 raise AssertionError("not ended")
             except TimeoutError as error:
                 assert not isinstance(error, pymysql.Error)
