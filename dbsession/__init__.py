@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     )
     from dbsession.manager import SessionManager
     from dbsession.watch.inspection import serve_snapshots
-    from dbsession.watch.snapshot import Snapshot, snapshot
+    from dbsession.watch.pictures import Snapshot
+    from dbsession.watch.snapshot import snapshot
     from dbsession.wsgi import DBSessionMiddleware
 
 __version__ = "0.1.0"
@@ -107,7 +108,8 @@ _NAMES = {
     ),
     "manager": ("SessionManager",),
     "watch.inspection": ("serve_snapshots",),
-    "watch.snapshot": ("Snapshot", "snapshot"),
+    "watch.pictures": ("Snapshot",),
+    "watch.snapshot": ("snapshot",),
     "wsgi": ("DBSessionMiddleware",),
 }
 _MODULES = {name: f"dbsession.{module}" for module, names in _NAMES.items() for name in names}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -15,11 +14,13 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
-from dbsession import fork, leaks, sqlite
+from dbsession import fork, leak_ticker, sqlite
 from dbsession.config import DatabaseConfig
-from dbsession.holders import HeldConnections
+from dbsession.greenlet_holders import HeldByGreenlets
+from dbsession.holders import watched
 from dbsession.homes import HOME, home_of
-from dbsession.keys import CHECKOUT, COMMITTING, DOOMED, READ_TIMEOUT, SCOPE
+from dbsession.keys import COMMITTING, DOOMED, READ_TIMEOUT, SCOPE
+from dbsession.leaks import LeakWatch
 from dbsession.mysql import connector, state
 from dbsession.mysql.connection import Connection as MySQLConnection
 from dbsession.outcome import TransactionWatch
@@ -41,8 +42,8 @@ class ConnectionLinks:
         self.database: object = None
         """Kept alive as long as the engine: after configure() somebody may still hold a connection of it."""
         self.stats = Stats()
-        self.held = HeldConnections(config.name, config.backend, self.stats)
-        self._leaks = leaks.LeakWatch(config, self.held)  # for its life only
+        self.held = HeldByGreenlets(config.name, config.backend, self.stats)
+        self._leaks = LeakWatch(config, self.held, leak_ticker.watches)  # for its life only
         self._connector = connector.Connector(config, self.stats) if connector.uses_pymysql(config) else None
         self._watch = TransactionWatch(config)
         self._config = config
@@ -57,11 +58,10 @@ class ConnectionLinks:
         event.listen(engine, "do_execute", self._executing)
         event.listen(engine, "do_executemany", self._executing)
         event.listen(engine, "do_execute_no_params", self._executing_without_parameters)
-        # Not by events: they tell of the beginning only, and those that tell of the end cost too much (see `outcome`).
         dialect: Any = engine.dialect
-        dialect.do_execute = self._watched(dialect.do_execute)
-        dialect.do_executemany = self._watched(dialect.do_executemany)
-        dialect.do_execute_no_params = self._watched(dialect.do_execute_no_params)
+        dialect.do_execute = watched(dialect.do_execute)
+        dialect.do_executemany = watched(dialect.do_executemany)
+        dialect.do_execute_no_params = watched(dialect.do_execute_no_params)
         if isinstance(engine.pool, FairPool):
             engine.pool.held = self.held
         else:
@@ -84,7 +84,7 @@ class ConnectionLinks:
         except TypeError:
             pass  # a driver without weak references: after a fork its pool is replaced, and that is all
         self.stats.connects += 1
-        leaks.watch()
+        leak_ticker.watch()
         fork.prepare()
         record.info[HOME] = home_of(connection)
         if self._config.backend == "sqlite":
@@ -150,32 +150,6 @@ class ConnectionLinks:
                 engine.dialect.set_isolation_level(connection, level)
             state.set_up(connection, self._config)
         connection.level_changed = connection.used = False
-
-    def _watched(self, execute: Callable[..., None]) -> Callable[..., None]:
-        """One of the dialect's methods that execute a statement, with a look at it before and after."""
-
-        def watched(cursor: Any, statement: str, *arguments: Any) -> None:
-            context = arguments[-1] if arguments else None  # it stands last, where there is one
-            if not isinstance(context, ExecutionContext):
-                execute(cursor, statement, *arguments)
-                return
-            record = context.root_connection.connection.record_info
-            note = None if record is None else record.get(CHECKOUT)
-            if note is None:  # SQLAlchemy asks a new server what it can; or it was detached from the pool
-                execute(cursor, statement, *arguments)
-                return
-            note.statement = statement
-            if note.connection is None:
-                note.connection = weakref.ref(context.root_connection)
-            note.executing = True
-            note.changed = time.monotonic()
-            try:
-                execute(cursor, statement, *arguments)
-            finally:
-                note.executing = False
-                note.changed = time.monotonic()
-
-        return watched
 
     def _executing_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> bool:
         return self._executing(cursor, statement, None, context)

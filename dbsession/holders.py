@@ -4,7 +4,8 @@
     Checkout, the note made at the checkout ──> Holder, the picture of it for people and programs
 
 Most notes are never read, so a note costs little and keeps nothing alive: code objects with an offset in place of
-frames, a weak reference to the greenlet, the text of the statement that SQLAlchemy has anyway.
+frames, a weak reference to the greenlet or task, the text of the statement that SQLAlchemy has anyway. Who takes a
+connection is found out by `greenlet_holders`, and by `aio.holders`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from time import monotonic
 from typing import Any
 
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Engine, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
-from dbsession import ident, places
+from dbsession import places
 from dbsession.errors import PoolTimeout
-from dbsession.keys import CHECKOUT, COMMITTING, SCOPE
+from dbsession.keys import CHECKOUT, COMMITTING, SCOPE, WIRE
 from dbsession.masking import masked
 from dbsession.stats import Stats
 
@@ -36,12 +37,13 @@ class Holder:
     """One connection in use, at one moment.
 
     `scope` is what holds it (`GET /orders/7`, the label of a `session_scope()`, or the greenlet's function),
-    `greenlet` who. `state` is "executing", "committing", "idle in transaction" (SQLAlchemy's: it lasts from a statement
-    to the commit or rollback, with autocommit there is none) or "idle", and on MySQL and MariaDB "pinging" (the server
-    has not answered yet whether the connection lives) or "streaming" (a server-side cursor is not read to its end);
-    `state_s` how long no statement began or ended. `place` is `file:line in function` of the
-    innermost frame outside SQLAlchemy and dbsession at the checkout, and `stack` begins with it and goes outwards.
-    `statement` is the last one, its literals masked, cut at 120 characters.
+    `greenlet` who; in asyncio that is the task. `state` is "executing", "committing", "idle in transaction"
+    (SQLAlchemy's: it lasts from a statement to the commit or rollback, with autocommit there is none) or "idle", and on
+    MySQL and MariaDB "pinging" (the server has not answered yet whether the connection lives) or "streaming" (a
+    server-side cursor is not read to its end); `state_s` how long no statement began or ended. `place` is `file:line in
+    function` of the innermost frame outside SQLAlchemy and dbsession at the checkout; in asyncio, of this task and
+    outside of asyncio itself, too, and where a listener took the connection, the line that awaits. `stack` begins with
+    it and goes outwards. `statement` is the last one, its literals masked, cut at 120 characters.
     """
 
     database: str
@@ -71,31 +73,34 @@ class Checkout:
         "changed",
         "connection",
         "executing",
-        "greenlet",
         "in_use",
         "label",
         "record",
         "reported",
         "reported_as",
+        "reported_since",
         "since",
         "stack",
         "statement",
+        "taker",
         "thread",
     )
 
     record: weakref.ref[ConnectionPoolEntry]
     in_use: bool  # what else is here is of the last checkout; whether it goes on
     stack: places.Noted
-    greenlet: weakref.ref[Any] | None
-    thread: int
+    taker: weakref.ref[Any] | None  # the greenlet or task; another one may use the connection meanwhile
+    thread: int  # the native one of a greenlet
     label: str | None  # of the scope in which it was checked out
     statement: str | None
     connection: weakref.ref[Connection] | None  # SQLAlchemy's, that has executed something
     executing: bool
     since: float  # by time.monotonic(), as `changed`: when `executing` became what it is
     changed: float
-    reported: tuple[str, ...]  # what the leak watch has said of it
+    # By the leak watch, perhaps in a thread of its own; it counts for the checkout that began at `reported_since`.
+    reported: tuple[str, ...]  # what was said of it
     reported_as: str  # whose it was then
+    reported_since: float
 
     def state(self) -> str:
         """What it is busy with: see `Holder`."""
@@ -106,17 +111,18 @@ class Checkout:
             return "idle"
         if COMMITTING in record.info:
             return "committing"
-        driver: Any = record.dbapi_connection
-        if getattr(driver, "pinging", False):
+        wire = record.info.get(WIRE, record.dbapi_connection)
+        if getattr(wire, "pinging", False):
             return "pinging"
-        if getattr(driver, "unread", False):
+        if getattr(wire, "unread", False):
             return "streaming"
         user = None if self.connection is None else self.connection()
-        return "idle in transaction" if _in_transaction(driver, user) else "idle"
+        return "idle in transaction" if _in_transaction(record.dbapi_connection, user) else "idle"
 
 
 class HeldConnections:
-    """The connections of one engine that are in use. Lives as long as the engine, through forks.
+    """The connections of one engine that are in use. Lives as long as the engine, through forks. Who holds them, the
+    subclass of each half knows.
 
     `_notes` grows with the pool, one set operation at a time; who reads it takes a copy.
     """
@@ -124,37 +130,31 @@ class HeldConnections:
     def __init__(self, name: str | None = None, backend: str = "", stats: Stats | None = None) -> None:
         self.name = name
         self._backend = backend
-        self._stats = stats or Stats()
+        self.stats = stats or Stats()
         self._notes: weakref.WeakSet[Checkout] = weakref.WeakSet()
-        self._frames = STACK_FRAMES
+        self.frames = STACK_FRAMES
+        """How many are noted from now on."""
         self.tell: Callable[[Checkout], None] | None = None
         """Called with the note of a connection that comes back after it was reported. Must not wait."""
 
     def taken(self, record: ConnectionPoolEntry) -> None:
         """A connection was taken out of the pool. Called for each: all that may be found out later is left out."""
+        raise NotImplementedError
+
+    def name_of(self, note: Checkout) -> str:
+        """What people call who took it."""
+        raise NotImplementedError
+
+    def new_note(self, record: ConnectionPoolEntry) -> Checkout:
+        """The note of this record, at its first checkout."""
         info: Any = record.record_info
-        try:
-            note: Checkout = info[CHECKOUT]
-        except KeyError:
-            note = info[CHECKOUT] = Checkout()
-            note.record = weakref.ref(record)
-            note.in_use = note.executing = False  # until the rest is there, too
-            note.statement = note.connection = None
-            note.reported = ()
-            self._notes.add(note)
-        note.stack = places.noted_from_pool(self._frames)
-        note.thread = ident.thread()
-        try:
-            caller = ident.current()
-            note.greenlet = weakref.ref(caller)
-            note.label = caller._dbsession_scopes[-1].label
-        except RuntimeError:  # the interpreter is shutting down
-            note.greenlet = note.label = None
-        except (AttributeError, IndexError):
-            note.label = None
-        note.since = note.changed = monotonic()
-        note.in_use = True
-        self._stats.checkouts += 1
+        note = info[CHECKOUT] = Checkout()
+        note.record = weakref.ref(record)
+        note.in_use = note.executing = False  # until the rest is there, too
+        note.statement = note.connection = None
+        note.reported, note.reported_since = (), 0.0
+        self._notes.add(note)
+        return note
 
     def returned(self, record: ConnectionPoolEntry) -> None:
         """It was given back, or was lost to the pool in another way."""
@@ -164,9 +164,9 @@ class HeldConnections:
             return
         note.in_use = False
         note.statement = note.connection = None  # the first may be large
-        self._stats.holds.add(monotonic() - note.since)
+        self.stats.holds.add(monotonic() - note.since)
         if note.reported:
-            if self.tell is not None:
+            if self.tell is not None and note.reported_since == note.since:
                 self.tell(note)
             note.reported = ()
 
@@ -184,13 +184,13 @@ class HeldConnections:
 
     def waited(self, seconds: float, in_vain: bool) -> None:
         """Somebody has waited for a connection."""
-        self._stats.waits.add(seconds)
+        self.stats.waits.add(seconds)
         if in_vain:
-            self._stats.timeouts += 1
+            self.stats.timeouts += 1
 
     def not_connected(self, waited: bool) -> None:
         """Somebody's connection, for whose place they had perhaps waited, could not be opened."""
-        self._stats.unserved += waited
+        self.stats.unserved += waited
 
     def timeout(self, pool: QueuePool, waiting: int, waited_s: float) -> PoolTimeout:
         """The error for whoever has waited in vain."""
@@ -199,7 +199,7 @@ class HeldConnections:
 
     def note_whole_stacks(self) -> None:
         """From now on: after a leak was seen, it is worth its time."""
-        self._frames = _WHOLE_STACK
+        self.frames = _WHOLE_STACK
 
     def forget(self) -> None:
         """In a forked child: what was in use belongs to the parent."""
@@ -223,15 +223,15 @@ class HeldConnections:
     def picture(self, note: Checkout, now: float) -> Holder:
         """`note` for people and programs, at `now` by time.monotonic()."""
         stack = places.written(note.stack)
-        greenlet = ident.name_of(note.greenlet() if note.greenlet is not None else None, note.thread)
+        taker = self.name_of(note)
         record = note.record()
         home = None if record is None else record.info.get(SCOPE, _nobody)()
         label = note.label if home is None else home.label
         implicit = label is None or (home is not None and home.kind == "implicit")
         return Holder(
             database=self.name or "?",
-            scope=greenlet if implicit or label is None else label,
-            greenlet=greenlet,
+            scope=taker if implicit or label is None else label,
+            greenlet=taker,
             held_s=max(0.0, now - note.since),
             state=note.state(),
             state_s=max(0.0, now - note.changed),
@@ -245,21 +245,52 @@ def _nobody() -> Any:
     return None
 
 
-def _in_transaction(driver: Any, user: Connection | None) -> bool:
+def _in_transaction(connection: Any, user: Connection | None) -> bool:
     """Whether a transaction is open on this DBAPI connection: for SQLAlchemy, as `Session.in_transaction()` has it,
     since a SELECT alone may begin none at the server, and holds the connection all the same; or as far as the driver
     tells, else probably."""
+    driver = getattr(connection, "driver_connection", connection)  # below SQLAlchemy's adapter of one for asyncio
     try:
-        if user is not None and user.in_transaction() and not _autocommits(user, driver):
+        if user is not None and user.in_transaction() and not _autocommits(user, connection):
             return True
         known = getattr(driver, "in_transaction", None)
-        return bool(known) if known is not None else getattr(driver, "autocommit", False) is not True
+        if known is None and hasattr(driver, "get_transaction_status"):  # asyncmy, aiomysql
+            known = driver.get_transaction_status()
+        return bool(known) if known is not None else getattr(connection, "autocommit", False) is not True
     except Exception:  # closed just now
         return False
 
 
-def _autocommits(user: Connection, driver: Any) -> bool:
+def _autocommits(user: Connection, connection: Any) -> bool:
     try:
-        return user.dialect.detect_autocommit_setting(driver)
+        return user.dialect.detect_autocommit_setting(connection)
     except NotImplementedError:  # not every dialect can tell
         return False
+
+
+def watched(execute: Callable[..., Any]) -> Callable[..., Any]:
+    """One of a dialect's methods that execute a statement, with a look at it before and after. Not by events: they tell
+    of the beginning only, and those that tell of the end cost too much (see `outcome`)."""
+
+    def noting(cursor: Any, statement: str, *arguments: Any) -> None:
+        context = arguments[-1] if arguments else None  # it stands last, where there is one
+        if not isinstance(context, ExecutionContext):
+            execute(cursor, statement, *arguments)
+            return
+        record = context.root_connection.connection.record_info
+        note = None if record is None else record.get(CHECKOUT)
+        if note is None:  # SQLAlchemy asks a new server what it can; or it was detached from the pool
+            execute(cursor, statement, *arguments)
+            return
+        note.statement = statement
+        if note.connection is None:
+            note.connection = weakref.ref(context.root_connection)
+        note.executing = True
+        note.changed = monotonic()
+        try:
+            execute(cursor, statement, *arguments)
+        finally:
+            note.executing = False
+            note.changed = monotonic()
+
+    return noting

@@ -15,5 +15,9 @@ SCOPE = "dbsession.scope"
 READ_TIMEOUT = "dbsession.read_timeout"
 """In `info`: the read timeout that it had before its scope set another."""
 
+WIRE = "dbsession.wire"
+"""In `info`: what knows whether the connection is `pinging` or has something `unread`, where its DBAPI object does
+not."""
+
 CHECKOUT = "dbsession.checkout"
 """In `record_info`: the `holders.Checkout` of whoever uses it."""

@@ -71,7 +71,10 @@ def noted_from_pool(count: int) -> Noted:
 
 def noted(frame: FrameType | None, count: int) -> Noted:
     """`frame` and its callers, from the first outside SQLAlchemy and dbsession on, `count` at most."""
-    while frame is not None and is_inside(frame.f_code.co_filename):
+    # As is_inside(), mostly without its call.
+    while frame is not None and (
+        (file := frame.f_code.co_filename) in _inside or (file not in _outside and is_inside(file))
+    ):
         frame = frame.f_back
     stack: Noted = []
     while frame is not None and count:

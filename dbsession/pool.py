@@ -30,7 +30,7 @@ import gevent.hub
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from dbsession import fork, hub, scope
-from dbsession.holders import HeldConnections
+from dbsession.greenlet_holders import HeldByGreenlets
 from dbsession.homes import HOME, discard
 
 # Asked for each returned connection; what it gives does I/O, and runs aside before the next one gets it.
@@ -79,7 +79,7 @@ class FairPool(QueuePool):
         self._returned: deque[ConnectionPoolEntry | None] = deque()
         self._being_cleaned: set[ConnectionPoolEntry] = set()  # one set operation at a time
         self.cleaning: Cleaning | None = None
-        self.held = HeldConnections()
+        self.held = HeldByGreenlets()
 
     def _do_get(self) -> ConnectionPoolEntry:
         record = self._take()

@@ -2,50 +2,31 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import gevent
 
 from dbsession import fork, hub
+from dbsession.turns import Turns
 
 FIRST_S = 0.05
 """From `start()` to the first turn, at most."""
 
 
-class Ticker:
+class Ticker(Turns):
     """Calls `work` again and again: in greenlets that a timer of the main hub starts, which keeps no loop running, or
-    in a thread of ours where no hub lasts. Lives as long as the process; a forked child has none until `start()`.
-
-    Args:
-        work: returns the seconds until its next turn. It may wait. If it raises, the traceback goes to stderr, and the
-            next turn comes as after the last one that did not.
-    """
+    in a thread of ours where no hub lasts. Lives as Turns does, whose `work` it takes."""
 
     def __init__(self, work: Callable[[], float]) -> None:
-        self._work = work
-        self._pause_s = 1.0
+        super().__init__(work, hub.run_in_thread, hub.sleep_thread)
         self._timer: Any = None  # the next turn, while it runs in a hub
-        # The epochs in which it was started: one for each process. Written by `setdefault`, one step.
-        self._started: dict[int, object] = {}
 
-    def start(self) -> None:
-        """See to it that it runs in this process. Never waits."""
-        epoch, token = fork.epoch, object()
-        if epoch not in self._started and self._started.setdefault(epoch, token) is token:
-            if hub.lasts():
-                self._later(hub.here(), epoch, FIRST_S)
-            else:
-                hub.run_in_thread(partial(self._for_ever, epoch))
-
-    def _turn(self) -> float:
-        try:
-            self._pause_s = self._work()
-        except Exception:  # mostly a log handler's; logging it might fail again
-            traceback.print_exc()
-        return self._pause_s
+    def _begin(self, epoch: int) -> None:
+        if hub.lasts():
+            self._later(hub.here(), epoch, FIRST_S)
+        else:
+            super()._begin(epoch)
 
     def _later(self, home: Any, epoch: int, seconds: float) -> None:
         self._timer = home.loop.timer(seconds, ref=False)
@@ -58,7 +39,3 @@ class Ticker:
             self._turn()
         finally:
             self._later(home, epoch, self._pause_s)
-
-    def _for_ever(self, epoch: int) -> None:
-        while epoch == fork.epoch:
-            hub.sleep_thread(self._turn())

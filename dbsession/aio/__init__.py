@@ -26,6 +26,7 @@ from dbsession import created
 from dbsession.aio import block, loop_local
 from dbsession.aio.asgi import DBSessionMiddleware
 from dbsession.aio.manager import SessionManager
+from dbsession.aio.picture import snapshot
 from dbsession.aio.sessions import AsyncScopedSession
 from dbsession.config import Databases
 from dbsession.created import Listener
@@ -41,6 +42,7 @@ from dbsession.errors import (
     UnknownDatabase,
     UnsavedWork,
 )
+from dbsession.watch.pictures import Snapshot
 
 __all__ = [
     "CommitOutcomeUnknown",
@@ -53,6 +55,7 @@ __all__ = [
     "ScopeEnded",
     "ScopeRequired",
     "SessionManager",
+    "Snapshot",
     "UnknownDatabase",
     "UnsavedWork",
     "clear_dbsession",
@@ -66,6 +69,7 @@ __all__ = [
     "run_in_transaction",
     "running",
     "session_scope",
+    "snapshot",
     "transactional",
 ]
 

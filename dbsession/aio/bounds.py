@@ -19,7 +19,7 @@ from sqlalchemy.engine import Engine, ExceptionContext, ExecutionContext
 from dbsession.aio.kill import Killer
 from dbsession.aio.line import Line, Stream
 from dbsession.config import DatabaseConfig
-from dbsession.keys import SCOPE
+from dbsession.keys import SCOPE, WIRE
 
 # The driver's number for a server that cannot be reached, CR_CONN_HOST_ERROR.
 _CANNOT_CONNECT = 2003
@@ -152,15 +152,28 @@ class _Bounds:
         return unless_unread
 
     def ping(self, ping: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return self._within(ping, self._connect_s)
+        bounded = self._within(ping, self._connect_s)
+
+        def pinging(connection: Any) -> Any:
+            line = self._lines.get(connection.driver_connection)
+            if line is None:
+                return bounded(connection)
+            line.pinging = True
+            try:
+                return bounded(connection)
+            finally:
+                line.pinging = False
+
+        return pinging
 
     def level_set(self, set_level: Callable[..., Any]) -> Callable[..., Any]:
         return self._within(set_level, self._read_s)
 
-    def opened(self, connection: Any, _: Any) -> None:
+    def opened(self, connection: Any, record: Any) -> None:
         """Before anything is asked of a new connection, by SQLAlchemy or by us: all of that is a part of connecting."""
         line = self._lines.get(connection.driver_connection)
         if line is not None:
+            record.info[WIRE] = line
             line.expect(self._connect_s)
 
     def ready(self, connection: Any, _: Any) -> None:

@@ -58,6 +58,7 @@ class Database:
         self.inherited = False
         self.retired = False
         self.stats = links.stats
+        self.held = links.held
         self.links = links
         self._loop = asyncio.get_running_loop()
         self.told = Told(config.name, engine.sync_engine)
@@ -219,6 +220,7 @@ _kept: list[Database] = []  # in a forked child, the parent's: never closed, nor
 def _after_fork_in_child() -> None:
     for database in all_databases():
         database.inherited = database.told.over = True
+        database.held.forget()
         _kept.append(database)
 
 

@@ -17,13 +17,17 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 from sqlalchemy.util import await_, greenlet_spawn
 
 from dbsession import sqlite_files
-from dbsession.aio import bounds
+from dbsession.aio import bounds, leaks
+from dbsession.aio.holders import HeldByTasks
 from dbsession.aio.kill import Killer
 from dbsession.aio.pool import FairPool
 from dbsession.aio.sqlite_threads import Threads
 from dbsession.attempts import is_sqlite_busy
 from dbsession.config import DatabaseConfig, refused_option
 from dbsession.errors import ConfigError
+from dbsession.holders import watched
+from dbsession.keys import COMMITTING, DOOMED, SCOPE
+from dbsession.leaks import LeakWatch
 from dbsession.outcome import TransactionWatch
 from dbsession.stats import Stats
 
@@ -36,9 +40,11 @@ class Links:
 
     def __init__(self, config: DatabaseConfig) -> None:
         self.stats = Stats()
+        self.held = HeldByTasks(config.name, config.backend, self.stats)
         self.closing = False  # whatever comes back is closed; set by whoever retires the engine
         self.threads = Threads()
         self._config = config
+        self._leaks = LeakWatch(config, self.held, leaks.watches)  # for its life only
         self._watch = TransactionWatch(config)
         is_mysql = config.backend in ("mysql", "mariadb")
         self._killer = Killer(config.name, self.stats) if is_mysql and config.kill_abandoned else None
@@ -59,17 +65,21 @@ class Links:
         event.listen(sync, "do_executemany", self._executing)
         event.listen(sync, "do_execute_no_params", self._executing_without_parameters)
         self._watch.listen(sync)
+        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+            setattr(dialect, name, watched(getattr(dialect, name)))
         if self._config.backend in ("mysql", "mariadb"):
             bounds.listen(sync, self._config, self._killer)
         if isinstance(sync.pool, FairPool):
-            sync.pool.name = self._config.name
-            sync.pool.stats = self.stats
+            sync.pool.held = self.held
+        else:
+            self.held.listen(sync)
 
     def _opened(self, connection: Any, _: Any) -> None:
         self.threads.watch(connection.driver_connection)
 
     def _connected(self, connection: Any, record: Any) -> None:
         self.stats.connects += 1
+        leaks.watch()
         self._records.add(record)
         if self._config.backend == "sqlite":
             self._set_pragmas(connection)
@@ -93,7 +103,11 @@ class Links:
             await_(asyncio.sleep(random.uniform(*_RETRY_S)))
 
     def _returned(self, connection: Any, record: Any) -> None:
-        if connection is not None and self.closing:
+        if connection is None:
+            return  # invalidated while it was out
+        for key in (SCOPE, COMMITTING, DOOMED):
+            record.info.pop(key, None)
+        if self.closing:
             record.close()
 
     def _level_taken_back(self, reset: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -128,6 +142,7 @@ class Links:
         for record in list(self._records):
             if record.dbapi_connection is not None:
                 await greenlet_spawn(record.invalidate)
+                self.held.returned(record)  # which nobody does any more
 
 
 def _discarded(record: Any, error: BaseException) -> BaseException | None:

@@ -19,7 +19,7 @@ class Line:
     for each statement would take as long as the rest of what we do with a statement.
     """
 
-    __slots__ = ("_context", "_driver", "_due", "_loop", "_timer", "late", "transport", "unread")
+    __slots__ = ("_context", "_driver", "_due", "_loop", "_timer", "late", "pinging", "transport", "unread")
 
     def __init__(self, driver: Any) -> None:
         self._driver = weakref.ref(driver)
@@ -30,6 +30,8 @@ class Line:
         self.transport: asyncio.WriteTransport = transport_of(driver)
         self.late = False
         """It was closed for its silence, which says nothing of the pool's other connections."""
+        self.pinging = False
+        """A ping was sent that is not answered."""
         self.unread: weakref.ref[Connection] | None = None
         """Who reads the rows of a server-side cursor that have not all been sent yet."""
 

@@ -30,20 +30,16 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.util import await_
 from sqlalchemy.util.concurrency import in_greenlet
 
-from dbsession.errors import PoolTimeout
-from dbsession.stats import Stats
+from dbsession.aio.holders import HeldByTasks
 
 # Somebody's place in the line. Its result: a record; or, in place of one, the right to open it; or None: time is up.
 _Waiter = asyncio.Future[tuple[ConnectionPoolEntry | None] | None]
 
-SINCE = "dbsession.since"
-"""Key in a pool record's `record_info`: when it was taken out, by time.monotonic()."""
-
 
 class FairPool(AsyncAdaptedQueuePool):
     """An `AsyncAdaptedQueuePool` that serves first come, first served. Lives as long as its engine, or until a
-    dispose() puts another in its place. Its arguments are QueuePool's. `name` is what errors call the database, and
-    `stats` what is counted of it: checkouts, waits, timeouts and how long connections are held.
+    dispose() puts another in its place. Its arguments are QueuePool's. `held` says who has which connection, and
+    counts.
 
     A connection is to be asked for in the greenlet in which SQLAlchemy runs what is awaited of an AsyncEngine or
     AsyncSession; asking waits (`pool_timeout`) where all are in use, and where one is opened.
@@ -65,8 +61,7 @@ class FairPool(AsyncAdaptedQueuePool):
         "_size",
         "_thread",
         "_waiting",
-        "name",
-        "stats",
+        "held",
     )
 
     def __init__(
@@ -88,8 +83,7 @@ class FairPool(AsyncAdaptedQueuePool):
         self._open, self._settling = 0, False
         self._thread: int | None = None  # of those who take; before the first one nothing comes back
         self._loop: asyncio.AbstractEventLoop | None = None  # in which somebody has waited
-        self.name: str | None = None
-        self.stats = Stats()
+        self.held = HeldByTasks()
 
     def _do_get(self) -> ConnectionPoolEntry:
         if not in_greenlet():
@@ -103,9 +97,11 @@ class FairPool(AsyncAdaptedQueuePool):
             record = self._idle.pop()
         else:
             record = self._idle.popleft()
-        info: Any = record.record_info
-        info[SINCE] = monotonic()
-        self.stats.checkouts += 1
+        try:
+            self.held.taken(record)
+        except BaseException:  # the stack's end, a signal
+            self._give_back(record)
+            raise
         return record
 
     def _wait_or_connect(self) -> ConnectionPoolEntry:
@@ -118,7 +114,7 @@ class FairPool(AsyncAdaptedQueuePool):
         try:
             return self._create_connection()
         except BaseException:
-            self.stats.unserved += waited
+            self.held.not_connected(waited)
             self._give_back(None)
             raise
 
@@ -141,18 +137,15 @@ class FairPool(AsyncAdaptedQueuePool):
             if timer is not None:
                 timer.cancel()
         waited_s = monotonic() - began
-        self.stats.waits.add(waited_s)
+        self.held.waited(waited_s, in_vain=granted is None)
         if granted is not None:
             return granted[0]
         self._waiting.pop(waiter, None)
-        self.stats.timeouts += 1
-        sizes = self.size(), self.overflow(), self.checkedout()
-        raise PoolTimeout(self.name, *sizes, self.waiting(), waited_s)
+        raise self.held.timeout(self, self.waiting(), waited_s)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         """Hand a connection to the longest waiter, or keep it idle. Closes one too many; only that may wait."""
-        info: Any = record.record_info
-        self.stats.holds.add(monotonic() - info[SINCE])
+        self.held.returned(record)
         self._give_back(record)
 
     def _give_back(self, record: ConnectionPoolEntry | None) -> None:
@@ -221,7 +214,7 @@ class FairPool(AsyncAdaptedQueuePool):
     def recreate(self) -> FairPool:
         successor = super().recreate()
         assert isinstance(successor, FairPool)
-        successor.name, successor.stats = self.name, self.stats
+        successor.held = self.held
         return successor
 
     def checkedin(self) -> int:
@@ -232,6 +225,10 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def overflow(self) -> int:
         return self._open - self._size if self._size else 0
+
+    def limit(self) -> int | None:
+        """How many connections there may be; None: any number."""
+        return None if self._limit == float("inf") else int(self._limit)
 
     def waiting(self) -> int:
         """How many wait for a connection."""

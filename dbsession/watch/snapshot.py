@@ -2,163 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
-
-# Private, and the only list there is of the sessions that are alive: one of ours would cost every request its part.
-# tests/unit/test_private_names.py fails loudly when the name goes.
-from sqlalchemy.orm.session import _sessions
-from sqlalchemy.pool import QueuePool
-
 from dbsession import engines
 from dbsession.engines import Database
-from dbsession.holders import Holder
-from dbsession.pool import FairPool
-from dbsession.scope import Scope
-from dbsession.sessions import ManagedSession
-from dbsession.stats import BOUNDS_S, Histogram, Stats, quantile
-from dbsession.watch import recent
-from dbsession.watch.recent import Warned
+from dbsession.watch import pictures
+from dbsession.watch.pictures import Snapshot, picture
 
-
-@dataclass(frozen=True, slots=True)
-class HistogramSnapshot:
-    """How often something took how long: `counts[i]` values were at most `bounds_s[i]` seconds (and more than the
-    bound before), the last of `counts` has the rest."""
-
-    bounds_s: tuple[float, ...]
-    counts: tuple[int, ...]
-    sum_s: float
-
-    def quantile(self, q: float) -> float | None:
-        """The seconds below which the part `q` (0 to 1) of the values lies; None: there are none."""
-        return quantile(self.counts, q)
-
-
-@dataclass(frozen=True, slots=True)
-class DatabaseSnapshot:
-    """One database's pool and counts, since the process began (or was forked).
-
-    `limit` is how many connections there may be, None: any number; `size` how many are kept. Another pool than ours
-    has no `limit`, and where it has no size, None. `checkouts` ... `retries` are those of `stats.Stats`. `waits` has
-    every checkout, most of them in the first bucket, and who waited in vain.
-    """
-
-    name: str
-    backend: str
-    size: int | None
-    limit: int | None
-    in_use: int
-    idle: int
-    waiting: int
-    checkouts: int
-    connects: int
-    invalidated: int
-    timeouts: int
-    kills: int
-    teardown_failures: int
-    retries: int
-    waits: HistogramSnapshot
-    holds: HistogramSnapshot
-
-
-@dataclass(frozen=True, slots=True)
-class SessionSnapshot:
-    """One session of a unit of work."""
-
-    database: str
-    in_transaction: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ScopeSnapshot:
-    """One unit of work that has sessions: its label, what it is ("request", "block", "implicit"), how old it is."""
-
-    label: str
-    kind: str
-    age_s: float
-    sessions: tuple[SessionSnapshot, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """This process at `time_s` (seconds since 1970). `holders` and `scopes` begin with the oldest; `warnings` are the
-    last ones that dbsession logged, where the inspection socket is on."""
-
-    pid: int
-    time_s: float
-    databases: tuple[DatabaseSnapshot, ...]
-    holders: tuple[Holder, ...]
-    scopes: tuple[ScopeSnapshot, ...]
-    warnings: tuple[Warned, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as dicts, tuples, strings and numbers, for `json.dumps`; with the version of this shape."""
-        return {"version": 1, **asdict(self)}
+__all__ = ["Snapshot", "live", "picture", "snapshot"]
 
 
 def snapshot() -> Snapshot:
-    """A picture of this process, of all its databases. Frozen; it changes no more. Never waits and does no I/O, so it
-    may be called anywhere; each number is right for its moment, and all are of nearly the same one.
+    """A picture of this process, of all its databases; of those of `dbsession.aio`, too, in every loop, where that is
+    used. Frozen; it changes no more. Never waits and does no I/O, so it may be called anywhere; each number is right
+    for its moment, and all are of nearly the same one.
 
     Passwords, parameter values and query strings are not in it.
     """
-    now = time.monotonic()
-    databases = live()
-    holders = [holder for database in databases for holder in database.held.holders()]
-    return Snapshot(
-        pid=os.getpid(),
-        time_s=time.time(),
-        databases=tuple(map(picture, databases)),
-        holders=tuple(sorted(holders, key=lambda holder: -holder.held_s)),
-        scopes=tuple(_scopes(now)),
-        warnings=recent.warned(),
-    )
+    return pictures.of([*live(), *(database for theirs in list(pictures.others) for database in theirs())])
 
 
 def live() -> list[Database]:
-    """The databases of this process that are in use, by name: those configured, and earlier ones as long as somebody
-    holds a connection. Two managers may each have one of a name."""
-    ours = (each for each in engines.all_databases() if not each.inherited)
-    return sorted((each for each in ours if not each.retired or each.held.notes()), key=lambda each: each.name)
-
-
-def picture(database: Database) -> DatabaseSnapshot:
-    pool: Any = database.engine.pool
-    ours = isinstance(pool, FairPool)
-    sized = isinstance(pool, QueuePool)
-    # The pool knows of those being opened, the notes of those of the pool before a dispose().
-    in_use = max(len(database.held.notes()), pool.checkedout() if sized else 0)
-    return DatabaseSnapshot(
-        name=database.name,
-        backend=database.config.backend,
-        size=pool.size() if sized else None,
-        limit=pool.limit() if ours else None,
-        in_use=in_use,
-        idle=pool.checkedin() if sized else 0,
-        waiting=pool.waiting() if ours else 0,
-        **{count: getattr(database.stats, count) for count in Stats.COUNTS},
-        waits=_histogram(database.stats.waits, database.stats.unwaited()),
-        holds=_histogram(database.stats.holds),
-    )
-
-
-def _histogram(histogram: Histogram, besides: int = 0) -> HistogramSnapshot:
-    first, *others = histogram.counts
-    return HistogramSnapshot(BOUNDS_S, (first + besides, *others), histogram.sum_s)
-
-
-def _scopes(now: float) -> Iterable[ScopeSnapshot]:
-    sessions: dict[Scope, list[SessionSnapshot]] = {}
-    for reference in list(_sessions.valuerefs()):
-        session: Any = reference()
-        scope = session._scope() if isinstance(session, ManagedSession) and session._scope is not None else None
-        if scope is None or session._database.inherited:  # the parent's, in a forked child
-            continue
-        if session in list(scope.sessions.values()):
-            sessions.setdefault(scope, []).append(SessionSnapshot(session._database.name, session.in_transaction()))
-    for scope in sorted(sessions, key=lambda scope: scope.since):
-        yield ScopeSnapshot(scope.label, scope.kind, max(0.0, now - scope.since), tuple(sessions[scope]))
+    """The databases of the gevent half that are in use: see `pictures.in_use`."""
+    return pictures.in_use(engines.all_databases())

@@ -40,11 +40,12 @@ def usage(now: Collected, earlier: Collected | None = None, *, by_process: bool 
         for database in worker["databases"]:
             key = database["name"], worker["pid"] if by_process else None
             entries.setdefault(key, []).append((worker["pid"], database))
-    before: dict[tuple[int, str], dict[str, Any]] | None = None
+    before: dict[tuple[int, str], list[dict[str, Any]]] | None = None
     if earlier is not None:
-        before = {
-            (each["pid"], database["name"]): database for each in earlier.workers for database in each["databases"]
-        }
+        before = {}
+        for worker in earlier.workers:
+            for database in worker["databases"]:
+                before.setdefault((worker["pid"], database["name"]), []).append(database)
     seconds = now.time_s - earlier.time_s if earlier is not None else 0.0
     return [
         _usage(name, pid, entries[name, pid], before, seconds)
@@ -56,19 +57,23 @@ def _usage(
     name: str,
     pid: int | None,
     entries: list[tuple[int, dict[str, Any]]],
-    before: dict[tuple[int, str], dict[str, Any]] | None,
+    before: dict[tuple[int, str], list[dict[str, Any]]] | None,
     seconds: float,
 ) -> Usage:
     databases = [database for _, database in entries]
     limits = [database["limit"] for database in databases]
     waits = [0] * (len(stats.BOUNDS_S) + 1)
     lent = 0
-    for process, database in entries:
-        if before is None:
-            waits = _sum(waits, database["waits"]["counts"])
-        elif (then := before.get((process, name))) is not None:
-            waits = _sum(waits, _risen(database["waits"]["counts"], then["waits"]["counts"]))
-            lent += max(0, database["checkouts"] - then["checkouts"])
+    if before is None:
+        waits = _waits(databases)
+    else:
+        # By process: one may have several of a name, of managers or event loops, and nobody says which was which.
+        for process in {process for process, _ in entries}:
+            ours = [database for of, database in entries if of == process]
+            then = before.get((process, name))
+            if then is not None:
+                waits = _sum(waits, _risen(_waits(ours), _waits(then)))
+                lent += max(0, _checkouts(ours) - _checkouts(then))
     return Usage(
         database=name,
         pid=pid,
@@ -76,12 +81,23 @@ def _usage(
         limit=None if None in limits else sum(limits),
         idle=sum(database["idle"] for database in databases),
         waiting=sum(database["waiting"] for database in databases),
-        checkouts=sum(database["checkouts"] for database in databases),
+        checkouts=_checkouts(databases),
         timeouts=sum(database["timeouts"] for database in databases),
         checkouts_per_s=lent / seconds if before is not None and seconds > 0 else None,
         wait_p50_s=stats.quantile(waits, 0.5),
         wait_p99_s=stats.quantile(waits, 0.99),
     )
+
+
+def _waits(databases: list[dict[str, Any]]) -> list[int]:
+    counts = [0] * (len(stats.BOUNDS_S) + 1)
+    for database in databases:
+        counts = _sum(counts, database["waits"]["counts"])
+    return counts
+
+
+def _checkouts(databases: list[dict[str, Any]]) -> int:
+    return sum(database["checkouts"] for database in databases)
 
 
 def _sum(left: Sequence[int], right: Sequence[int]) -> list[int]:

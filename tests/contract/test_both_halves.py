@@ -79,7 +79,7 @@ async def rows(manager, name="default"):
 
 def test_names_are_the_same_but_for_those_of_one_halfs_own_things():
     greenlets = {"DeadlineExceeded", "deadline", "ForeignSession", "UsedInHub"}
-    reports = {"Snapshot", "snapshot", "serve_snapshots"}
+    reports = {"serve_snapshots"}
     assert set(dbsession.__all__) - greenlets - reports == set(aio.__all__) - {"LoopRequired", "loop_local", "running"}
 
 
@@ -985,3 +985,24 @@ async def test_transaction_refuses_what_runs_after_its_call(half, manager):
             manager.transactional(function)
     with pytest.raises(TypeError, match="keyword"):
         manager.transactional("reports")
+
+
+# --- what is seen from inside
+
+
+@on_both_halves
+async def test_pool_timeout_says_the_same_of_who_holds_the_connections(half, tmp_path):
+    options = {"pool_size": 1, "pool_timeout": 0.01}
+    manager = half.verbs.SessionManager({"default": {"url": f"sqlite:///{tmp_path}/a.db", "options": options}})
+    async with entered(manager.scope("import")):
+        await done(manager.get().execute(text("SELECT 'secret'")))
+        async with entered(manager.scope("another")):
+            with pytest.raises(errors.PoolTimeout) as raised:
+                await done(manager.get().execute(text("SELECT 1")))
+    (holder,) = raised.value.holders
+    assert (holder.database, holder.scope, holder.statement) == ("default", "import", "SELECT ?")
+    assert any(place.startswith(f"{__file__}:") for place in holder.stack) and holder.state == "idle in transaction"
+    said = str(raised.value).splitlines()
+    assert said[0].endswith("with 1 in use and 0 others waiting. Held, longest first:")
+    assert said[1] == f"  {holder}" and "SELECT ?" in said[1] and len(said) == 3
+    await done(manager.dispose())

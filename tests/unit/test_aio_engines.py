@@ -136,7 +136,7 @@ def test_engine_defaults_may_each_be_overridden():
         plain, own = manager.engine("plain").pool, manager.engine("own").pool
         assert isinstance(manager.engine("plain"), AsyncEngine)
         assert type(plain) is FairPool and (plain.size(), plain._max_overflow, plain._recycle) == (20, 0, 3600)
-        assert plain.name == "plain"
+        assert plain.held.name == "plain"
         assert type(own) is FairPool and (own.size(), own._max_overflow) == (3, 2)
         assert type(manager.engine("null").pool) is NullPool
         assert type(manager.engine("stock").pool) is AsyncAdaptedQueuePool and manager.engine("stock").pool.size() == 20

@@ -105,7 +105,7 @@ def test_tasks_are_served_in_their_order_by_an_engine(run, url):
             await connection.close()
         await asyncio.gather(*(one(n) for n in range(50)))
         assert order == list(range(50))
-        assert counts(engine.pool) == (0, 3, 0) and engine.pool.stats.checkouts == 53
+        assert counts(engine.pool) == (0, 3, 0) and engine.pool.held.stats.checkouts == 53
         await engine.dispose()
 
     run(main)
@@ -209,7 +209,7 @@ def test_cancellation_at_any_step_costs_no_place(run):
 def test_waiter_that_times_out_says_so_and_leaves_the_line(run, driver):
     async def main():
         pool = make(driver, timeout=0.02)
-        pool.name = "reports"
+        pool.held.name = "reports"
         held = await take(pool)
         with pytest.raises(PoolTimeout) as raised:
             await take(pool)
@@ -316,7 +316,7 @@ def test_right_to_open_is_passed_on_when_who_opens(run, driver, ends):
         driver.down = False
         go.set()
         await use(pool, order, "afterwards")
-        assert order == ["afterwards"] and pool.stats.unwaited() == 1
+        assert order == ["afterwards"] and pool.held.stats.unwaited() == 1
 
     run(main)
 
@@ -411,7 +411,7 @@ def test_waiters_are_served_by_the_old_pool_when_its_engine_is_disposed(run, url
         assert order == [0, 1, 2] and drivers == [first] * 3 and counts(old) == (1, 0, 0)
         await idle.close()
         assert counts(old) == (0, 0, 0) and old.overflow() == -2
-        assert engine.pool is not old and counts(engine.pool) == (0, 0, 0) and engine.pool.stats is old.stats
+        assert engine.pool is not old and counts(engine.pool) == (0, 0, 0) and engine.pool.held.stats is old.held.stats
         await one("new")
         assert counts(engine.pool) == (0, 1, 0) and drivers[-1] is not first
         await engine.dispose()
@@ -451,11 +451,11 @@ def test_recreated_pool_has_the_same_settings_and_no_connection(driver):
     driver.down = True
     more = {"recycle": 30, "use_lifo": True, "reset_on_return": None, "pre_ping": True, "logging_name": "a"}
     pool = make(driver, 2, 3, timeout=7, **more)
-    pool.name = "reports"
+    pool.held.name = "reports"
     pool.dispose()
     again = pool.recreate()
     assert type(again) is FairPool and again is not pool
-    for name in ("_creator", "_recycle", "_reset_on_return", "_pre_ping", "logging_name", "name", "stats"):
+    for name in ("_creator", "_recycle", "_reset_on_return", "_pre_ping", "logging_name", "held"):
         assert getattr(again, name) == getattr(pool, name), name
     assert (again.size(), again.timeout(), again._lifo, again._limit, again._max_idle) == (2, 7, True, 5, 2)
 
@@ -592,7 +592,7 @@ def test_asking_where_nothing_can_be_awaited_is_an_error(run, driver):
 def test_checkouts_waits_timeouts_and_holds_are_counted(run, driver):
     async def main():
         pool = make(driver, timeout=0.02)
-        stats = pool.stats
+        stats = pool.held.stats
         held = await take(pool)
         with pytest.raises(PoolTimeout):
             await take(pool)

@@ -49,6 +49,14 @@ def test_usage_adds_the_workers_up():
     ]
 
 
+def test_usage_has_the_rate_of_a_process_with_several_databases_of_a_name():
+    """Of several managers, or of several event loops."""
+    earlier = Collected(100.0, [worker(1, database(checkouts=100), database(checkouts=1000))], [])
+    later = [worker(1, database(checkouts=104, slow=4), database(checkouts=1004))]
+    [found] = usage(Collected(104.0, later, []), earlier)
+    assert found.checkouts_per_s == 2 and found.wait_p50_s < 0.5 < found.wait_p99_s
+
+
 def test_usage_has_no_limit_where_one_pool_has_none():
     [found] = usage(Collected(1.0, [worker(1, database()), worker(2, database(limit=None))], []))
     assert found.limit is None

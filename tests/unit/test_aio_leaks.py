@@ -1,0 +1,349 @@
+"""The leak watch of asyncio: as the gevent half's, from a thread, whatever the loops do."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import re
+import textwrap
+import threading
+
+import pytest
+import uvloop
+from sqlalchemy import text
+
+from dbsession import aio, leaks
+from dbsession.aio import leaks as aio_leaks
+from support.processes import run_python
+from support.waiting import wait_until
+
+DEADLINE_S = 30
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def run(request):
+    """Runs a coroutine function in a loop of its own."""
+
+    def run(main):
+        async def bounded():
+            async with asyncio.timeout(DEADLINE_S):
+                return await main()
+
+        with asyncio.Runner(loop_factory=request.param) as runner:
+            return runner.run(bounded())
+
+    return run
+
+
+class Heard(logging.Handler):
+    """What the leak watch said: `lines` has (level, text)."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append((record.levelname, record.getMessage()))
+
+    def found(self, level, part):
+        return [said for heard, said in list(self.lines) if heard == level and part in said]
+
+    def wait(self, level, part):
+        """The one such line, as soon as it is there. Blocks the thread, and with it its loop."""
+        wait_until(lambda: self.found(level, part), DEADLINE_S, f"{level} {part}")
+        (said,) = self.found(level, part)
+        return said
+
+    async def told(self, level, part):
+        """The same, and the loop goes on meanwhile."""
+        while not self.found(level, part):
+            await asyncio.sleep(0.001)
+        (said,) = self.found(level, part)
+        return said
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    monkeypatch.setattr(leaks, "_LONGEST_S", 0.05)
+    logger, handler = logging.getLogger("dbsession.leaks"), Heard()
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    yield handler
+    logger.setLevel(logging.NOTSET)
+    logger.removeHandler(handler)
+
+
+@pytest.fixture
+def managed(tmp_path):
+    """Makes a manager of one SQLite database; `managed(**entry)`."""
+    return lambda **entry: aio.SessionManager({"default": {"url": f"sqlite:///{tmp_path}/a.db", **entry}})
+
+
+def test_leak_is_told_once_with_holder_and_stack_and_its_return(run, managed, heard):
+    manager = managed(leak_after_s=0.2)
+
+    async def hold(label, end):
+        async with manager.scope(label):
+            await manager.get().execute(text("SELECT 'secret'"))
+            await end.wait()
+
+    async def main():
+        end, other = asyncio.Event(), asyncio.Event()
+        tasks = [asyncio.create_task(hold(label, end)) for label in ("the import", "the export")]
+        said = await heard.told("WARNING", "the import")
+        assert "Database 'default'" in said and "leak_after_s=0.2 s" in said
+        assert "secret" not in said and "last statement: SELECT ?" in said and ".hold in Task-" in said
+        (place,) = said.partition("innermost first:\n")[2].splitlines()
+        assert place.startswith(f"    {__file__}:") and place.endswith(".hold")
+        await heard.told("WARNING", "the export")
+        for _ in range(20):
+            async with manager.scope("short"):
+                await manager.get().execute(text("SELECT 1"))
+        end.set()
+        await asyncio.gather(*tasks)
+        assert re.search(r"was returned after \d+\.\d s\.$", await heard.told("INFO", "the import"))
+        await heard.told("INFO", "the export")
+        third = asyncio.create_task(hold("the third", other))  # of the same connection
+        await heard.told("WARNING", "the third")
+        other.set()
+        await third
+        await heard.told("INFO", "the third")
+        assert len(heard.lines) == 6, heard.lines
+
+    run(main)
+
+
+def test_idle_transaction_is_told_once_and_only_while_nothing_runs(run, managed, heard):
+    manager = managed(leak_after_s=0, idle_in_transaction_s=0.2)
+
+    async def main():
+        async with manager.scope("tables"):
+            await manager.get().execute(text("CREATE TABLE t (n INTEGER)"))
+            await manager.get().commit()
+        async with manager.engine().connect() as reader:
+            await reader.execute(text("SELECT 1"))
+            await reader.rollback()
+            async with manager.scope("the import"):
+                await manager.get().execute(text("INSERT INTO t VALUES (4711)"))
+                said = await heard.told("WARNING", "the import")
+                assert "idle_in_transaction_s=0.2 s" in said and "INSERT INTO t VALUES (?)" in said
+                assert "4711" not in said
+        await heard.told("INFO", "the import")
+        assert len(heard.lines) == 2, heard.lines
+
+    run(main)
+
+
+def test_leak_is_told_while_the_loop_is_blocked(run, managed, heard):
+    """Which is a reason for it."""
+    manager = managed(leak_after_s=0.1)
+
+    async def main():
+        async with manager.scope("blocks"):
+            await manager.get().execute(text("SELECT 1"))
+            heard.wait("WARNING", "blocks")
+        await heard.told("INFO", "blocks")
+
+    run(main)
+
+
+def test_connection_that_is_cut_off_at_the_loops_end_is_said_to_be_back(managed, heard):
+    manager = managed(leak_after_s=0.1)
+    kept = []
+
+    async def main():
+        kept.append(await manager.engine().connect())
+        kept.append(manager.database("default"))
+        await heard.told("WARNING", "main in Task-")
+
+    asyncio.run(main())
+    heard.wait("INFO", "main in Task-")
+    assert not kept[1].held.notes()
+
+
+def test_several_loops_in_threads_have_one_watcher(managed, heard):
+    def job(name):
+        manager = managed(leak_after_s=0.1)
+
+        async def main():
+            async with manager.scope(name):
+                await manager.get().execute(text("SELECT 1"))
+                await heard.told("WARNING", name)
+            await heard.told("INFO", name)
+
+        asyncio.run(main())
+
+    threads = [threading.Thread(target=job, args=(f"job {n}",)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert len(heard.lines) == 6 and len(aio_leaks._turns._started) == 1, heard.lines
+
+
+def test_handler_that_waits_or_fails_costs_no_other_report_and_holds_no_loop_up(run, managed, heard, capfd):
+    manager = managed(leak_after_s=0.1)
+    stuck = threading.Event()
+
+    class Fails(logging.Handler):
+        def emit(self, record):
+            if "one" in record.getMessage():
+                raise RuntimeError("this handler fails")
+
+    class Waits(logging.Handler):
+        def createLock(self):
+            self.lock = None  # or logging itself lets nobody else log
+
+        def emit(self, record):
+            if "two" in record.getMessage():
+                assert stuck.wait(DEADLINE_S)
+
+    logger = logging.getLogger("dbsession.leaks")
+    added = [Fails(), Waits()]
+
+    async def main():
+        for label in ("one", "two", "three"):
+            async with manager.scope(label):
+                await manager.get().execute(text("SELECT 1"))
+                await heard.told("WARNING", label)
+        await heard.told("INFO", "three")
+
+    for handler in added:
+        logger.addHandler(handler)
+    try:
+        run(main)
+        assert not stuck.is_set()
+    finally:
+        stuck.set()
+        for handler in added:
+            logger.removeHandler(handler)
+    wait_until(lambda: "this handler fails" in capfd.readouterr().err, DEADLINE_S)
+
+
+def test_report_of_a_checkout_that_is_over_says_nothing_of_the_next_one(run, managed, heard):
+    """The watcher reads a note while the loop goes on: what it says holds for the checkout that it saw."""
+    manager = managed(leak_after_s=1000)
+
+    async def main():
+        database = manager.database("default")
+        async with manager.engine().connect():
+            (note,) = database.held.notes()
+            taken = note.since
+        async with manager.engine().connect():
+            database.links._leaks._report("leak", note, taken, taken + 1001)
+            assert not note.reported
+            note.reported, note.reported_since = ("leak",), taken  # written a moment later still
+            manager.database("default").links._leaks.look()
+        async with manager.engine().connect():
+            assert not note.reported
+        assert not heard.lines
+
+    run(main)
+
+
+def test_nothing_is_watched_when_both_are_0(run, managed, heard):
+    manager = managed(leak_after_s=0)
+
+    async def main():
+        async with manager.engine().connect():
+            watch = manager.database("default").links._leaks
+            assert watch not in [reference() for reference in list(aio_leaks.watches._all)]
+
+    run(main)
+
+
+def test_watches_end_with_their_engines(run, managed, heard):
+    def used():
+        manager = managed(leak_after_s=0.1)
+
+        async def main():
+            async with manager.engine().connect():
+                return [each for each in aio_leaks.watches._all if each() is manager.database("default").links._leaks]
+
+        return run(main)
+
+    (watch,) = used()
+    wait_until(lambda: gc.collect() >= 0 and watch() is None, DEADLINE_S)
+
+
+START = """
+    import asyncio, logging, os, sys
+    from sqlalchemy import text
+    from dbsession import aio, leaks
+    from dbsession.aio import leaks as aio_leaks
+    from support.waiting import wait_until
+    leaks._LONGEST_S = 0.05
+    heard = []
+    class Keep(logging.Handler):
+        def emit(self, record):
+            heard.append((record.levelname, record.getMessage()))
+    logging.getLogger("dbsession.leaks").addHandler(Keep())
+    logging.getLogger("dbsession.leaks").setLevel("INFO")
+    def told(level, part):
+        wait_until(lambda: [1 for each in list(heard) if each[0] == level and part in each[1]], 20, part)
+"""
+
+
+def script(source):
+    return textwrap.dedent(START) + textwrap.dedent(source)
+
+
+def test_child_of_a_fork_watches_its_own_connections_and_never_the_parents(tmp_path):
+    run_python(
+        script(
+            f"""
+            aio.configure({{"default": {{"url": "sqlite:///{tmp_path}/a.db", "leak_after_s": 0.3}}}})
+            async def hold(label):
+                async with aio.session_scope(label):
+                    await aio.get_dbsession().execute(text("SELECT 1"))
+                    told("WARNING", label + " (")
+                told("INFO", label + " was")
+            async def main():
+                async with aio.session_scope("the parent's"):
+                    await aio.get_dbsession().execute(text("SELECT 1"))
+                    pid = os.fork()
+                    if pid == 0:
+                        os._exit(child())
+                    told("WARNING", "the parent's")
+                    assert os.waitpid(pid, 0)[1] == 0
+                told("INFO", "the parent's")
+                assert len(heard) == 2, heard
+            def child():
+                try:
+                    asyncio.events._set_running_loop(None)
+                    heard.clear()
+                    asyncio.run(hold("the child's"))
+                    assert len(heard) == 2 and len(aio_leaks._turns._started) == 2, heard
+                    return 0
+                except BaseException:
+                    import traceback; traceback.print_exc()
+                    return 1
+            asyncio.run(main())
+            assert "gevent" not in sys.modules
+            """
+        ),
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("ends", ["pass", "raise SystemExit", "held.append(asyncio.new_event_loop())"])
+def test_process_ends_in_silence_while_the_watch_runs(ends, tmp_path):
+    """Many looks a second, with a connection in use that was reported, and one that is not back."""
+    for _ in range(3):
+        ended = run_python(
+            script(
+                f"""
+                leaks._SHORTEST_S = leaks._LONGEST_S = 0.00001
+                aio.configure({{"default": {{"url": "sqlite:///{tmp_path}/a.db", "leak_after_s": 0.05}}}})
+                held = []
+                async def main():
+                    held.append(await aio.get_engine().connect())
+                    told("WARNING", "main")
+                asyncio.run(main())
+                {ends}
+                """
+            ),
+            timeout=30,
+        )
+        assert ended.stderr == "" == ended.stdout
