@@ -15,12 +15,7 @@ def snapshot() -> Snapshot:
     Frozen; it changes no more. From any thread, with or without a loop. Never waits and does no I/O; each number is
     right for its moment, and all are of nearly the same one.
     """
-    return pictures.of(live(), Database)
+    return pictures.of(pictures.in_use(databases.all_databases()), Database)
 
 
-def live() -> list[Database]:
-    """The databases of all loops that are in use: see `pictures.in_use`."""
-    return pictures.in_use(databases.all_databases())
-
-
-pictures.others.append(live)
+pictures.halves.append(databases.all_databases)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dbsession import engines, fork, hub
+from dbsession import fork, hub
 from dbsession.stats import Stats
+from dbsession.watch import pictures
 
 
 class Changes:
@@ -35,7 +36,7 @@ class Changes:
         if not self._lock.acquire(False):
             return
         try:
-            present = {each.stats: each.name for each in engines.all_databases()}
+            present = {each.stats: each.name for each in pictures.all_databases()}
             for stats, name in (present | {stats: name for stats, (name, _) in self._taken.items()}).items():
                 now = self._numbers(stats)
                 _, before = self._taken.get(stats, (name, [0.0] * len(now)))

@@ -17,13 +17,13 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from dbsession import engines, fork, hub
-from dbsession.engines import Database
+from dbsession import fork, hub
 from dbsession.errors import ConfigError, describe
 from dbsession.stats import BOUNDS_S, Stats
 from dbsession.ticker import Ticker
-from dbsession.watch import metrics_folder, snapshot
+from dbsession.watch import metrics_folder, pictures, snapshot
 from dbsession.watch.changes import Changes
+from dbsession.watch.pictures import Database
 
 try:
     import prometheus_client
@@ -130,7 +130,7 @@ class Publisher:
         """
         if metrics_folder.folder() is not None:
             _, known = self._reserved
-            needed = os.getpid(), known.union(each.name for each in engines.all_databases())
+            needed = os.getpid(), known.union(each.name for each in pictures.all_databases())
             if self._reserved != needed:
                 metrics_folder.reserve(needed[1])
                 self._reserved = needed

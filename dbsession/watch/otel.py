@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Engine
 
-from dbsession import api, engines
+from dbsession import api
 from dbsession.errors import ConfigError
 from dbsession.stats import BOUNDS_S, Histogram
 from dbsession.ticker import Ticker
-from dbsession.watch import snapshot
+from dbsession.watch import pictures, snapshot
 from dbsession.watch.changes import Changes
 
 try:
@@ -83,8 +83,8 @@ class _Pools:
         api.on_engine_created(self._listen)
 
     def _listen(self, name: str, engine: Engine) -> None:
-        for database in engines.all_databases():
-            if database.engine is engine:
+        for database in pictures.all_databases():
+            if pictures.engine_of(database) is engine:
                 stats = database.stats
                 for histogram, instrument in ((stats.waits, self._wait_time), (stats.holds, self._use_time)):
                     values: deque[float] = deque(maxlen=KEPT)
@@ -108,7 +108,7 @@ class _Pools:
                 self._timeouts.add(int(timeouts), {POOL: name})
             for _ in range(int(unwaited)):
                 self._wait_time.record(0.0, {POOL: name})
-        present = [each.stats for each in engines.all_databases()]
+        present = [each.stats for each in pictures.all_databases()]
         for histogram, (name, instrument, values) in list(self._values.items()):
             while values:
                 with suppress(IndexError):  # another thread was quicker

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sqlalchemy.engine import Engine
+
 # Private, and the only list there is of the sessions that are alive: one of ours would cost every request its part.
 # tests/unit/test_private_names.py fails loudly when the name goes.
 from sqlalchemy.orm.session import _sessions
@@ -100,8 +102,20 @@ class Snapshot:
 Database = Any
 """`engines.Database` or `aio.databases.Database`."""
 
-others: list[Callable[[], list[Database]]] = []
-"""The `live()` of each half besides gevent's that was loaded. Grows only."""
+halves: list[Callable[[], list[Database]]] = []
+"""What gives all databases of each half that was loaded. Grows only, at import."""
+
+
+def all_databases() -> list[Database]:
+    """Those of this process, of both halves, in no order."""
+    return [database for half in list(halves) for database in half()]
+
+
+def engine_of(database: Database) -> Engine:
+    """Its engine; in asyncio the one that the AsyncEngine stands for."""
+    engine = database.engine
+    found: Engine = getattr(engine, "sync_engine", engine)
+    return found
 
 
 def in_use(databases: Iterable[Database]) -> list[Database]:
@@ -127,8 +141,7 @@ def of(databases: list[Database], kind: type[Any] = object) -> Snapshot:
 
 
 def picture(database: Database) -> DatabaseSnapshot:
-    engine = database.engine
-    pool: Any = getattr(engine, "sync_engine", engine).pool
+    pool: Any = engine_of(database).pool
     ours = hasattr(pool, "limit")  # a FairPool of either half
     sized = isinstance(pool, QueuePool)
     # The pool knows of those being opened, the notes of those of the pool before a dispose().

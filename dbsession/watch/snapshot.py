@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dbsession import engines
-from dbsession.engines import Database
 from dbsession.watch import pictures
-from dbsession.watch.pictures import Snapshot, picture
+from dbsession.watch.pictures import Database, Snapshot, picture
 
 __all__ = ["Snapshot", "live", "picture", "snapshot"]
 
@@ -17,9 +16,12 @@ def snapshot() -> Snapshot:
 
     Passwords, parameter values and query strings are not in it.
     """
-    return pictures.of([*live(), *(database for theirs in list(pictures.others) for database in theirs())])
+    return pictures.of(live())
 
 
 def live() -> list[Database]:
-    """The databases of the gevent half that are in use: see `pictures.in_use`."""
-    return pictures.in_use(engines.all_databases())
+    """The databases of this process that are in use: see `pictures.in_use`."""
+    return pictures.in_use(pictures.all_databases())
+
+
+pictures.halves.append(engines.all_databases)

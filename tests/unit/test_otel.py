@@ -265,3 +265,30 @@ def test_otel_without_its_api_says_what_to_install():
             raise AssertionError
         """
     )
+
+
+def test_pools_of_tasks_are_reported(tmp_path):
+    run_python(
+        START
+        + """
+import asyncio
+from dbsession import aio
+otel.instrument(MeterProvider([reader]))
+aio.configure({"default": {"url": "sqlite:///a.db", "options": {"pool_size": 3}}})
+
+async def main():
+    for _ in range(4):
+        async with aio.session_scope():
+            await aio.get_dbsession().execute(text("SELECT 1"))
+    async with aio.session_scope():
+        await aio.get_dbsession().execute(text("SELECT 1"))
+        found = points()
+        assert found["count", "default", "used"].value == 1 and found["count", "default", "idle"].value == 0
+        assert found["max", "default"].value == 3 and found["timeouts", "default"].value == 0
+        assert found["wait_time", "default"].count == 5 and found["use_time", "default"].count == 4
+
+asyncio.run(main())
+assert points()["use_time", "default"].count == 5
+""",
+        tmp_path,
+    )
