@@ -111,7 +111,7 @@ def test_connecting_ends_with_an_error_when_nobody_greets(driver):
         run(work)
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_connecting_ends_with_an_error_when_the_server_is_silent_after_the_handshake(first, through, proxy):
     """SQLAlchemy asks the first connection what its server can, and we ask each who it is."""
 
@@ -143,6 +143,7 @@ def test_setting_a_level_ends_with_an_error_when_the_server_is_silent(through, p
     run(work)
 
 
+@pytest.mark.slow
 def test_use_ends_with_an_error_when_the_server_is_silent_at_the_liveness_check(through, proxy):
     async def work():
         manager = managed(through, connect_timeout_s=3)

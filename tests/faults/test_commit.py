@@ -66,6 +66,7 @@ assert session.scalar(text("SELECT count(*) FROM t")) == 1
     )
 
 
+@pytest.mark.slow
 def test_f18_it_is_told_the_same_way_by_a_begin_block_and_by_core(mariadb, mariadb_url):
     run(
         "patched",

@@ -194,6 +194,7 @@ def test_only_its_own_requests_are_lost_when_a_worker_dies(serve, signum, tmp_pa
         serves_with_two_workers_without(server, load, victim)
 
 
+@pytest.mark.slow
 def test_no_request_is_lost_when_workers_end_after_max_requests(serve):
     start, load_on = serve
     with start("--max-requests=20", "--graceful-timeout=10") as server, load_on(server) as load:

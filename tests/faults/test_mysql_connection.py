@@ -181,6 +181,7 @@ def test_stream_closed_early_keeps_the_transaction_when_it_goes_on(managed, curs
         assert manager.get().scalar(text("SELECT count(*) FROM t")) == 4
 
 
+@pytest.mark.slow
 def test_scopes_read_timeout_is_for_its_own_sessions_only(managed):
     manager = managed(read_timeout_s=1.5)
     with manager.scope("report", read_timeout_s=30):

@@ -181,6 +181,7 @@ def test_read_timeout_of_a_scope_leaves_the_users_own_connection_as_it_was(manag
         assert driver._read_timeout == 60
 
 
+@pytest.mark.slow
 def test_threadpool_jobs_do_not_wedge_the_pool_or_the_killing(mariadb_url):
     """A job's hub does not run on when the job is over: nothing of ours may wait in it."""
     run_python(

@@ -150,6 +150,7 @@ def test_f13_requests_end_with_an_error_when_the_server_is_silent(mode, with_ser
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["to_client", pytest.param("to_server", marks=pytest.mark.slow)])
 def test_f13_requests_end_with_an_error_when_the_network_is_silent(direction, mariadb, mariadb_url, with_server):
     """In the middle of transactions; the connection is open, but nothing passes one way."""

@@ -147,6 +147,7 @@ def test_f14_nothing_is_killed_when_kill_abandoned_is_off(with_server):
     )
 
 
+@pytest.mark.slow
 def test_f14_nothing_is_killed_when_there_is_a_proxy_and_one_warning_says_so(mariadb, mariadb_url, with_server):
     """The ports that the server shows are the proxy's, so no thread can be recognised as ours."""
     with Proxy(mariadb.port) as proxy:

@@ -79,6 +79,7 @@ def test_writes_go_on_when_the_server_was_read_only_for_a_while(with_server):
     )
 
 
+@pytest.mark.slow
 def test_commits_are_stored_and_requests_end_when_the_server_crashes_under_load(with_server):
     """SIGKILL, twice, with 30 writers over 20 connections: every acknowledged row is there, nobody hangs, and the
     first use after the recovery works."""

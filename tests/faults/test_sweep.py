@@ -30,6 +30,7 @@ def test_f09_request_leaves_nothing_behind_when_killed_at_any_switch(mariadb, ma
     )
 
 
+@pytest.mark.slow
 def test_f09_sweep_finds_the_fault_of_the_pattern_without_dbsession(mariadb, mariadb_url):
     """So that a sweep without faults means something."""
     report = run_sweep(mariadb_url, mariadb.socket, "small", "Boom", bare=True)

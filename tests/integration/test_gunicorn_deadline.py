@@ -60,7 +60,13 @@ def reports(server, path):
     return server.logs().count(f"{path} was not over within its deadline of {DEADLINE_S} s; it was ended.")
 
 
-@pytest.mark.parametrize("config", [AT_THE_TOP, BY_THE_WORKER], ids=["patched at the top", "patched by the worker"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(AT_THE_TOP, id="patched at the top"),
+        pytest.param(BY_THE_WORKER, id="patched by the worker", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("preload", PRELOAD)
 def test_late_request_gets_a_503_however_gevent_came_in(tmp_path, config, preload):
     with serve(tmp_path, *preload, config=config) as server:
@@ -72,7 +78,10 @@ def test_late_request_gets_a_503_however_gevent_came_in(tmp_path, config, preloa
 
 
 @pytest.mark.parametrize("path", ["/late-list", "/late"])
-@pytest.mark.parametrize("accept, kind", [("text/html, */*", b"text/plain"), ("application/json", b"application/json")])
+@pytest.mark.parametrize(
+    "accept, kind",
+    [("text/html, */*", b"text/plain"), pytest.param("application/json", b"application/json", marks=pytest.mark.slow)],
+)
 def test_503_is_the_only_reply_on_the_wire(server, path, accept, kind):
     """/late has given start_response() its own headers, and an empty chunk to send."""
     raw = exchange(server, path, "GET", f"Accept: {accept}")
@@ -90,11 +99,13 @@ def test_503_is_the_only_reply_on_the_wire(server, path, accept, kind):
     nothing_in_use(server)
 
 
+@pytest.mark.slow
 def test_503_to_head_has_no_body(server):
     head, _, body = exchange(server, "/late", "HEAD").partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 503 ") and body == b""
 
 
+@pytest.mark.slow
 def test_stream_that_is_late_in_the_middle_reaches_the_client_incomplete(server):
     client = server.connect()
     client.request("GET", "/late-stream")
@@ -125,6 +136,7 @@ def test_reader_that_stops_reading_is_cut_and_its_connection_is_back(server):
     assert "Traceback" not in server.logs()
 
 
+@pytest.mark.slow
 def test_timer_of_a_fast_request_hits_none_of_the_next_ones_on_its_connection(server):
     """On the same connection, so in the same greenlet, until the deadlines of the first ones are over."""
     client = server.connect()
@@ -143,6 +155,7 @@ def test_timer_of_a_fast_request_hits_none_of_the_next_ones_on_its_connection(se
     nothing_in_use(server)
 
 
+@pytest.mark.slow
 def test_503_leaves_a_keep_alive_connection_usable(server):
     client = server.connect()
     for path, status in (("/late-list", 503), ("/query", 200), ("/late", 503), ("/streamed", 200)):

@@ -201,6 +201,7 @@ def test_metrics_of_two_masters_are_summed_in_the_folder_of_the_environment_when
             wait_until(lambda: not pid_alive(second), 40)
 
 
+@pytest.mark.slow
 def test_metrics_answer_when_the_pool_is_exhausted(tmp_path):
     until, timeout_s = tmp_path / "until", 5  # long enough for a scrape that sees who waits
     with serve(tmp_path, workers=1, METRICS_POOL_TIMEOUT_S=str(timeout_s)) as server, ThreadPoolExecutor(3) as pool:

@@ -253,6 +253,7 @@ def test_forked_child_begins_at_0_and_has_no_holder_of_the_parents(mode, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_snapshots_are_whole_while_threads_change_everything(tmp_path):
     """Engines, connections, sessions and scopes come and go in four threads while two others look."""
     run_python(

@@ -184,6 +184,7 @@ def test_run_python_shows_the_output_when_the_script_fails() -> None:
         run_python("print('some output'); 1 / 0")
 
 
+@pytest.mark.slow
 def test_run_python_ends_the_script_and_its_children_when_late(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     source = """

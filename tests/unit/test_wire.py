@@ -114,6 +114,7 @@ def test_nothing_of_an_old_answer_is_left_when_it_connects_again(mariadb_url):
             assert list(again.fetchall()) == [("new",)]
 
 
+@pytest.mark.slow
 def test_timers_end_what_waits_too_long_and_nothing_else(mariadb_url):
     """In a patched process the sockets have no timeout of their own."""
     run_python(
