@@ -108,7 +108,10 @@ class Links:
         for key in (SCOPE, COMMITTING, DOOMED):
             record.info.pop(key, None)
         if self.closing:
-            record.close()
+            try:
+                record.close()
+            except BaseException as error:  # a cancellation, or a listener of the user's
+                _give_up(record, error)
 
     def _level_taken_back(self, reset: Callable[[Any], None]) -> Callable[[Any], None]:
         """What SQLAlchemy calls when a connection with an isolation level of its own comes back. It calls it where
@@ -121,10 +124,7 @@ class Links:
                 record = next((each for each in list(self._records) if each.dbapi_connection is connection), None)
                 if record is None:
                     raise
-                kill = _discarded(record, error)
-                if kill is not None:
-                    record.checkin(_fairy_was_created=False)  # where a kill ends what called this
-                    raise kill from None
+                _give_up(record, error)
 
         return taken_back
 
@@ -145,14 +145,17 @@ class Links:
                 self.held.returned(record)  # which nobody does any more
 
 
-def _discarded(record: Any, error: BaseException) -> BaseException | None:
-    """Throw the connection of a pool's `record` away because of `error`; return the first kill of both."""
+def _give_up(record: Any, error: BaseException) -> None:
+    """Throw the connection of a pool's `record` away because of `error`, in the middle of its return. Raises the first
+    kill of both, once its place is given back: what called us would do that, and is ended by the kill."""
     kill = None if isinstance(error, Exception) else error
     try:
         record.invalidate(error)
     except BaseException as another:
         kill = kill or (None if isinstance(another, Exception) else another)
-    return kill
+    if kill is not None:
+        record.checkin(_fairy_was_created=False)
+        raise kill from None
 
 
 def build(config: DatabaseConfig) -> tuple[AsyncEngine, Links]:

@@ -19,6 +19,7 @@ from dbsession.aio.pool import FairPool
 from dbsession.aio.twins import twin
 from dbsession.config import parse
 from dbsession.errors import ConfigError, ExitUnfinished, LoopRequired, UnknownDatabase
+from support.aio_cancel import stepped
 from support.processes import run_python
 from support.waiting import wait_until
 
@@ -418,6 +419,50 @@ def test_configure_again_closes_what_is_idle_and_what_is_in_use_on_its_return(tm
     threads = set(threading.enumerate())
     run(main)
     wait_until(lambda: set(threading.enumerate()) <= threads)
+
+
+@pytest.mark.parametrize("poolclass", [FairPool, AsyncAdaptedQueuePool])
+def test_connection_of_a_retired_engine_gives_its_place_back_when_its_close_is_cancelled(tmp_path, url, poolclass):
+    options = {"poolclass": poolclass, "pool_size": 1}
+    manager = aio.SessionManager({"a": {"url": url, "options": options}})
+
+    async def cancelled_at(step):
+        """Whether the close came that far."""
+        old = manager.engine("a")
+        (database,) = (each for each in databases.all_databases() if each.engine is old)
+        connection = await old.connect()
+        manager.configure({"a": {"url": url, "options": options}})
+        assert manager.engine("a") is not old and len(database.held.notes()) == 1
+        await closing.settle(asyncio.get_running_loop())
+        again = await old.connect()  # of somebody who finishes there, in the pool that took the other's place
+        steps = 0
+
+        def at(_):
+            nonlocal steps
+            steps += 1
+            if steps == step:
+                victim.cancel()
+
+        async def close():
+            await stepped(again.close(), at)
+
+        victim = asyncio.create_task(close())
+        await asyncio.wait([victim])
+        assert victim.cancelled() is (steps >= step)
+        assert old.pool.checkedout() == 0 and len(database.held.notes()) == 1
+        await connection.close()
+        assert database.held.notes() == []
+        async with old.connect() as last:
+            await last.execute(ONE)
+        return steps >= step
+
+    async def main():
+        step = 1
+        while await cancelled_at(step):
+            step += 1
+        assert step > 1
+
+    run(main)
 
 
 def test_engine_that_a_told_function_asks_for_is_the_one_that_is_built(url, monkeypatch):
