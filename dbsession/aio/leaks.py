@@ -1,20 +1,33 @@
 """The leak watch of the asyncio half: see `dbsession.leaks`.
 
 It looks from a thread of its own, and not from a loop: a loop that is blocked is a reason why connections are held, and
-a process may have several, one after another or at once, none of which lasts as long as it.
+a process may have several, one after another or at once, none of which lasts as long as it. Nor from a greenlet, where
+gevent has patched the process: a hub may be blocked by a loop in its thread, or end with it.
 """
 
 from __future__ import annotations
 
+import _thread
 import sys
+import time
 import traceback
-from _thread import start_new_thread
 from collections.abc import Callable
 from contextlib import suppress
-from time import sleep
+from types import ModuleType
+from typing import Any
 
 from dbsession.leaks import Watches
 from dbsession.turns import Turns
+
+
+def _own(module: ModuleType, name: str) -> Any:
+    """The interpreter's own function, whatever gevent has patched; it is not loaded for that."""
+    monkey = sys.modules.get("gevent.monkey")
+    return getattr(module, name) if monkey is None else monkey.get_original(module.__name__, name)
+
+
+_start_thread: Callable[[Callable[[], object], tuple[()]], int] = _own(_thread, "start_new_thread")
+_sleep: Callable[[float], None] = _own(time, "sleep")
 
 
 def run_in_thread(work: Callable[[], object]) -> None:
@@ -30,12 +43,12 @@ def run_in_thread(work: Callable[[], object]) -> None:
 
     if not sys.is_finalizing():
         with suppress(RuntimeError):  # there are too many, or the interpreter is shutting down
-            start_new_thread(bounded, ())
+            _start_thread(bounded, ())
 
 
 watches = Watches(run_in_thread)
 
-_turns = Turns(watches.look, run_in_thread, sleep)
+_turns = Turns(watches.look, run_in_thread, _sleep)
 
 
 def watch() -> None:

@@ -347,3 +347,48 @@ def test_process_ends_in_silence_while_the_watch_runs(ends, tmp_path):
             timeout=30,
         )
         assert ended.stderr == "" == ended.stdout
+
+
+def test_leak_is_told_in_a_process_that_gevent_has_patched_while_the_loop_blocks_the_hub(tmp_path):
+    run_python(
+        "from gevent import monkey; monkey.patch_all()\n"
+        + script(
+            f"""
+            from time import monotonic
+            from gevent.monkey import get_original
+            sleep = get_original("time", "sleep")
+            aio.configure({{"default": {{"url": "sqlite:///{tmp_path}/a.db", "leak_after_s": 0.1}}}})
+            async def main():
+                async with aio.session_scope("blocks"):
+                    await aio.get_dbsession().execute(text("SELECT 1"))
+                    end = monotonic() + 20
+                    while not heard:
+                        assert monotonic() < end, "not while the hub is blocked"
+                        sleep(0.005)
+                told("INFO", "blocks")
+            asyncio.run(main())
+            """
+        ),
+        timeout=60,
+    )
+
+
+def test_leak_is_told_after_the_gevent_thread_of_the_first_loop_has_ended(tmp_path):
+    run_python(
+        "from gevent import monkey; monkey.patch_all()\n"
+        + script(
+            f"""
+            from gevent.threadpool import ThreadPool
+            aio.configure({{"default": {{"url": "sqlite:///{tmp_path}/a.db", "leak_after_s": 0.1}}}})
+            async def hold(label):
+                async with aio.session_scope(label):
+                    await aio.get_dbsession().execute(text("SELECT 1"))
+                    told("WARNING", label)
+            for label in ("first", "second"):
+                pool = ThreadPool(1)
+                pool.apply(asyncio.run, (hold(label),))
+                pool.kill()
+            """
+        ),
+        timeout=60,
+    )
