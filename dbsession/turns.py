@@ -15,7 +15,8 @@ class Turns:
     Args:
         work: returns the seconds until its next turn. It may wait. If it raises, the traceback goes to stderr, and the
             next turn comes as after the last one that did not.
-        run_in_thread: runs what it is given in a thread, and never waits.
+        run_in_thread: runs what it is given in a thread, and never waits. Raises RuntimeError where there is none for
+            it.
         sleep: stops such a thread for so many seconds.
     """
 
@@ -29,14 +30,18 @@ class Turns:
         self._run_in_thread = run_in_thread
         self._sleep = sleep
         self._pause_s = 1.0
-        # The epochs in which it was started: one for each process. Written by `setdefault`, one step.
+        # The epochs in which it was started: one for each process. Written by `setdefault`, one step; whose token it is
+        # takes it out.
         self._started: dict[int, object] = {}
 
     def start(self) -> None:
-        """See to it that it runs in this process. Never waits."""
+        """See to it that it runs in this process; where no thread can be had now, by the next call. Never waits."""
         epoch, token = fork.epoch, object()
         if epoch not in self._started and self._started.setdefault(epoch, token) is token:
-            self._begin(epoch)
+            try:
+                self._begin(epoch)
+            except RuntimeError:
+                del self._started[epoch]
 
     def _begin(self, epoch: int) -> None:
         self._run_in_thread(partial(self._for_ever, epoch))

@@ -31,9 +31,12 @@ _sleep: Callable[[float], None] = _own(time, "sleep")
 
 
 def run_in_thread(work: Callable[[], object]) -> None:
-    """Run `work` soon in a thread of its own, which keeps no process running. Never waits and never fails: it is called
-    in the middle of a connection's return, also by destructors. (So not threading.Thread: its start() takes locks, and
-    waits.)"""
+    """Run `work` soon in a thread of its own, which keeps no process running. Never waits: it is called in the middle
+    of a connection's return, also by destructors. (So not threading.Thread: its start() takes locks, and waits.)
+
+    Raises:
+        RuntimeError: there are too many threads.
+    """
 
     def bounded() -> None:
         try:
@@ -42,11 +45,16 @@ def run_in_thread(work: Callable[[], object]) -> None:
             traceback.print_exc()
 
     if not sys.is_finalizing():
-        with suppress(RuntimeError):  # there are too many, or the interpreter is shutting down
-            _start_thread(bounded, ())
+        _start_thread(bounded, ())
 
 
-watches = Watches(run_in_thread)
+def run_aside(work: Callable[[], object]) -> None:
+    """The same, as far as there is a thread for it. Never fails."""
+    with suppress(RuntimeError):
+        run_in_thread(work)
+
+
+watches = Watches(run_aside)
 
 _turns = Turns(watches.look, run_in_thread, _sleep)
 

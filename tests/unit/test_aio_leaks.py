@@ -392,3 +392,33 @@ def test_leak_is_told_after_the_gevent_thread_of_the_first_loop_has_ended(tmp_pa
         ),
         timeout=60,
     )
+
+
+@pytest.mark.parametrize("half", ["asyncio", "gevent"])
+def test_watch_begins_with_the_next_connection_when_no_thread_could_be_started(half, tmp_path):
+    run_python(
+        script(
+            f"""
+            import dbsession
+            from dbsession import hub
+            module, verbs = (aio_leaks, aio) if "{half}" == "asyncio" else (hub, dbsession)
+            start = module._start_thread
+            def refuse(*_):
+                module._start_thread = start
+                raise RuntimeError("can't start new thread")
+            module._start_thread = refuse
+            verbs.configure({{"default": {{"url": "sqlite:///{tmp_path}/a.db", "leak_after_s": 0.1}}}})
+            async def done(value):
+                return await value if verbs is aio else value
+            async def main():
+                first = await done(verbs.get_engine().connect())
+                assert module._start_thread is start, "it was not asked for"
+                second = await done(verbs.get_engine().connect())
+                told("WARNING", "held")
+                await done(first.close())
+                await done(second.close())
+            asyncio.run(main())
+            """
+        ),
+        timeout=60,
+    )
