@@ -84,8 +84,8 @@ class ScopeRegistry(ScopedRegistry[Any]):
         return self._store(current, database, database.factory())
 
     def _store(self, current: scope.Scope, database: Database, session: Any) -> Any:
-        session._scope = weakref.ref(current)
         session._database = database
+        session._scope = weakref.ref(current)  # last: a snapshot() looks at what has one
         if database.config.guard != "off":
             session._opened = Opened()
         if current.home is None:

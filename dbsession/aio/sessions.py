@@ -184,8 +184,8 @@ class ScopeRegistry(ScopedRegistry[Any]):
 
     def _store(self, current: scope.Scope, database: Database, session: Any) -> Any:
         sync = session.sync_session
-        sync._scope = weakref.ref(current)
         sync._database = database
+        sync._scope = weakref.ref(current)  # last: a snapshot() looks at what has one
         current.sessions[database] = session
         return session
 

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 from sqlalchemy import pool, text
+from sqlalchemy.orm import Session
 
 import dbsession
 from dbsession import aio
@@ -199,3 +200,28 @@ def test_snapshot_of_a_forked_child_has_nothing_of_its_parents(tmp_path):
         """,
         timeout=60,
     )
+
+
+def test_snapshot_may_be_taken_while_a_session_is_opened(tmp_path):
+    """As by another thread, in both halves."""
+    seen = []
+
+    class Seen(Session):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            seen.append(scopes(dbsession.snapshot()))
+
+    databases = {"sights": {"url": f"sqlite:///{tmp_path}/a.db", "session": {"class_": Seen}}}
+
+    async def main():
+        manager = aio.SessionManager(databases)
+        await manager.get("sights").execute(text("SELECT 1"))
+        assert len(scopes(dbsession.snapshot())) == 1
+
+    asyncio.run(main())
+    manager = dbsession.SessionManager(databases)
+    with manager.scope():
+        manager.get("sights").execute(text("SELECT 1"))
+        assert len(scopes(dbsession.snapshot())) == 1
+    manager.dispose()
+    assert seen
