@@ -39,7 +39,8 @@ class HistogramSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class DatabaseSnapshot:
-    """One database's pool and counts, since the process began (or was forked).
+    """One database's pool and counts, since its engine was built (or the process forked); in asyncio each event loop
+    has an engine of its own, whose counts end with it.
 
     `limit` is how many connections there may be, None: any number; `size` how many are kept. Another pool than ours
     has no `limit`, and where it has no size, None. `checkouts` ... `retries` are those of `stats.Stats`. `waits` has

@@ -14,7 +14,7 @@ from dbsession.watch.collect import Collected
 class Usage:
     """One database, in the process `pid` or (None) in all of them.
 
-    `checkouts` and `timeouts` count from the begin of the processes. `wait_p50_s` and `wait_p99_s` are of the checkouts
+    `checkouts` and `timeouts` are of the engines that there are. `wait_p50_s` and `wait_p99_s` are of the checkouts
     since the earlier look, where there is one, else of all; None: there were none. `checkouts_per_s` needs an earlier
     look.
     """
