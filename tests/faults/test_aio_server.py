@@ -111,7 +111,8 @@ def test_connecting_ends_with_an_error_when_nobody_greets(driver):
         run(work)
 
 
-@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [True, False])
 def test_connecting_ends_with_an_error_when_the_server_is_silent_after_the_handshake(first, through, proxy):
     """SQLAlchemy asks the first connection what its server can, and we ask each who it is."""
 
@@ -302,6 +303,7 @@ async def _sleep(manager):
         await manager.get().scalar(text("SELECT SLEEP(20)"))
 
 
+@pytest.mark.slow
 def test_session_scope_has_its_own_bound_for_a_statement(url):
     async def work():
         manager = managed(url, read_timeout_s=SHORT_S)

@@ -52,7 +52,7 @@ GEVENT = pytest.mark.parametrize("gevent_mode", ["patched", pytest.param("plain"
 
 
 @GEVENT
-@pytest.mark.parametrize("how", ["_exit", "exit"])
+@pytest.mark.parametrize("how", ["_exit", pytest.param("exit", marks=pytest.mark.slow)])
 def test_f11_child_abandons_what_is_checked_out_and_the_parent_commits(mariadb_url, gevent_mode, how):
     """The parent is in a transaction; the child uses the same scope, collects garbage, and ends in either way."""
     run_python(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from support.processes import MODES
 
 HOLDING = """
     import re, time
@@ -33,7 +32,6 @@ HOLDING = """
 """
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_pool_timeout_names_every_holder_and_what_it_is_busy_with(with_server, mode):
     with_server(
         HOLDING

@@ -78,7 +78,7 @@ SETUP = """
 """
 
 ERRORS = pytest.mark.parametrize("code", [1213, 1205])
-WAYS = pytest.mark.parametrize("how", ["session", "core"])
+WAYS = pytest.mark.parametrize("how", ["session", pytest.param("core", marks=pytest.mark.slow)])
 WINNERS = "[1 if code == 1213 else 0, 1, 0, 3]"
 
 

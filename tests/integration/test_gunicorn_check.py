@@ -25,7 +25,13 @@ def logged(server, text):
 
 
 @pytest.mark.parametrize("preload", PRELOAD)
-@pytest.mark.parametrize("config", [CONFIG, LATE], ids=["patched at the top", "patched by the worker"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(CONFIG, id="patched at the top"),
+        pytest.param(LATE, id="patched by the worker", marks=pytest.mark.slow),
+    ],
+)
 def test_first_worker_alone_logs_what_is_wrong_when_the_budget_is_exceeded(mariadb, mariadb_url, preload, config):
     with serve(mariadb_url, "--worker-connections=30", *preload, config=config, workers=2) as server:
         (line,) = logged(server, "dbsession check: default: worker_connections 30, but 20 connections")
@@ -34,6 +40,7 @@ def test_first_worker_alone_logs_what_is_wrong_when_the_budget_is_exceeded(maria
         assert server.get("/token?token=t").text == "t/t"
 
 
+@pytest.mark.slow
 def test_check_uses_the_number_of_workers_that_gunicorn_has(mariadb, mariadb_url):
     with mariadb.root() as cursor:
         cursor.execute("SET GLOBAL max_connections = 30")

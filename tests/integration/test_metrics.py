@@ -115,6 +115,7 @@ def test_metrics_sum_the_workers_exactly_whoever_is_scraped(tmp_path, preload, c
             assert found["connects_total", "default"] >= found["pool_connections", "default", "idle"] >= 3
 
 
+@pytest.mark.slow
 def test_metrics_of_threaded_workers_are_summed_too(tmp_path):
     config = tmp_path / "gunicorn.conf.py"
     config.write_text("from dbsession.gunicorn_hooks import *\nworker_class, threads = 'gthread', 4\n")
@@ -275,6 +276,7 @@ def test_metrics_folder_of_the_environment_is_made_or_emptied_at_the_start_and_k
         begun(server)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [{"DBSESSION_METRICS": "metrics"}, {"PROMETHEUS_MULTIPROC_DIR": "/dev/null/x"}])
 def test_metrics_are_off_with_a_warning_when_they_cannot_be(tmp_path, wrong):
     with serve(tmp_path, workers=1, **wrong) as server:

@@ -31,6 +31,9 @@ from support.processes import run_python
 from support.waiting import wait_until
 
 
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("uvloop", "gunicorn")]
+
+
 @pytest.fixture(params=["sqlite", pytest.param("mariadb", marks=pytest.mark.mariadb)])
 def urls(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, str]]:
     if request.param == "sqlite":
@@ -68,7 +71,7 @@ def test_desk_loads_nothing_of_gevent_when_it_is_imported(tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.parametrize("kind", ["asyncio", "uvloop", "gunicorn"])
+@pytest.mark.parametrize("kind", ["asyncio", *SLOW_KINDS])
 def test_fifty_orders_are_stored_each_with_its_entry_when_posted_at_once(kind: str, urls: dict[str, str]) -> None:
     """Then no connection is in use, and after the server's end none is left at the database."""
     dbsession.configure(dict(urls))
@@ -92,7 +95,7 @@ def test_fifty_orders_are_stored_each_with_its_entry_when_posted_at_once(kind: s
 
 
 @pytest.mark.mariadb
-@pytest.mark.parametrize("kind", ["asyncio", "uvloop", "gunicorn"])
+@pytest.mark.parametrize("kind", ["asyncio", *SLOW_KINDS])
 def test_server_leaves_no_connection_at_the_database_when_it_ends(kind: str, mariadb: Any) -> None:
     """By SIGTERM, with idle connections in its pools."""
 

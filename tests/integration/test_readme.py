@@ -178,7 +178,7 @@ assert [get(application, "/") for _ in range(3)] == ["1 visits\\n"] * 3
     )
 
 
-@pytest.mark.parametrize("preload", [False, True])
+@pytest.mark.parametrize("preload", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_hello_runs_under_gunicorn_with_the_configuration_shown(folder, preload):
     config = folder / "gunicorn.conf.py"
     config.write_text(BLOCKS["gunicorn.conf.py"])

@@ -49,7 +49,9 @@ assert grown < 2, grown
     )
 
 
-@pytest.mark.parametrize("what", ["scope", "greenlet", "raw", "request", "streamed request"])
+@pytest.mark.parametrize(
+    "what", ["scope", "greenlet", pytest.param("raw", marks=pytest.mark.slow), "request", "streamed request"]
+)
 def test_units_of_work_that_ended_leave_nothing(tmp_path, what):
     run_python(
         MEASURE
