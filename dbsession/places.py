@@ -34,6 +34,7 @@ _FIRST, _ENGINE, _INNER = 4, 8, 12  # below the first there is only the pool; at
 # By outer depth: id(code) -> code at the inner one. The first is that of a scoped session's execute(), the other that
 # of a Session's, and of a scoped session's connection(), whose caller stands at the first.
 _known: dict[int, dict[int, CodeType]] = {15: {}, 14: {}}
+_OUTERMOST = max(_known)
 _CONNECT = Engine.connect.__code__
 _known_codes: dict[int, CodeType] = {}  # by id, so that they keep it
 
@@ -50,14 +51,18 @@ def noted_from_pool(count: int) -> Noted:
                 return noted(frame.f_back, count)
     except ValueError:  # a short stack
         pass
+    first = _FIRST
     try:
-        first, frame = _ENGINE, sys._getframe(_ENGINE)
+        frame = sys._getframe(_ENGINE)
+        if frame.f_code is _CONNECT:
+            caller = frame.f_back
+            if caller is None or caller.f_code.co_filename in _outside:
+                return noted(caller, count)
+            first = _ENGINE
     except ValueError:
-        frame = None
-    if frame is None or frame.f_code is not _CONNECT:
-        first, frame = _FIRST, sys._getframe(_FIRST)
-    inner = None
-    for depth in range(first, max(_known) + 1):
+        pass
+    frame, inner = sys._getframe(first), None
+    for depth in range(first, _OUTERMOST + 1):
         if frame is None or not is_inside(frame.f_code.co_filename):
             break
         if depth == _INNER:
@@ -79,8 +84,8 @@ def noted(frame: FrameType | None, count: int) -> Noted:
     stack: Noted = []
     while frame is not None and count:
         stack += (frame.f_code, frame.f_lasti)
-        frame = frame.f_back
         count -= 1
+        frame = frame.f_back if count else None  # a frame object is made by the asking
     return stack
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
-
 HOLDING = """
     import re, time
     from dbsession import PoolTimeout, snapshot

@@ -30,7 +30,6 @@ from support.gunicorn import Gunicorn
 from support.processes import run_python
 from support.waiting import wait_until
 
-
 SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("uvloop", "gunicorn")]
 
 
