@@ -9,7 +9,6 @@ import weakref
 from pathlib import Path
 
 import pytest
-import uvloop
 from sqlalchemy import event, exc, pool, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import greenlet_spawn
@@ -19,24 +18,15 @@ from dbsession.aio import holders
 from dbsession.errors import PoolTimeout
 from dbsession.holders import STACK_FRAMES, Holder
 from dbsession.keys import CHECKOUT
+from support.loops import LOOPS, in_loop
 from support.proxy import Proxy
 
 DEADLINE_S = 30
 
 
-@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@pytest.fixture(params=LOOPS)
 def run(request):
-    """Runs a coroutine function in a loop of its own."""
-
-    def run(main):
-        async def bounded():
-            async with asyncio.timeout(DEADLINE_S):
-                return await main()
-
-        with asyncio.Runner(loop_factory=request.param) as runner:
-            return runner.run(bounded())
-
-    return run
+    return in_loop(request.param)
 
 
 @pytest.fixture

@@ -10,30 +10,20 @@ import textwrap
 import threading
 
 import pytest
-import uvloop
 from sqlalchemy import text
 
 from dbsession import aio, leaks
 from dbsession.aio import leaks as aio_leaks
+from support.loops import LOOPS, in_loop
 from support.processes import run_python
 from support.waiting import wait_until
 
 DEADLINE_S = 30
 
 
-@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@pytest.fixture(params=LOOPS)
 def run(request):
-    """Runs a coroutine function in a loop of its own."""
-
-    def run(main):
-        async def bounded():
-            async with asyncio.timeout(DEADLINE_S):
-                return await main()
-
-        with asyncio.Runner(loop_factory=request.param) as runner:
-            return runner.run(bounded())
-
-    return run
+    return in_loop(request.param)
 
 
 class Heard(logging.Handler):

@@ -11,7 +11,6 @@ import weakref
 from collections import OrderedDict
 
 import pytest
-import uvloop
 from sqlalchemy import exc, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_, greenlet_spawn
@@ -20,21 +19,12 @@ from dbsession.aio import pool as pool_module
 from dbsession.aio.pool import FairPool
 from dbsession.errors import PoolTimeout
 from support.drivers import Driver
+from support.loops import LOOPS, in_loop
 
 
-@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@pytest.fixture(params=LOOPS)
 def run(request):
-    """Runs a coroutine function in a loop of its own, for 30 s at most."""
-
-    def run(main):
-        async def bounded():
-            async with asyncio.timeout(30):
-                return await main()
-
-        with asyncio.Runner(loop_factory=request.param) as runner:
-            return runner.run(bounded())
-
-    return run
+    return in_loop(request.param)
 
 
 @pytest.fixture
