@@ -121,7 +121,8 @@ def reserve(databases: Collection[str]) -> None:
 def _allocate(path: str, count: int) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, count)
+        if sys.platform != "darwin":  # which cannot
+            os.posix_fallocate(descriptor, 0, count)
     finally:
         os.close(descriptor)
 
