@@ -137,6 +137,7 @@ for client in lazy:
     )
 
 
+@pytest.mark.slow
 def test_socket_drops_the_clients_that_do_not_read_and_answers_the_next(mode, tmp_path):
     """More is sent than the kernel takes, and as many do not read it as are answered at a time."""
     run_script(

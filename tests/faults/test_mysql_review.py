@@ -39,6 +39,7 @@ def rows(manager):
         return connection.scalar(text("SELECT count(*) FROM t"))
 
 
+@pytest.mark.slow
 def test_f18_xa_commit_without_an_answer_is_an_outcome_unknown(mariadb, mariadb_url, managed):
     managed()
     with Proxy(mariadb.port) as proxy:

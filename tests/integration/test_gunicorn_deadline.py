@@ -167,6 +167,7 @@ def test_503_leaves_a_keep_alive_connection_usable(server):
     assert "Traceback" not in server.logs()
 
 
+@pytest.mark.slow
 def test_deadline_ends_a_query_at_mariadb(tmp_path, mariadb_url):
     with serve(tmp_path, url=mariadb_url) as server:
         assert server.get("/late-sql").status == 503

@@ -229,6 +229,7 @@ def test_metrics_answer_when_the_pool_is_exhausted(tmp_path):
         assert found["oldest_holder_seconds", "default"] == 0
 
 
+@pytest.mark.slow
 def test_metrics_path_takes_get_and_head_only(tmp_path):
     with serve(tmp_path, workers=1, DBSESSION_METRICS="/deep/metrics") as server:
         head = server.get("/deep/metrics", method="HEAD")
@@ -242,12 +243,14 @@ def test_metrics_path_takes_get_and_head_only(tmp_path):
         assert server.get("/deep/metrics?name[]=x").status == 200
 
 
+@pytest.mark.slow
 def test_metrics_are_off_by_default(tmp_path):
     with serve(tmp_path, workers=1, DBSESSION_METRICS="") as server:
         assert server.get("/metrics").status == 404
         assert facts(server) == {"pid": server.worker_pids()[0], "folder": None, "imported": False}
 
 
+@pytest.mark.slow
 def test_metrics_folder_is_private_and_goes_with_the_master(tmp_path):
     with serve(tmp_path, workers=1) as server:
         folder = Path(facts(server)["folder"])

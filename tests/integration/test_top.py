@@ -104,6 +104,7 @@ def test_paused_worker_is_silent_and_the_others_are_shown(tmp_path, folder):
             os.kill(paused, signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_killed_worker_is_gone_and_its_successor_there(tmp_path, folder):
     with serve(tmp_path, folder, workers=1) as server:
         [killed] = server.worker_pids()
@@ -123,6 +124,7 @@ def test_worker_serves_requests_and_says_so_when_it_cannot_be_inspected(tmp_path
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_served_unless_it_was_asked_for(tmp_path):
     with serve(tmp_path, "", workers=1) as server:
         assert server.get("/token?token=a").text == "a/a"

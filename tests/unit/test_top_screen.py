@@ -228,6 +228,7 @@ def test_pause_keeps_what_is_shown_until_it_is_pressed_again(workers):
     )
 
 
+@pytest.mark.slow
 def test_filter_takes_a_part_of_any_column_and_is_dropped_by_escape(workers):
     folder = workers(snapshot(1, holder("GET /a", statement="INSERT INTO orders"), holder("POST /b"))).folder
     drive(
