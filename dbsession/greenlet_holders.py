@@ -17,6 +17,7 @@ class HeldByGreenlets(HeldConnections):
     """The connections of one engine that greenlets, or threads, have in use. Lives as long as the engine."""
 
     def taken(self, record: ConnectionPoolEntry) -> None:
+        # Written out in both halves: what is shared would be a call more in each checkout.
         info: Any = record.record_info
         try:
             note: Checkout = info[CHECKOUT]

@@ -43,6 +43,7 @@ class HeldByTasks(HeldConnections):
     """
 
     def taken(self, record: ConnectionPoolEntry) -> None:
+        # Written out in both halves: what is shared would be a call more in each checkout.
         info: Any = record.record_info
         try:
             note: Checkout = info[CHECKOUT]
