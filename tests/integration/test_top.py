@@ -18,7 +18,7 @@ import pytest
 
 from dbsession.watch.collect import collect
 from support.gunicorn import PRELOAD, serve_probe
-from support.processes import script_env
+from support.processes import pause_process, script_env
 from support.waiting import wait_until
 
 
@@ -96,7 +96,7 @@ def test_paused_worker_is_silent_and_the_others_are_shown(tmp_path, folder):
     with serve(tmp_path, folder) as server:
         paused, other = server.worker_pids()
         seen(folder, [paused, other])
-        os.kill(paused, signal.SIGSTOP)
+        pause_process(paused)
         try:
             _, text = told_of(folder, [other], [paused])
             assert f"1 worker, silent: {paused}" in text

@@ -15,7 +15,7 @@ from typing import Any
 import pymysql
 import pymysql.cursors
 
-from .processes import Supervised
+from .processes import Supervised, pause_process
 from .waiting import wait_until
 
 PROVIDER_OPTIONS = {
@@ -47,7 +47,8 @@ class NodeControl:
 
     def pause(self) -> None:
         """SIGSTOP: the kernel still accepts connections and bytes, but no answer comes until `resume()`."""
-        self._signal(signal.SIGSTOP)
+        assert self.pid > 0, "the node was not started"  # 0 would be our own process group
+        pause_process(self.pid)
 
     def resume(self) -> None:
         """Ends a `pause()`; the others may have put it out meanwhile, and it does not know yet."""

@@ -17,7 +17,7 @@ from typing import Any
 import pymysql
 import pymysql.cursors
 
-from .processes import Supervised
+from .processes import Supervised, pause_process
 from .waiting import wait_until
 
 # Where distributions put it; not on every user's PATH.
@@ -171,8 +171,8 @@ class MariaDBServer:
 
     def pause(self) -> None:
         """SIGSTOP: the kernel still accepts connections and bytes, but no answer comes until `resume()`."""
-        assert self._process is not None
-        self._process.signal(signal.SIGSTOP)
+        assert self._process is not None and self._process.poll() is None
+        pause_process(self._process.pid)
 
     def resume(self) -> None:
         """Ends a `pause()`; does nothing otherwise."""

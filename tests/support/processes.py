@@ -102,6 +102,23 @@ def pid_alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
+def pause_process(pid: int) -> None:
+    """SIGSTOP; returns when no thread of this process runs any more, a zombie's neither. SIGCONT ends it.
+
+    The signal stops the thread that takes it; on a busy machine the others can run, and answer, for some time yet.
+    """
+    os.kill(pid, signal.SIGSTOP)
+
+    def stopped() -> bool:
+        states = []
+        for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                states.append(stat.read_text().rpartition(")")[2].split()[0])
+        return all(state in ("T", "t", "Z", "X") for state in states)
+
+    wait_until(stopped, what=f"every thread of process {pid} is stopped")
+
+
 def child_pids(pid: int) -> list[int]:
     """The pids of the running direct children of `pid`."""
     children = []

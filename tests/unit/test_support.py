@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from sqlalchemy.engine import make_url
 
 from support.gunicorn import Gunicorn
 from support.mariadb import MariaDBServer
-from support.processes import Supervised, pid_alive, run_python, run_script, script_env, wait_gone
+from support.processes import Supervised, pause_process, pid_alive, run_python, run_script, script_env, wait_gone
 from support.proxy import Proxy
 from support.waiting import wait_until
 
@@ -52,6 +53,30 @@ def test_mariadb_comes_back_with_its_data_when_killed(mariadb: MariaDBServer, ma
     assert mariadb.port == port
     with connect(mariadb_url) as connection:
         connection.cursor().execute("SELECT x FROM t")
+
+
+def test_paused_process_has_no_thread_that_runs() -> None:
+    busy = """
+        import hashlib, threading
+        def work():  # without the GIL
+            while True:
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 10_000)
+        for _ in range(8):
+            threading.Thread(target=work, daemon=True).start()
+        print("busy", flush=True)
+        threading.Event().wait(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(busy)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "busy\n"
+            for _ in range(50):
+                pause_process(process.pid)
+                stats = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/stat")]
+                assert [stat.rpartition(")")[2].split()[0] for stat in stats] == ["T"] * 9
+                process.send_signal(signal.SIGCONT)
+        finally:
+            process.kill()
 
 
 def test_mariadb_is_silent_when_paused(mariadb: MariaDBServer, mariadb_url: str) -> None:
