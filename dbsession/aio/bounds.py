@@ -9,7 +9,6 @@ connection (2013).
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine, ExceptionContext, ExecutionContext
 
 from dbsession.aio.kill import Killer
-from dbsession.aio.line import Line, Stream
+from dbsession.aio.line import Line, Stream, line_of
 from dbsession.config import DatabaseConfig
 from dbsession.keys import SCOPE, WIRE
 
@@ -59,8 +58,7 @@ class _Bounds:
         self._killer = killer
         self._connect_s = config.connect_timeout_s
         self._read_s = config.read_timeout_s
-        # By the driver's connection. Written when one was opened, in the loop's thread.
-        self._lines: weakref.WeakKeyDictionary[Any, Line] = weakref.WeakKeyDictionary()
+        self._idle_s = config.ping_idle_s
 
     def connecting(self, dialect: Any, _: Any, args: Any, arguments: dict[str, Any]) -> None:
         """Before a connection is opened: bound the handshake, too, whoever opens it."""
@@ -81,7 +79,7 @@ class _Bounds:
                         # that comes when the connection has just been made.
                         connection.close()
                         raise asyncio.CancelledError
-                    self._lines[connection] = Line(connection)
+                    connection._dbsession_line = Line(connection)  # as an attribute it goes with it; see line_of()
                     return connection
             except TimeoutError:
                 raise module.OperationalError(
@@ -96,13 +94,15 @@ class _Bounds:
             if not isinstance(context, ExecutionContext):
                 return execute(cursor, statement, *arguments)
             proxied = context.root_connection.connection
-            line = self._lines.get(proxied.driver_connection)
+            line = line_of(proxied)
             if line is None:
                 return execute(cursor, statement, *arguments)
             info = _info_of(proxied)
             earlier = line.expect(self._read_s_of(info))
             try:
-                return execute(cursor, statement, *arguments)
+                found = execute(cursor, statement, *arguments)
+                line.answered()
+                return found
             except BaseException as error:
                 module = context.dialect.loaded_dbapi
                 if self._killer is not None and (line.late or not isinstance(error, module.Error)):
@@ -126,7 +126,7 @@ class _Bounds:
             def create_server_side_cursor(self) -> Any:
                 cursor = super().create_server_side_cursor()
                 proxied = self.root_connection.connection
-                line = bounds._lines.get(proxied.driver_connection)
+                line = line_of(proxied)
                 if line is None:
                     return cursor
                 return Stream(cursor, line, bounds._read_s_of(_info_of(proxied)), self.root_connection)
@@ -140,13 +140,12 @@ class _Bounds:
         bounded = self._within(rollback, self._read_s)
 
         def unless_unread(proxied: Any) -> None:
-            driver = proxied.driver_connection
-            line = self._lines.get(driver)
+            line = line_of(proxied)
             reader = None if line is None or line.unread is None else line.unread()
             if line is None or reader is None or not reader.in_transaction():
                 bounded(proxied)
             else:  # the rest, perhaps millions of rows, is not read for a ROLLBACK: the server does it when we are gone
-                line.cut_off(driver)
+                line.cut_off(proxied.driver_connection)
                 reader.invalidate()
 
         return unless_unread
@@ -155,9 +154,11 @@ class _Bounds:
         bounded = self._within(ping, self._connect_s)
 
         def pinging(connection: Any) -> Any:
-            line = self._lines.get(connection.driver_connection)
+            line = line_of(connection)
             if line is None:
                 return bounded(connection)
+            if line.lives(self._idle_s):
+                return True
             line.pinging = True
             try:
                 return bounded(connection)
@@ -171,25 +172,27 @@ class _Bounds:
 
     def opened(self, connection: Any, record: Any) -> None:
         """Before anything is asked of a new connection, by SQLAlchemy or by us: all of that is a part of connecting."""
-        line = self._lines.get(connection.driver_connection)
+        line = line_of(connection)
         if line is not None:
             record.info[WIRE] = line
             line.expect(self._connect_s)
 
     def ready(self, connection: Any, _: Any) -> None:
         """After that."""
-        line = self._lines.get(connection.driver_connection)
+        line = line_of(connection)
         if line is not None:
             line.done(None)
 
     def _within(self, ask: Callable[..., Any], seconds: float) -> Callable[..., Any]:
         def bounded(connection: Any, *arguments: Any) -> Any:
-            line = self._lines.get(connection.driver_connection)
+            line = line_of(connection)
             if line is None:
                 return ask(connection, *arguments)
             earlier = line.expect(seconds)
             try:
-                return ask(connection, *arguments)
+                found = ask(connection, *arguments)
+                line.answered()
+                return found
             finally:
                 line.done(earlier)
 
@@ -201,7 +204,7 @@ class _Bounds:
         """
 
         def bounded(connection: Any) -> None:
-            line = self._lines.get(connection.driver_connection)
+            line = line_of(connection)
             if line is not None and line.transport.is_closing():
                 line.transport.abort()  # else it is kept until the server has read all that was to be sent
             else:
@@ -213,7 +216,7 @@ class _Bounds:
         connection = context.connection
         if connection is None or connection.closed or connection.invalidated:
             return
-        line = self._lines.get(connection.connection.driver_connection)
+        line = line_of(connection.connection)
         if line is not None and line.late:
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False

@@ -18,6 +18,7 @@ from sqlalchemy.util import await_, greenlet_spawn
 
 from dbsession import sqlite_files
 from dbsession.aio import bounds, leaks
+from dbsession.aio.ended import JustEnded
 from dbsession.aio.holders import HeldByTasks
 from dbsession.aio.kill import Killer
 from dbsession.aio.pool import FairPool
@@ -43,6 +44,7 @@ class Links:
         self.held = HeldByTasks(config.name, config.backend, self.stats)
         self.closing = False  # whatever comes back is closed; set by whoever retires the engine
         self.threads = Threads()
+        self._ended = JustEnded()
         self._config = config
         self._leaks = LeakWatch(config, self.held, leaks.watches)  # for its life only
         self._watch = TransactionWatch(config)
@@ -69,6 +71,7 @@ class Links:
             setattr(dialect, name, watched(getattr(dialect, name)))
         if self._config.backend in ("mysql", "mariadb"):
             bounds.listen(sync, self._config, self._killer)
+        self._ended.listen(dialect)
         if isinstance(sync.pool, FairPool):
             sync.pool.held = self.held
         else:
@@ -132,9 +135,11 @@ class Links:
         self.stats.invalidated += 1
 
     def _executing_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> bool:
+        self._ended.forget()
         return self._watch.executing(cursor, statement, context)
 
     def _executing(self, cursor: Any, statement: str, _: Any, context: ExecutionContext) -> bool:
+        self._ended.forget()
         return self._watch.executing(cursor, statement, context)
 
     async def cut(self) -> None:

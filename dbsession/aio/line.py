@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import weakref
 from collections.abc import Callable
 from contextvars import Context
@@ -19,13 +20,26 @@ class Line:
     for each statement would take as long as the rest of what we do with a statement.
     """
 
-    __slots__ = ("_context", "_driver", "_due", "_loop", "_timer", "late", "pinging", "transport", "unread")
+    __slots__ = (
+        "_asked",
+        "_context",
+        "_driver",
+        "_due",
+        "_heard",
+        "_loop",
+        "_timer",
+        "late",
+        "pinging",
+        "transport",
+        "unread",
+    )
 
     def __init__(self, driver: Any) -> None:
         self._driver = weakref.ref(driver)
         self._loop = asyncio.get_running_loop()
         self._context = Context()  # empty: the timer would keep that of the request in which it was started
         self._due: float | None = None
+        self._asked = self._heard = float("-inf")  # when something was asked; the same of the last that was answered
         self._timer: asyncio.TimerHandle | None = None
         self.transport: asyncio.WriteTransport = transport_of(driver)
         self.late = False
@@ -38,7 +52,8 @@ class Line:
     def expect(self, seconds: float) -> float | None:
         """From now on, until `done()`: close the connection when the answer is not there in so many seconds. Returns
         what `done()` needs: until when what this is a part of is expected."""
-        earlier, due = self._due, self._loop.time() + seconds
+        self._asked = now = self._loop.time()
+        earlier, due = self._due, now + seconds
         if earlier is not None and earlier < due:
             due = earlier
         self._due = due
@@ -51,6 +66,19 @@ class Line:
 
     def done(self, earlier: float | None) -> None:
         self._due = earlier
+
+    def answered(self) -> None:
+        """What was asked last was answered, and nothing more is to come."""
+        self._heard = self._asked
+
+    def lives(self, seconds: float) -> bool:
+        """Whether it answered to something asked less than so many seconds ago, and is not readable since: it would be,
+        had the server closed it. Waits for nobody."""
+        if self._loop.time() - self._heard >= seconds or self.transport.is_closing() or not hasattr(select, "poll"):
+            return False
+        look = select.poll()
+        look.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return not look.poll(0)
 
     def _look(self) -> None:
         self._timer = None
@@ -117,6 +145,13 @@ class Stream:
     def _ended(self) -> None:
         if self._line.unread is self._reader:
             self._line.unread = None
+
+
+def line_of(connection: Any) -> Line | None:
+    """That of SQLAlchemy's connection to the driver's, or of the pool's proxy of it; None if it was not opened within
+    our bounds, or is gone."""
+    adapted = getattr(connection, "dbapi_connection", connection)
+    return getattr(getattr(adapted, "driver_connection", None), "_dbsession_line", None)
 
 
 def transport_of(driver: Any) -> Any:

@@ -13,6 +13,7 @@ from dbsession import SessionManager
 from support.mariadb import MariaDBServer
 from support.processes import run_script
 from support.steering import steering
+from support.waiting import wait_until
 
 
 @contextmanager
@@ -45,6 +46,28 @@ def with_resolving_server(mariadb):
             yield run
     finally:
         server.close()
+
+
+@pytest.fixture
+def counter(mariadb):
+    """Reads one of the server's counters, which nobody else makes grow: on one connection for all of the test, since
+    the goodbye of each is a question, too, which the server may count late."""
+    wait_until(lambda: not mariadb.processlist(), 20, "the connections of the test before are gone")
+    with mariadb.root() as cursor:
+        cursor.execute("SELECT CONNECTION_ID() AS id")
+        mine = cursor.fetchone()["id"]
+
+        def alone():
+            cursor.execute("SELECT id FROM information_schema.processlist WHERE user = 'root'")
+            return [row["id"] for row in cursor.fetchall()] == [mine]
+
+        wait_until(alone, 20, "those of whoever asked before are gone")
+
+        def so_far(name):
+            cursor.execute("SHOW GLOBAL STATUS LIKE %s", (name,))
+            return int(cursor.fetchone()["Value"])
+
+        yield so_far
 
 
 @pytest.fixture

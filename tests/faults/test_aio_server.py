@@ -147,7 +147,7 @@ def test_setting_a_level_ends_with_an_error_when_the_server_is_silent(through, p
 @pytest.mark.slow
 def test_use_ends_with_an_error_when_the_server_is_silent_at_the_liveness_check(through, proxy):
     async def work():
-        manager = managed(through, connect_timeout_s=3)
+        manager = managed(through, connect_timeout_s=3, ping_idle_s=0)
         await one(manager)
         proxy.stall()
         async with loop_goes_on():

@@ -480,7 +480,7 @@ def test_state_follows_the_statements(run, managed):
 @pytest.mark.parametrize("driver", ["asyncmy", "aiomysql"])
 def test_state_on_mariadb(run, mariadb, mariadb_url, proxy, driver):
     url = mariadb_url.replace("pymysql", driver).replace(f":{mariadb.port}/", f":{proxy.port}/")
-    manager = aio.SessionManager({"default": {"url": url}})
+    manager = aio.SessionManager({"default": {"url": url, "ping_idle_s": 0}})
     states = []
 
     async def until(state):
