@@ -74,10 +74,13 @@ class Line:
     def lives(self, seconds: float) -> bool:
         """Whether it answered to something asked less than so many seconds ago, and is not readable since: it would be,
         had the server closed it. Waits for nobody."""
-        if self._loop.time() - self._heard >= seconds or self.transport.is_closing() or not hasattr(select, "poll"):
+        if self._loop.time() - self._heard >= seconds or self.transport.is_closing():
+            return False
+        socket = self.transport.get_extra_info("socket")
+        if socket is None or not hasattr(select, "poll"):  # nothing to look at, or by: not on Windows
             return False
         look = select.poll()
-        look.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        look.register(socket.fileno(), select.POLLIN)
         return not look.poll(0)
 
     def _look(self) -> None:
