@@ -67,7 +67,7 @@ class SessionScope:
         if self._scope is not None:
             raise RuntimeError("This aio.session_scope() is open already: call session_scope() for each block.")
         self._stack = stack_here()  # the opener's: a generator may be closed by another task
-        self._scope = scope = Scope(self._label, self._kind, self._stack.loop, self._read_timeout_s)
+        self._scope = scope = Scope(self._label, self._kind, self._read_timeout_s)
         self._stack.push(scope)
         return scope
 

@@ -39,12 +39,7 @@ class Scope(Unit):
     one), or when the last reference to it goes."""
 
     __slots__ = ("loop",)
-
-    def __init__(
-        self, label: str, kind: str, loop: asyncio.AbstractEventLoop | None, read_timeout_s: float | None = None
-    ) -> None:
-        Unit.__init__(self, label, kind, read_timeout_s)  # as super(), which each task would wait for
-        self.loop = loop
+    loop: asyncio.AbstractEventLoop | None  # its stack's
 
     async def clear(self) -> None:
         """Close every session of this scope, which stays usable and empty. Waits for the server where a transaction is
@@ -85,6 +80,7 @@ class Stack:
 
     def push(self, scope: Scope) -> None:
         """Make `scope` the current one."""
+        scope.loop = self.loop
         self.scopes.append(scope)
         self.sessions = scope.sessions
 
@@ -115,7 +111,12 @@ def stack_here() -> Stack:
     """
     stack = here()
     if stack is None or stack.thread != get_ident() or current_task(stack.loop) is not stack.task:
-        task: Any = _running_task()
+        try:
+            task: Any = current_task()
+        except RuntimeError:  # no loop runs here
+            task = None
+        if task is None:
+            raise _no_task()
         stack = getattr(task, "_dbsession_aio", None)
         if stack is None:
             stack = task._dbsession_aio = Stack(task)  # as an attribute it goes with the task
@@ -123,21 +124,19 @@ def stack_here() -> Stack:
     return stack
 
 
-def _running_task() -> asyncio.Task[object]:
+def _no_task() -> ScopeRequired:
     try:
-        task = current_task()
+        asyncio.get_running_loop()
     except RuntimeError:
-        raise ScopeRequired(
+        return ScopeRequired(
             "A session of dbsession.aio was used in a thread without a running event loop. It belongs to a task: use "
             "it in an `async def` function (a framework runs `def` endpoints in threads), or take "
             "dbsession.get_dbsession() inside `with dbsession.session_scope():` here."
-        ) from None
-    if task is None:
-        raise ScopeRequired(
-            "A session of dbsession.aio was used in a callback of the event loop, where no task runs: nothing would "
-            "close it, and all callbacks would share it. Do the work in a task: asyncio.create_task(...)."
         )
-    return task
+    return ScopeRequired(
+        "A session of dbsession.aio was used in a callback of the event loop, where no task runs: nothing would "
+        "close it, and all callbacks would share it. Do the work in a task: asyncio.create_task(...)."
+    )
 
 
 def current() -> Scope | None:
@@ -156,7 +155,7 @@ def current_or_implicit() -> Scope:
     stack = stack_here()
     scopes = stack.scopes
     if not scopes:
-        scope = Scope("the rest of a task", "implicit", stack.loop)
+        scope = Scope("the rest of a task", "implicit", None)
         stack.push(scope)  # at the bottom, for good; what is opened above it ends by its own token
         return scope
     scope = scopes[-1]
