@@ -145,7 +145,7 @@ class _Bounds:
             if line is None or reader is None or not reader.in_transaction():
                 bounded(proxied)
             else:  # the rest, perhaps millions of rows, is not read for a ROLLBACK: the server does it when we are gone
-                line.cut_off(proxied.driver_connection)
+                line.cut_off(proxied.dbapi_connection.driver_connection)  # a detached proxy has none itself
                 reader.invalidate()
 
         return unless_unread

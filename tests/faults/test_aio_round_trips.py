@@ -194,6 +194,22 @@ def test_detached_connection_is_used_to_its_end(run, url, mariadb):
     run(main)
 
 
+def test_detached_connection_is_closed_when_rows_of_a_server_side_cursor_are_unread(run, url, mariadb):
+    async def main():
+        manager = managed(url)
+        async with manager.engine().connect() as connection:
+            raw = await connection.get_raw_connection()
+            number = await connection.scalar(text("SELECT CONNECTION_ID()"))
+            raw.detach()
+            rows = await connection.stream(ROWS)
+            assert await rows.fetchone() == (1,)
+        await until(lambda: number not in [row["id"] for row in mariadb.processlist()], 20)
+        assert await read(manager) == [1, 2]
+        await manager.dispose()
+
+    run(main)
+
+
 def test_sqlite_rolls_back_once(run, tmp_path, monkeypatch):
     calls = []
     roll_back = aiosqlite.Connection.rollback
