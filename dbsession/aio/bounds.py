@@ -101,7 +101,7 @@ class _Bounds:
             earlier = line.expect(self._read_s_of(info))
             try:
                 found = execute(cursor, statement, *arguments)
-                line.answered()
+                line.answered()  # the others may send nothing: a ROLLBACK, or a level, of a connection in AUTOCOMMIT
                 return found
             except BaseException as error:
                 module = context.dialect.loaded_dbapi
@@ -190,9 +190,7 @@ class _Bounds:
                 return ask(connection, *arguments)
             earlier = line.expect(seconds)
             try:
-                found = ask(connection, *arguments)
-                line.answered()
-                return found
+                return ask(connection, *arguments)
             finally:
                 line.done(earlier)
 

@@ -68,7 +68,7 @@ class Line:
         self._due = earlier
 
     def answered(self) -> None:
-        """What was asked last was answered, and nothing more is to come."""
+        """What was asked last was answered, or at least begun to be."""
         self._heard = self._asked
 
     def lives(self, seconds: float) -> bool:

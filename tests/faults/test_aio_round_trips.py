@@ -102,6 +102,25 @@ def test_busy_connection_is_not_pinged_and_an_idle_one_is(run, url, counter, pin
     run(main)
 
 
+def test_connection_is_pinged_when_its_last_answer_is_old_and_its_end_asked_nothing(run, url, counter):
+    """In AUTOCOMMIT there is no ROLLBACK."""
+
+    async def main():
+        manager, other = managed(url, readonly=True, ping_idle_s=0.2), managed(url)
+        await read(manager)
+        async with manager.scope():
+            await manager.get().execute(ROWS)
+            before = counter(PINGS)
+            async with other.scope():
+                await other.get().execute(text("SELECT SLEEP(0.5)"))
+        await read(manager)
+        assert counter(PINGS) - before == 1
+        await manager.dispose()
+        await other.dispose()
+
+    run(main)
+
+
 @pytest.mark.parametrize("loop_sees_it", [True, False])
 def test_connection_killed_at_the_server_a_moment_ago_never_fails_the_next_unit_of_work(
     run, url, mariadb, loop_sees_it
