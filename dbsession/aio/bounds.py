@@ -157,6 +157,8 @@ class _Bounds:
             line = line_of(connection)
             if line is None:
                 return bounded(connection)
+            if line.transport.is_closing():
+                return False  # the driver's answer may be uvloop's RuntimeError, which is not taken for a disconnect
             if line.lives(self._idle_s):
                 return True
             line.pinging = True
@@ -197,14 +199,15 @@ class _Bounds:
         return bounded
 
     def terminate(self, terminate: Callable[[Any], None]) -> Callable[[Any], None]:
-        """For connections that are of no use any more. Those that the driver has closed, because it was cancelled, are
-        not waited for: a second cancellation there would take the place of the first, and of what it says of a COMMIT.
+        """For connections that are of no use any more. Those that are closed already, by the driver because it was
+        cancelled, or by the loop because they were reset, are not waited for: a second cancellation there would take
+        the place of the first, and of what it says of a COMMIT.
         """
 
         def bounded(connection: Any) -> None:
             line = line_of(connection)
             if line is not None and line.transport.is_closing():
-                line.transport.abort()  # else it is kept until the server has read all that was to be sent
+                line.cut_off(connection.driver_connection)
             else:
                 terminate(connection)
 

@@ -72,9 +72,9 @@ class Line:
         self._heard = self._asked
 
     def lives(self, seconds: float) -> bool:
-        """Whether it answered to something asked less than so many seconds ago, and is not readable since: it would be,
-        had the server closed it. Waits for nobody."""
-        if self._loop.time() - self._heard >= seconds or self.transport.is_closing():
+        """Whether it, which is not closed here, answered to something asked less than so many seconds ago, and is not
+        readable since: it would be, had the server closed it. Waits for nobody."""
+        if self._loop.time() - self._heard >= seconds:
             return False
         socket = self.transport.get_extra_info("socket")
         if socket is None or not hasattr(select, "poll"):  # nothing to look at, or by: not on Windows

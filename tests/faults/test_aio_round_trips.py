@@ -11,7 +11,9 @@ import uvloop
 from sqlalchemy import exc, text
 
 from dbsession import aio
+from dbsession.aio.line import transport_of
 from support.aio_sweep import until
+from support.proxy import Proxy
 from support.waiting import wait_until
 
 PINGS = "Com_admin_commands"  # COM_PINGs: they are no questions
@@ -141,6 +143,24 @@ def test_connection_killed_at_the_server_a_moment_ago_never_fails_the_next_unit_
                 wait_until(gone, 20)
             assert await number_of(manager) != killed
         await manager.dispose()
+
+    run(main)
+
+
+@pytest.mark.parametrize("ping_idle_s", [0, 3600])
+def test_connection_that_the_loop_saw_reset_never_fails_the_next_unit_of_work(run, url, mariadb, ping_idle_s):
+    """uvloop refuses what is written to it by a RuntimeError, which aiomysql passes on."""
+
+    async def main():
+        with Proxy(mariadb.port) as proxy:
+            manager = managed(url.replace(f":{mariadb.port}/", f":{proxy.port}/"), ping_idle_s=ping_idle_s)
+            async with manager.engine().connect() as connection:
+                transport = transport_of((await connection.get_raw_connection()).driver_connection)
+                await connection.execute(ROWS)
+            proxy.cut()
+            await until(transport.is_closing, 20)
+            assert await read(manager) == [1, 2]
+            await manager.dispose()
 
     run(main)
 
