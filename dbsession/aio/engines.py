@@ -60,6 +60,7 @@ class Links:
             # First of all, because SQLAlchemy's own listeners await, and may be cancelled.
             event.listen(sync, "connect", self._opened, insert=True)
             dialect.do_terminate = self.threads.terminate(dialect.do_terminate)
+            dialect.do_ping = self.threads.ping(dialect.do_ping)
         dialect.reset_isolation_level = self._level_taken_back(dialect.reset_isolation_level)
         event.listen(sync, "checkin", self._returned)
         event.listen(sync, "invalidate", self._invalidated)

@@ -1,8 +1,10 @@
-"""The threads of aiosqlite, one for each connection: ended once, and waited for before their loop is closed."""
+"""The threads of aiosqlite, one for each connection: not asked in vain, ended once, and waited for before their loop is
+closed."""
 
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +44,19 @@ class Threads:
             return ending
 
         driver.stop = stop
+
+    def ping(self, ping: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """For connections about to be used: SQLite is in this process, so one lives if it is open, and that is seen
+        without its thread, which `SELECT 1` goes to three times."""
+
+        def looked_at(connection: Any) -> Any:
+            try:
+                is_open = connection.driver_connection.total_changes >= 0
+            except (AttributeError, ValueError, sqlite3.Error):  # another driver, or closed: that is ping's to tell
+                is_open = False
+            return is_open or ping(connection)
+
+        return looked_at
 
     def terminate(self, terminate: Callable[[Any], None]) -> Callable[[Any], None]:
         """For connections that are of no use any more: their threads close them, and nobody waits for that. A second

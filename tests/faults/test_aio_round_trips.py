@@ -272,3 +272,31 @@ def test_sqlite_rolls_back_once(run, tmp_path, monkeypatch):
             await manager.get().scalar(text("SELECT 1"))
 
     run(main)
+
+
+def test_sqlite_is_looked_at_and_not_asked_whether_it_lives(run, tmp_path):
+    async def main():
+        manager = aio.SessionManager({"default": {"url": f"sqlite:///{tmp_path}/x.db", "options": {"pool_size": 1}}})
+        statements = []
+        async with manager.scope():
+            raw = await (await manager.get().connection()).get_raw_connection()
+            await raw.driver_connection.set_trace_callback(statements.append)
+        async with manager.scope():
+            assert await manager.get().scalar(text("SELECT 7")) == 7
+        assert statements == ["SELECT 7"]
+        await manager.dispose()
+
+    run(main)
+
+
+def test_sqlite_connection_that_was_closed_by_hand_never_fails_the_next_unit_of_work(run, tmp_path):
+    async def main():
+        manager = aio.SessionManager({"default": {"url": f"sqlite:///{tmp_path}/x.db", "options": {"pool_size": 1}}})
+        async with manager.engine().connect() as connection:
+            driver = (await connection.get_raw_connection()).driver_connection
+        await driver.close()
+        async with manager.scope():
+            assert await manager.get().scalar(text("SELECT 7")) == 7
+        await manager.dispose()
+
+    run(main)
