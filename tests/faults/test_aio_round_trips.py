@@ -29,7 +29,10 @@ def url(mariadb_url, mariadb, request):
     return mariadb_url.replace("pymysql", request.param)
 
 
-@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+UVLOOP = pytest.param(uvloop.new_event_loop, id="uvloop", marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=[pytest.param(asyncio.new_event_loop, id="asyncio"), UVLOOP])
 def run(request):
     """Runs an async function, and ends its engines."""
 
