@@ -22,6 +22,8 @@ from dbsession.keys import SCOPE, WIRE
 
 # The driver's number for a server that cannot be reached, CR_CONN_HOST_ERROR.
 _CANNOT_CONNECT = 2003
+# The same for one that was lost, CR_SERVER_LOST, and what to say of it.
+_RESET = 2013, "Lost connection to MySQL server: it was reset"
 
 
 def connect_args(config: DatabaseConfig) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def connect_args(config: DatabaseConfig) -> dict[str, Any]:
 def listen(engine: Engine, config: DatabaseConfig, killer: Killer | None) -> None:
     """Bound what `engine` waits for; `killer` ends what nobody waits for any more."""
     dialect: Any = engine.dialect
-    bounds = _Bounds(config, killer)
+    bounds = _Bounds(config, killer, dialect)
     event.listen(engine, "do_connect", bounds.connecting)
     event.listen(engine, "handle_error", bounds.judge)
     # The dialect is the engine's own, and that of the engines made from it by execution_options().
@@ -54,7 +56,8 @@ def listen(engine: Engine, config: DatabaseConfig, killer: Killer | None) -> Non
 class _Bounds:
     """The bounds of one engine. Lives as long as it."""
 
-    def __init__(self, config: DatabaseConfig, killer: Killer | None) -> None:
+    def __init__(self, config: DatabaseConfig, killer: Killer | None, dialect: Any) -> None:
+        self._dialect = dialect
         self._killer = killer
         self._connect_s = config.connect_timeout_s
         self._read_s = config.read_timeout_s
@@ -105,6 +108,8 @@ class _Bounds:
                 return found
             except BaseException as error:
                 module = context.dialect.loaded_dbapi
+                if _is_lost(error, line):
+                    raise module.OperationalError(*_RESET) from error
                 if self._killer is not None and (line.late or not isinstance(error, module.Error)):
                     self._killer.abandon(info, module.driver.connect)
                 raise
@@ -193,6 +198,10 @@ class _Bounds:
             earlier = line.expect(seconds)
             try:
                 return ask(connection, *arguments)
+            except RuntimeError as error:
+                if _is_lost(error, line):
+                    raise self._dialect.loaded_dbapi.OperationalError(*_RESET) from error
+                raise
             finally:
                 line.done(earlier)
 
@@ -221,6 +230,11 @@ class _Bounds:
         if line is not None and line.late:
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
+
+
+def _is_lost(error: BaseException, line: Line) -> bool:
+    """Whether this is what uvloop says of a write to a connection that was reset, which aiomysql passes on as it is."""
+    return isinstance(error, RuntimeError) and line.transport.is_closing()
 
 
 def _info_of(proxied: Any) -> dict[Any, Any]:

@@ -168,6 +168,26 @@ def test_connection_that_the_loop_saw_reset_never_fails_the_next_unit_of_work(ru
     run(main)
 
 
+@pytest.mark.parametrize("then", ["execute", "commit"])
+def test_unit_of_work_gets_the_error_of_a_lost_connection_when_the_loop_saw_it_reset(run, url, mariadb, then):
+    async def main():
+        with Proxy(mariadb.port) as proxy:
+            manager = managed(url.replace(f":{mariadb.port}/", f":{proxy.port}/"))
+            async with manager.scope():
+                session = manager.get()
+                raw = await (await session.connection()).get_raw_connection()
+                transport = transport_of(raw.driver_connection)
+                await session.execute(text("UPDATE t SET n = 99"))
+                proxy.cut()
+                await until(transport.is_closing, 20)
+                with pytest.raises(exc.OperationalError, match=r"2006|2013"):
+                    await (session.commit() if then == "commit" else session.execute(ROWS))
+            assert await read(manager) == [1, 2]
+            await manager.dispose()
+
+    run(main)
+
+
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 @pytest.mark.parametrize("left", ["SELECT * FROM t", "UPDATE t SET n = 99", "INSERT INTO t VALUES (1, 1)", "BEGIN"])
 def test_what_the_driver_itself_began_after_the_end_is_rolled_back(run, url, mariadb, end, left):
