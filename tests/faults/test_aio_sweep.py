@@ -48,7 +48,7 @@ def test_task_leaves_nothing_behind_when_cancelled_at_any_await(mariadb, mariadb
 def test_task_leaves_nothing_behind_in_a_file_when_cancelled_at_any_await(tmp_path, variant, kind):
     """With aiosqlite, whose thread carries out the COMMIT that nobody waits for any more."""
     report = run_sweep(f"sqlite+aiosqlite:///{tmp_path}/a.db", None, variant, kind)
-    assert report.cancelled > 10
+    assert report.cancelled >= 9  # three a statement, and one at the end: each is a way to the thread and back
     assert not report.faults, shown(report.faults)
 
 
@@ -56,7 +56,7 @@ def test_task_leaves_nothing_behind_in_a_file_when_cancelled_at_any_await(tmp_pa
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_task_leaves_nothing_behind_when_cancelled_at_any_await_under_uvloop(mariadb, mariadb_url, variant):
     report = run_sweep(mariadb_url.replace("pymysql", "asyncmy"), mariadb.socket, variant, "cancel", "uvloop")
-    assert report.cancelled > 5
+    assert report.cancelled >= 4  # about one a round trip, the COMMIT's among them
     assert not report.faults, shown(report.faults)
 
 
