@@ -27,7 +27,7 @@ from dbsession.outcome import TransactionWatch
 from dbsession.pool import FairPool
 from dbsession.stats import Stats
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.connections")
 
 CLEANING_S = 5.0
 """Seconds that the server has for each answer while a returned connection is cleaned; then it is discarded."""

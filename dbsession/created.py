@@ -10,7 +10,7 @@ from sqlalchemy.engine import Engine
 
 from dbsession.errors import describe, raised_at
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.created")
 
 Listener = Callable[[str, Engine], object]
 

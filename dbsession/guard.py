@@ -12,7 +12,7 @@ from typing import Any
 from dbsession import ident, places, scope
 from dbsession.errors import ForeignSession
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.guard")
 
 # What works with the session or its connection. Not close() and what is akin to it: our teardown comes from anywhere.
 GUARDED = (

@@ -20,7 +20,7 @@ from dbsession.errors import ConfigError
 from dbsession.mysql import kill
 from dbsession.watch import check, folder, inspection, metrics_folder
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.gunicorn_hooks")
 
 KILLING_S = 2.0
 

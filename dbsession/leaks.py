@@ -11,7 +11,7 @@ from functools import partial
 from dbsession.config import DatabaseConfig
 from dbsession.holders import Checkout, HeldConnections
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.leaks")
 
 _LONGEST_S, _SHORTEST_S = 1.0, 0.05  # between two looks
 

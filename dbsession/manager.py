@@ -17,7 +17,7 @@ from dbsession.errors import describe
 from dbsession.registry import ScopedSession
 from dbsession.scope import Scope
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.manager")
 
 T = TypeVar("T")
 

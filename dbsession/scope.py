@@ -24,7 +24,7 @@ from dbsession.errors import ScopeEnded
 from dbsession.hub import run_aside, run_in_thread
 from dbsession.unit import Unit
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.scope")
 
 
 class Scope(Unit):

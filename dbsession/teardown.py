@@ -10,7 +10,7 @@ from dbsession import discarding, hub
 from dbsession.errors import describe
 from dbsession.stats import Stats
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.teardown")
 
 
 class ClosableSession(Protocol):

@@ -14,7 +14,7 @@ from dbsession.block import session_scope
 from dbsession.errors import describe, plain
 from dbsession.scope import Scope
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.transaction")
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])

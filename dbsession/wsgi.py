@@ -17,7 +17,7 @@ from dbsession.scope import Scope, begin_request, running
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.wsgi")
 
 
 class DBSessionMiddleware:

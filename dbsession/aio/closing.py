@@ -15,7 +15,7 @@ from typing import Any
 from dbsession import discarding
 from dbsession.errors import describe
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.aio.closing")
 
 Sessions = dict[Any, Any]  # databases.Database -> sessions.AsyncSession, the used set of one scope
 

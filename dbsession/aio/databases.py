@@ -24,7 +24,7 @@ from dbsession.created import Told
 from dbsession.errors import describe
 from dbsession.source import Source
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.aio.databases")
 
 # Seconds that closing tasks have at the loop's end, before the connections they use are cut off and after it. Less than
 # theirs, and together less than what an exit has there: loop_state.EXIT_TIMEOUT_S.

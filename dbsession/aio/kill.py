@@ -19,7 +19,7 @@ from dbsession.errors import describe
 from dbsession.mysql import codes
 from dbsession.stats import Stats
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.aio.kill")
 
 SEEN_AS = "dbsession.seen_as"
 """In a connection's `info`: (thread id, HOST) at the server."""

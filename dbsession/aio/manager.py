@@ -20,7 +20,7 @@ from dbsession.aio.twins import TwinSource
 from dbsession.errors import describe
 from dbsession.sessions import refuse_unsaved
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.aio.manager")
 
 # Every manager of this process that is still referenced. Written when one is made or goes, one set operation each: a
 # WeakSet cannot be read while another thread adds to it.

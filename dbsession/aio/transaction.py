@@ -15,7 +15,7 @@ from dbsession.aio.scope import Scope
 from dbsession.attempts import check, failed_part, pause_s, refuse_other_work, retryable, takes_session
 from dbsession.errors import describe, plain
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.aio.transaction")
 
 F = TypeVar("F", bound=Callable[..., Any])
 

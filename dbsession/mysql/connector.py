@@ -13,7 +13,7 @@ from dbsession.mysql.connection import Connection
 from dbsession.mysql.kill import Killer, side_arguments
 from dbsession.stats import Stats
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.mysql.connector")
 
 
 def uses_pymysql(config: DatabaseConfig) -> bool:

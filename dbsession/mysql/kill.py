@@ -21,7 +21,7 @@ from dbsession.errors import describe
 from dbsession.mysql.connection import Connection
 from dbsession.stats import Stats
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.mysql.kill")
 
 _TIMEOUT_S = 3  # for each step of the side connection
 

@@ -16,7 +16,7 @@ from dbsession.watch.budget import Workers
 from dbsession.watch.facts import Facts
 from dbsession.watch.findings import Finding
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.watch.check")
 
 
 @dataclass(frozen=True)

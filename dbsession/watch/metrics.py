@@ -34,7 +34,7 @@ except ImportError:
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.watch.metrics")
 
 PUBLISH_S = 1.0
 

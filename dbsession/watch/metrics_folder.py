@@ -23,7 +23,7 @@ from typing import Any
 
 from dbsession.errors import describe
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dbsession.watch.metrics_folder")
 
 PATH = "DBSESSION_METRICS"
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
