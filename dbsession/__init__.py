@@ -12,19 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dbsession.api import (
-        clear_dbsession,
-        configure,
-        dispose,
-        get_dbsession,
-        get_engine,
-        on_engine_created,
-        release_dbsession,
-        run_in_transaction,
-        session_scope,
-        transactional,
-    )
-    from dbsession.deadlines import DeadlineExceeded, deadline
+    from dbsession.core.snapshot import Snapshot
     from dbsession.errors import (
         CommitOutcomeUnknown,
         ConfigError,
@@ -38,11 +26,23 @@ if TYPE_CHECKING:
         UnsavedWork,
         UsedInHub,
     )
-    from dbsession.manager import SessionManager
-    from dbsession.watch.inspection import serve_snapshots
-    from dbsession.watch.pictures import Snapshot
-    from dbsession.watch.snapshot import snapshot
-    from dbsession.wsgi import DBSessionMiddleware
+    from dbsession.green.api import (
+        clear_dbsession,
+        configure,
+        dispose,
+        get_dbsession,
+        get_engine,
+        on_engine_created,
+        release_dbsession,
+        run_in_transaction,
+        session_scope,
+        transactional,
+    )
+    from dbsession.green.deadline import DeadlineExceeded, deadline
+    from dbsession.green.manager import SessionManager
+    from dbsession.green.snapshot import snapshot
+    from dbsession.watch.inspection.server import serve_snapshots
+    from dbsession.web.wsgi import DBSessionMiddleware
 
 __version__ = "0.1.0"
 
@@ -80,7 +80,7 @@ __all__ = [
 # Imported at their first use (PEP 562): `import dbsession.aio` would load gevent otherwise, which no asyncio program
 # wants. A module may not be called what one of these names is called: importing it would put it in the name's place.
 _NAMES = {
-    "api": (
+    "green.api": (
         "clear_dbsession",
         "configure",
         "dispose",
@@ -92,7 +92,7 @@ _NAMES = {
         "session_scope",
         "transactional",
     ),
-    "deadlines": ("DeadlineExceeded", "deadline"),
+    "green.deadline": ("DeadlineExceeded", "deadline"),
     "errors": (
         "CommitOutcomeUnknown",
         "ConfigError",
@@ -106,11 +106,11 @@ _NAMES = {
         "UnsavedWork",
         "UsedInHub",
     ),
-    "manager": ("SessionManager",),
-    "watch.inspection": ("serve_snapshots",),
-    "watch.pictures": ("Snapshot",),
-    "watch.snapshot": ("snapshot",),
-    "wsgi": ("DBSessionMiddleware",),
+    "green.manager": ("SessionManager",),
+    "watch.inspection.server": ("serve_snapshots",),
+    "core.snapshot": ("Snapshot",),
+    "green.snapshot": ("snapshot",),
+    "web.wsgi": ("DBSessionMiddleware",),
 }
 _MODULES = {name: f"dbsession.{module}" for module, names in _NAMES.items() for name in names}
 

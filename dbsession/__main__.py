@@ -1,3 +1,3 @@
-from dbsession.cli import main
+from dbsession.watch.cli import main
 
 raise SystemExit(main())

@@ -14,8 +14,8 @@ from flask.signals import appcontext_pushed
 from flask.wrappers import Response
 from werkzeug.wsgi import ClosingIterator
 
-from dbsession import api, block, scope
-from dbsession.wsgi import DBSessionMiddleware
+from dbsession.green import api, block, scope
+from dbsession.web.wsgi import DBSessionMiddleware
 
 
 def init_app(app: Flask) -> None:

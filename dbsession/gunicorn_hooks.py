@@ -15,10 +15,14 @@ import logging
 import os
 from typing import Any
 
-from dbsession import api, scope, wsgi
 from dbsession.errors import ConfigError
-from dbsession.mysql import kill
-from dbsession.watch import check, folder, inspection, metrics_folder
+from dbsession.green import api, scope
+from dbsession.green.mysql import kill
+from dbsession.watch import metrics_folder
+from dbsession.watch.check import report
+from dbsession.watch.inspection import server as inspection
+from dbsession.watch.inspection import sockets
+from dbsession.web import wsgi
 
 logger = logging.getLogger("dbsession.gunicorn_hooks")
 
@@ -53,14 +57,14 @@ def post_worker_init(worker: Any) -> None:
     """
     wsgi.check_deadlines()
     _close_what_the_import_used()
-    inspected = os.environ.get(folder.VARIABLE, "").strip()
+    inspected = os.environ.get(sockets.VARIABLE, "").strip()
     if inspected:
         try:
             inspection.serve_snapshots(inspected)
         except ConfigError as error:  # no reason not to serve requests
             logger.warning("This worker cannot be inspected: %s", error)
     if worker.age == 1:  # counted by the master, over all its workers
-        check.in_worker(worker.cfg)
+        report.in_worker(worker.cfg)
     path = metrics_folder.path()
     if path and hasattr(worker, "wsgi"):  # the asgi worker's application is none of ours
         from dbsession.watch import metrics

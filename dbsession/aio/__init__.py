@@ -22,14 +22,14 @@ from typing import Any, TypeVar, overload
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from dbsession import created
 from dbsession.aio import block, loop_local
 from dbsession.aio.asgi import DBSessionMiddleware
 from dbsession.aio.manager import SessionManager
 from dbsession.aio.picture import snapshot
-from dbsession.aio.sessions import AsyncScopedSession
-from dbsession.config import Databases
-from dbsession.created import Listener
+from dbsession.aio.session import AsyncScopedSession
+from dbsession.core.config import Databases
+from dbsession.core.engine import Listener, on_created
+from dbsession.core.snapshot import Snapshot
 from dbsession.errors import (
     CommitOutcomeUnknown,
     ConfigError,
@@ -42,7 +42,6 @@ from dbsession.errors import (
     UnknownDatabase,
     UnsavedWork,
 )
-from dbsession.watch.pictures import Snapshot
 
 __all__ = [
     "CommitOutcomeUnknown",
@@ -159,7 +158,7 @@ def on_engine_created(fn: L) -> L:
     Returns:
         `fn`.
     """
-    created.on_created(fn)
+    on_created(fn)
     return fn
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from dbsession.aio import databases
+from dbsession.aio import engine
 from dbsession.aio.block import SessionScope
 from dbsession.errors import plain
 
@@ -69,7 +69,7 @@ class DBSessionMiddleware:
         async def send_when_closed(message: MutableMapping[str, Any]) -> None:
             await unit.clear()
             if message["type"] != "lifespan.startup.complete":
-                await databases.dispose_here()
+                await engine.dispose_here()
             await send(message)
 
         try:
@@ -77,4 +77,4 @@ class DBSessionMiddleware:
             async with SessionScope("the application's lifespan") as unit:
                 await self.app(scope, receive, send_when_closed)
         finally:
-            await databases.dispose_here()  # it has been cancelled, or has no lifespan
+            await engine.dispose_here()  # it has been cancelled, or has no lifespan

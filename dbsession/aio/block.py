@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from dbsession.aio.scope import Scope, Stack, stack_here
-from dbsession.config import positive_seconds
+from dbsession.core.config import positive_seconds
 from dbsession.errors import plain
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -17,10 +17,10 @@ from typing import Any
 import greenlet
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from dbsession import places
+from dbsession.core.connection_info import CHECKOUT
+from dbsession.core.pool import callsites
+from dbsession.core.pool.holders import STACK_FRAMES, Checkout, HeldConnections
 from dbsession.errors import plain
-from dbsession.holders import STACK_FRAMES, Checkout, HeldConnections
-from dbsession.keys import CHECKOUT
 
 _ASYNCIO = os.path.dirname(os.path.abspath(asyncio.__file__)) + os.sep
 
@@ -74,7 +74,7 @@ class HeldByTasks(HeldConnections):
         return plain(f"{function} in {task.get_name()}" if function else task.get_name())
 
 
-def _noted(task: Any, count: int) -> places.Noted:
+def _noted(task: Any, count: int) -> callsites.Noted:
     """The user's places in this task, `count` at most, for what is called two calls below SQLAlchemy's
     `_ConnectionFairy._checkout()`.
 
@@ -85,11 +85,11 @@ def _noted(task: Any, count: int) -> places.Noted:
     spawn = None if parent is None else parent.gr_frame  # SQLAlchemy's greenlet_spawn(), for whom the next one waits
     frame: FrameType | None = None if spawn is None else spawn.f_back
     if frame is None:
-        return places.noted(sys._getframe(_FIRST), count)
-    stack: places.Noted = []
+        return callsites.noted(sys._getframe(_FIRST), count)
+    stack: callsites.Noted = []
     code = frame.f_code
     if count > STACK_FRAMES or code.co_name == "run_sync" or code.co_filename not in _between:
-        stack = places.noted(sys._getframe(_FIRST), count)
+        stack = callsites.noted(sys._getframe(_FIRST), count)
         count -= len(stack) // 2
     # Beyond the task's own coroutine there is only the event loop, and whoever runs it.
     last: FrameType | None = None if task is None else getattr(task.get_coro(), "cr_frame", None)
@@ -110,6 +110,6 @@ def _noted(task: Any, count: int) -> places.Noted:
 
 def _is_between(file: str) -> bool:
     """Whether it is SQLAlchemy's or ours, or what asyncio itself awaits, as in `wait_for()`."""
-    between = places.is_inside(file) or file.startswith(_ASYNCIO)
+    between = callsites.is_inside(file) or file.startswith(_ASYNCIO)
     (_between if between else _users).add(file)
     return between

@@ -16,8 +16,8 @@ from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
-from dbsession.leaks import Watches
-from dbsession.turns import Turns
+from dbsession.core.periodic import Turns
+from dbsession.core.pool.leaks import Watches
 
 
 def _own(module: ModuleType, name: str) -> Any:

@@ -11,14 +11,14 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from dbsession import config, source
-from dbsession.aio import block, closing, databases, scope, transaction
+from dbsession.aio import block, scope, teardown, transaction
 from dbsession.aio.block import SessionScope
-from dbsession.aio.databases import Database, check
-from dbsession.aio.sessions import AsyncScopedSession
-from dbsession.aio.twins import TwinSource
+from dbsession.aio.drivers import TwinSource
+from dbsession.aio.engine import Database, check, of_this_loop
+from dbsession.aio.session import AsyncScopedSession
+from dbsession.core import config, sources
+from dbsession.core.session import refuse_unsaved
 from dbsession.errors import describe
-from dbsession.sessions import refuse_unsaved
 
 logger = logging.getLogger("dbsession.aio.manager")
 
@@ -62,8 +62,8 @@ class SessionManager:
         Raises:
             ConfigError: [DBS-CONFIG] naming the database, the key and the fix.
         """
-        found = TwinSource(source.source_of(databases))
-        if isinstance(found.of, source.MappingSource):
+        found = TwinSource(sources.source_of(databases))
+        if isinstance(found.of, sources.MappingSource):
             for name in found.known():
                 check(found.lookup(name))
         self._source = found
@@ -80,8 +80,8 @@ class SessionManager:
         if self._source is not None:
             return self._source
         found = self._of_process
-        if found is None or found.of is not source.process_wide:
-            found = self._of_process = TwinSource(source.process_wide)
+        if found is None or found.of is not sources.process_wide:
+            found = self._of_process = TwinSource(sources.process_wide)
         return found
 
     def get(self, name: str = "default") -> AsyncScopedSession:
@@ -96,7 +96,7 @@ class SessionManager:
     def database(self, name: str) -> Database:
         """The named database in the running loop, built on first use. Raises UnknownDatabase, ConfigError,
         LoopRequired."""
-        return databases.of_this_loop(self).get(name, self.present())
+        return of_this_loop(self).get(name, self.present())
 
     def engine(self, name: str = "default") -> AsyncEngine:
         """The engine of `name` in the running loop; the same object until the next configure()."""
@@ -111,7 +111,7 @@ class SessionManager:
         current = scope.current()
         if current is not None:
             mine = [database for database in current.sessions if database.owner is self]
-            await closing.close_all({each: current.sessions.pop(each) for each in mine}, current.label)
+            await teardown.close_all({each: current.sessions.pop(each) for each in mine}, current.label)
 
     async def release(self, *names: str) -> None:
         """Give this scope's connections back; see `dbsession.aio.release_dbsession`."""
@@ -147,7 +147,7 @@ class SessionManager:
     async def dispose(self) -> None:
         """Close the connections of this loop's engines: the idle ones now, those in use when they are given back. The
         engines stay usable, and connect anew on their next use."""
-        await databases.of_this_loop(self).dispose()
+        await of_this_loop(self).dispose()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -168,5 +168,5 @@ def _forget_all() -> None:
             manager.forget()
 
 
-source.followers.append(_forget_all)
+sources.followers.append(_forget_all)
 os.register_at_fork(after_in_child=_forget_all)

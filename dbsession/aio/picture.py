@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dbsession.aio import databases
-from dbsession.aio.databases import Database
-from dbsession.watch import pictures
-from dbsession.watch.pictures import Snapshot
+from dbsession.aio import engine
+from dbsession.aio.engine import Database
+from dbsession.core import snapshot as pictures
+from dbsession.core.snapshot import Snapshot
 
 
 def snapshot() -> Snapshot:
@@ -15,7 +15,7 @@ def snapshot() -> Snapshot:
     Frozen; it changes no more. From any thread, with or without a loop. Never waits and does no I/O; each number is
     right for its moment, and all are of nearly the same one.
     """
-    return pictures.of(pictures.in_use(databases.all_databases()), Database)
+    return pictures.of(pictures.in_use(engine.all_databases()), Database)
 
 
-pictures.halves.append(databases.all_databases)
+pictures.halves.append(engine.all_databases)

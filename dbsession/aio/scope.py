@@ -22,9 +22,9 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
-from dbsession.aio import closing
+from dbsession.aio import teardown
+from dbsession.core.scope import Unit
 from dbsession.errors import ScopeEnded, ScopeRequired
-from dbsession.unit import Unit
 
 current_task = asyncio.current_task
 
@@ -44,24 +44,24 @@ class Scope(Unit):
     async def clear(self) -> None:
         """Close every session of this scope, which stays usable and empty. Waits for the server where a transaction is
         open."""
-        await closing.close_all(self.sessions, self.label)
+        await teardown.close_all(self.sessions, self.label)
 
     async def end(self) -> None:
         """Close every session and refuse new ones. Idempotent. A cancellation that lands on the way is raised after
         the last session."""
         self.ended = True
         if self.sessions:
-            await closing.close_all(self.sessions, self.label)
+            await teardown.close_all(self.sessions, self.label)
 
     def end_aside(self) -> None:
         """End it without waiting: what is in a transaction is closed by a task of ours."""
         self.ended = True
         if self.sessions:
-            closing.close_aside(self.sessions, self.label)
+            teardown.close_aside(self.sessions, self.label)
 
     def __del__(self) -> None:
         if self.sessions and not sys.is_finalizing():
-            closing.close_dropped(self.sessions, self.label, self.loop)
+            teardown.close_dropped(self.sessions, self.label, self.loop)
 
 
 class Stack:

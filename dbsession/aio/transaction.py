@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar, cast
 from dbsession.aio import scope
 from dbsession.aio.block import session_scope
 from dbsession.aio.scope import Scope
-from dbsession.attempts import check, failed_part, pause_s, refuse_other_work, retryable, takes_session
+from dbsession.core.retry import check, failed_part, pause_s, refuse_other_work, retryable, takes_session
 from dbsession.errors import describe, plain
 
 logger = logging.getLogger("dbsession.aio.transaction")

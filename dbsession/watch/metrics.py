@@ -17,13 +17,15 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from dbsession import fork, hub
+from dbsession.core import fork
+from dbsession.core import snapshot as pictures
+from dbsession.core.pool.stats import BOUNDS_S, Stats
+from dbsession.core.snapshot import Database
 from dbsession.errors import ConfigError, describe
-from dbsession.stats import BOUNDS_S, Stats
-from dbsession.ticker import Ticker
-from dbsession.watch import metrics_folder, pictures, snapshot
-from dbsession.watch.changes import Changes
-from dbsession.watch.pictures import Database
+from dbsession.green import hub, snapshot
+from dbsession.green.periodic import Ticker
+from dbsession.watch import metrics_folder
+from dbsession.watch.deltas import Changes
 
 try:
     import prometheus_client

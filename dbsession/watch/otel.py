@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Engine
 
-from dbsession import api
+from dbsession.core import snapshot as pictures
+from dbsession.core.pool.stats import BOUNDS_S, Histogram
 from dbsession.errors import ConfigError
-from dbsession.stats import BOUNDS_S, Histogram
-from dbsession.ticker import Ticker
-from dbsession.watch import pictures, snapshot
-from dbsession.watch.changes import Changes
+from dbsession.green import api, snapshot
+from dbsession.green.periodic import Ticker
+from dbsession.watch.deltas import Changes
 
 try:
     from opentelemetry.metrics import CallbackOptions, Observation, get_meter

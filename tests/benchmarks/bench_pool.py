@@ -35,8 +35,8 @@ from typing import Any
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from dbsession import SessionManager
-from dbsession.holders import HeldConnections
-from dbsession.pool import FairPool
+from dbsession.core.pool.holders import HeldConnections
+from dbsession.green.pool import FairPool
 
 from . import plots, pool_loads
 from .common import Report, Samples, interleave, options

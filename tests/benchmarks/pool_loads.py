@@ -18,7 +18,7 @@ from dbutils.pooled_db import PooledDB
 from sqlalchemy.exc import TimeoutError
 from sqlalchemy.pool import QueuePool
 
-from dbsession.pool import FairPool
+from dbsession.green.pool import FairPool
 
 from .common import Metrics, jain, percentile
 

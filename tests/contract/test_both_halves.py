@@ -12,8 +12,11 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool, StaticPool
 
 import dbsession
-from dbsession import aio, api, created, errors, source
-from dbsession.config import KEYS
+from dbsession import aio, errors
+from dbsession.core import engine as created
+from dbsession.core import sources
+from dbsession.core.config import KEYS
+from dbsession.green import api
 from support.halves import HALVES, done, entered, on_both_halves, sync
 
 SECRET = "s3cret"
@@ -57,7 +60,7 @@ def verbs(half, monkeypatch):
     """The module's functions over a manager of this test's own, in a process that nobody has configured."""
     for module in (api, aio):
         monkeypatch.setattr(module, "manager", type(module.manager)())
-    monkeypatch.setattr(source, "process_wide", source.EnvironmentSource())
+    monkeypatch.setattr(sources, "process_wide", sources.EnvironmentSource())
     return half.verbs
 
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from dbsession.watch.facts import BOUND_S
+from dbsession.watch.check.probe import BOUND_S
 from support.processes import run_script, script_env
 from support.proxy import Proxy
 from support.waiting import wait_until
@@ -219,8 +219,8 @@ def test_examine_takes_nothing_of_the_pool_and_leaves_the_engine_usable(mode, ma
         """
         import sys
         from sqlalchemy import text
-        from dbsession.watch import check
-        from dbsession.watch.budget import Workers
+        from dbsession.watch.check import report as check
+        from dbsession.watch.check.budget import Workers
 
         dbsession.configure({"default": {"url": sys.argv[1], "options": {"pool_size": 1, "pool_timeout": 5}}})
         session = dbsession.get_dbsession()

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from dbsession.errors import ConfigError
-from dbsession.watch import folder as folders
-from dbsession.watch.collect import collect
+from dbsession.watch.inspection import sockets as folders
+from dbsession.watch.inspection.client import collect
 from support.processes import run_python, run_script
 
 START = """
 import json, os, socket, sys, threading
 from pathlib import Path
-from dbsession.watch import inspection
-from dbsession.watch.collect import collect
+from dbsession.watch.inspection import server
+from dbsession.watch.inspection.client import collect
 
 folder = Path(sys.argv[1], "sockets")
 path = folder / f"{os.getpid()}.sock"
@@ -125,11 +125,11 @@ def test_socket_drops_the_clients_that_do_not_close_and_answers_the_next(mode, t
         mode,
         START
         + """
-inspection.LINGER_S = 0.05
+server.LINGER_S = 0.05
 dbsession.serve_snapshots(folder)
-lazy = [connect() for _ in range(inspection.CLIENTS)]
+lazy = [connect() for _ in range(server.CLIENTS)]
 assert [each["pid"] for each in collect(folder, 30).workers] == [os.getpid()]
-wait_until(lambda: not inspection._server._clients, 20)
+wait_until(lambda: not server._server._clients, 20)
 for client in lazy:
     assert json.loads(rest(client))["pid"] == os.getpid()
 """,
@@ -146,11 +146,11 @@ def test_socket_drops_the_clients_that_do_not_read_and_answers_the_next(mode, tm
         + """
 from types import SimpleNamespace
 large = {"version": 1, "pid": os.getpid(), "databases": [], "holders": "x" * 8_000_000, "scopes": [], "warnings": []}
-inspection.snapshot = lambda: SimpleNamespace(as_dict=lambda: large)
+server.snapshot = lambda: SimpleNamespace(as_dict=lambda: large)
 dbsession.serve_snapshots(folder)
-lazy = [connect() for _ in range(inspection.CLIENTS)]
+lazy = [connect() for _ in range(server.CLIENTS)]
 assert collect(folder, 40).workers == [large]
-wait_until(lambda: not inspection._server._clients, 40)
+wait_until(lambda: not server._server._clients, 40)
 for client in lazy:
     assert len(rest(client)) < 8_000_000
 """,
@@ -168,11 +168,11 @@ import gc
 dbsession.serve_snapshots(folder)
 lazy = connect()
 opened = lambda fd: os.readlink(f"/proc/self/fd/{fd}")
-descriptor = inspection._server._listener.fileno()
+descriptor = server._server._listener.fileno()
 inherited, ours = opened(descriptor), os.getpid()
 child = os.fork()
 if not child:
-    assert inspection._server is None
+    assert server._server is None
     assert inherited not in map(opened, filter(lambda fd: os.path.lexists(f"/proc/self/fd/{fd}"), range(3, 100)))
     sleep(0.01)
     gc.collect()
@@ -200,8 +200,8 @@ dbsession.serve_snapshots(folder)
 dbsession.serve_snapshots(other)
 assert os.listdir(folder) == [] and os.listdir(other) == [path.name]
 assert [each["pid"] for each in collect(other, 30).workers] == [os.getpid()]
-inspection.stop()
-inspection.stop()
+server.stop()
+server.stop()
 assert os.listdir(other) == [] and collect(other, 10).workers == []
 wait_until(lambda: sys.argv[1] not in Path("/proc/net/unix").read_text(), 10)
 """,

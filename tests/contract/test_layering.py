@@ -14,109 +14,108 @@ from support.processes import run_python
 
 PACKAGE = Path(__file__).resolve().parents[2] / "dbsession"
 
-# Import order = call order: a module imports only from those before it. A folder is one entry, and inside it
-# everything may import everything. `__init__` is the package itself: what may say `import dbsession`.
-ORDER = (
-    "errors",
-    "keys",
-    "config",
-    "source",
-    "stats",
-    "discarding",
-    "driver",
-    "statements",
-    "masking",
-    "places",
-    "holders",
-    "unit",
-    "sqlite_files",
-    "hub",
-    "ident",
-    "teardown",
-    "scope",
-    "block",
-    "fork",
-    "turns",
-    "ticker",
-    "greenlet_holders",
-    "leaks",
-    "leak_ticker",
-    "guard",
-    "homes",
-    "pool",
-    "sqlite",
-    "mysql",
-    "outcome",
-    "sessions",
-    "attempts",
-    "created",
-    "connections",
-    "factory",
-    "registry",
-    "engines",
-    "transaction",
-    "manager",
-    "deadlines",
-    "api",
-    "reply",
-    "wsgi",
-    "watch",
-    "aio",
-    "__init__",
-    "flask",
-    "gunicorn_hooks",
-    "cli",
-    "__main__",
+# A floor may import the floors named before it. green and aio share one and never import each other.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("core",),
+    ("green", "aio"),
+    ("web",),
+    ("watch",),
+    ("__init__", "__main__", "flask", "gunicorn_hooks"),
 )
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FORBIDDEN = {"core": {"gevent", "asyncio"}, "errors": {"gevent", "asyncio"}, "aio": {"gevent"}}
+MOST_ENTRIES = 12
 MAX_LINES = 300
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
+each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
-def layer(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def dotted(path: Path) -> str:
+    """`core.pool.holders`; a package's `__init__` is its folder, and the top one's is `__init__`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported_layers(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, layer) of every import of ours in the file, wherever in it; late ones count as well."""
-    package = ["dbsession", *path.relative_to(PACKAGE).parts[:-1]]
+NAMES = {dotted(path) for path in MODULES}
 
-    def of(dotted: list[str]) -> str:
-        # A name that is no module of ours, as in `from dbsession import configure`, comes from the package.
-        known = len(dotted) > 1 and dotted[1] in ORDER
-        return dotted[1] if known else "__init__"
 
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, module) of each import in the file, wherever in it: ours without `dbsession.` in front, others'
+    by their first name behind a colon."""
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split(".")[0] == "dbsession":
-                    yield node.lineno, of(alias.name.split("."))
+            found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            base = base + (node.module.split(".") if node.module else [])
-            if base[:1] == ["dbsession"]:
-                for alias in node.names:
-                    yield node.lineno, of([*base, alias.name])
+            assert not node.level, f"{path}:{node.lineno}: a relative import"
+            found = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in found:
+            first, *rest = name.split(".")
+            if first != "dbsession":
+                yield node.lineno, f":{first}"
+                continue
+            while rest and ".".join(rest) not in NAMES:  # a name in a module
+                rest.pop()
+            yield node.lineno, ".".join(rest) or "__init__"
 
 
-def test_order_lists_every_module() -> None:
-    assert {layer(path) for path in MODULES} == set(ORDER)
+def room(module: str) -> str:
+    return module.partition(".")[0]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_module_imports_only_from_above(path: Path) -> None:
-    own = layer(path)
-    above = ORDER[: ORDER.index(own)]
-    inside = (own,) if path.parent != PACKAGE else ()
+def test_every_entry_of_the_package_has_a_floor() -> None:
+    entries = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES}
+    assert entries == set(FLOOR)
+    assert len(entries) <= MOST_ENTRIES
+
+
+@each_module
+def test_module_imports_only_from_the_floors_below(path: Path) -> None:
+    own = room(dotted(path))
     wrong = [
-        f"{path.relative_to(PACKAGE.parent)}:{line}: {own} imports {name}"
-        for line, name in imported_layers(path)
-        if name not in above + inside
+        f"{path.relative_to(PACKAGE.parent)}:{line}: {own} imports {module}"
+        for line, module in imports(path)
+        if not module.startswith(":")
+        # `import dbsession` for its path or version: the package itself is there before any of its modules.
+        and module != "__init__"
+        and room(module) != own
+        and FLOOR[room(module)] >= FLOOR[own]
     ]
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@each_module
+def test_module_imports_no_library_of_the_other_half(path: Path) -> None:
+    own = room(dotted(path))
+    wrong = [
+        f"{path.relative_to(PACKAGE.parent)}:{line}: {own} imports {module[1:]}"
+        for line, module in imports(path)
+        if module[1:] in FORBIDDEN.get(own, ()) and module.startswith(":")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_modules_inside_a_folder_form_no_circle() -> None:
+    """Whatever folder two modules share: what is imported late, or for its types only, counts as well."""
+    uses = {dotted(path): {module for _, module in imports(path)} & NAMES - {dotted(path)} for path in MODULES}
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join([*way[way.index(module) :], module])
+        if module in done:
+            return
+        for used in sorted(uses[module]):
+            if "." in module and room(used) == room(module):
+                visit(used, (*way, module))
+        done.add(module)
+
+    for module in sorted(uses):
+        visit(module, ())
+
+
+@each_module
 def test_module_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_LINES
 
@@ -151,6 +150,7 @@ def test_aio_brings_in_no_gevent_and_no_driver() -> None:
             getattr(dbsession.aio, name)
         drivers = {"aiomysql", "asyncmy", "aiosqlite", "asyncpg"}
         loaded = {name.partition(".")[0] for name in sys.modules} & (drivers | {"gevent"})
+        loaded |= {name for name in sys.modules if name.startswith(("dbsession.green", "dbsession.watch"))}
         assert not loaded, loaded
         """
     )

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import text
 
 from dbsession import DBSessionMiddleware, ScopeEnded, SessionManager
-from dbsession import scope as scopes
+from dbsession.green import scope as scopes
 from support.waiting import wait_until
 
 

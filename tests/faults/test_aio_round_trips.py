@@ -11,7 +11,7 @@ import uvloop
 from sqlalchemy import exc, text
 
 from dbsession import aio
-from dbsession.aio.line import transport_of
+from dbsession.aio.mysql.connection import transport_of
 from support.aio_sweep import until
 from support.proxy import Proxy
 from support.waiting import wait_until

@@ -11,7 +11,9 @@ from contextlib import asynccontextmanager, contextmanager
 import pytest
 from sqlalchemy import event, exc, text
 
-from dbsession import aio, discarding, sessions
+from dbsession import aio
+from dbsession.core import session as sessions
+from dbsession.core import teardown
 from support.aio_sweep import until
 from support.proxy import Proxy
 
@@ -320,7 +322,7 @@ def test_session_scope_has_its_own_bound_for_a_statement(url):
 @pytest.mark.parametrize("kind", ["block", "task"])
 def test_teardown_is_bounded_when_the_server_is_silent(kind, through, proxy, monkeypatch, caplog):
     """Not by read_timeout_s, which is for statements."""
-    monkeypatch.setattr(discarding, "BOUND_S", SHORT_S)
+    monkeypatch.setattr(teardown, "BOUND_S", SHORT_S)
 
     async def work():
         manager = managed(through, options={"pool_size": 2})
@@ -383,7 +385,7 @@ def test_dispose_ends_when_tasks_never_stop_ending(url):
 
         load = [asyncio.create_task(busy()) for _ in range(5)]
         await until(lambda: ended > 20, 40)
-        async with asyncio.timeout(discarding.BOUND_S + 20):
+        async with asyncio.timeout(teardown.BOUND_S + 20):
             await manager.dispose()
         for task in load:
             task.cancel()

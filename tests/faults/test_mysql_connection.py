@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import Pool, QueuePool
 
 from dbsession import SessionManager
-from dbsession.mysql.connection import Connection
+from dbsession.green.mysql.connection import Connection
 from support.waiting import wait_until
 
 

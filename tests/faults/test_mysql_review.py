@@ -13,7 +13,7 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
 from dbsession import CommitOutcomeUnknown, RollbackRequired, SessionManager
-from dbsession.keys import COMMITTING
+from dbsession.core.connection_info import COMMITTING
 from support.processes import run_python
 from support.proxy import Proxy
 from support.waiting import wait_until
@@ -223,7 +223,7 @@ def test_threadpool_jobs_do_not_wedge_the_pool_or_the_killing(mariadb_url):
 
         # The threads of ours that end the statements leave none of their hubs' descriptors behind.
         import os
-        from dbsession.mysql import kill
+        from dbsession.green.mysql import kill
         def open_files():
             kill.finish(10)
             return len(os.listdir("/proc/self/fd"))

@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError, StatementError
 
 from dbsession import RollbackRequired
-from dbsession.mysql.connection import Connection
+from dbsession.green.mysql.connection import Connection
 from support.processes import run_python
 
 DEADLOCK = text("SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'deadlock'")
@@ -56,7 +56,7 @@ def test_nothing_that_came_before_the_tls_handshake_is_taken_for_what_came_throu
 STALLED = """
 from gevent import monkey; monkey.patch_all()
 import sys, time, gevent
-from dbsession import hub
+from dbsession.green import hub
 def stall(seconds):
     "Work that never waits, and so holds up the loop."
     end = time.monotonic() + seconds
@@ -70,7 +70,7 @@ def test_an_answer_that_came_while_the_hub_stood_still_is_not_a_timeout(mariadb_
         STALLED
         + """
 from sqlalchemy.engine import make_url
-from dbsession.mysql.connection import Connection
+from dbsession.green.mysql.connection import Connection
 url = make_url(sys.argv[1])
 connection = Connection(host=url.host, port=url.port, user=url.username, password=url.password, read_timeout=0.3)
 def ask():
@@ -195,8 +195,8 @@ def test_close_of_the_users_own_is_bounded_as_teardown_is(mariadb_url):
         STALLED
         + """
 import dbsession
-from dbsession import discarding
-from dbsession.mysql.connection import Connection
+from dbsession.core import teardown
+from dbsession.green.mysql.connection import Connection
 from sqlalchemy import text
 dbsession.configure({"default": {"url": sys.argv[1], "read_timeout_s": 60, "options": {"pool_size": 1}}})
 dbsession.get_engine().connect().close()  # SQLAlchemy's own first questions have their own rollbacks
@@ -208,7 +208,7 @@ for end in ("close", "reset", "invalidate"):
         session.execute(text("SELECT * FROM seq_1_to_2"))
         getattr(session, end)()
         assert dbsession.get_dbsession().connection().connection.dbapi_connection._read_timeout == 60
-assert set(seen) == {discarding.BOUND_S}, seen
+assert set(seen) == {teardown.BOUND_S}, seen
 """,
         mariadb_url,
     )

@@ -16,17 +16,11 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
-from dbsession import (
-    ConfigError,
-    DBSessionMiddleware,
-    SessionManager,
-    UnknownDatabase,
-    block,
-    hub,
-    sessions,
-    statements,
-)
-from dbsession import scope as scopes
+from dbsession import ConfigError, DBSessionMiddleware, SessionManager, UnknownDatabase
+from dbsession.core import session as sessions
+from dbsession.core import sql
+from dbsession.green import block, hub
+from dbsession.green import scope as scopes
 from support.processes import run_python
 
 
@@ -428,8 +422,8 @@ def test_label_cannot_forge_a_log_line(manager):
 
 
 def test_statement_of_many_comments_is_classified_at_once():
-    assert statements._reading_verb("/**/" * 48 + "INSERT") == ""
-    assert statements._reading_verb("/**/" * 40 + "SELECT 1") == "select"
+    assert sql._reading_verb("/**/" * 48 + "INSERT") == ""
+    assert sql._reading_verb("/**/" * 40 + "SELECT 1") == "select"
 
 
 def test_read_only_file_can_be_opened(tmp_path):

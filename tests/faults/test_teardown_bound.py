@@ -13,9 +13,9 @@ def test_f13_teardown_of_two_sessions_on_a_silent_server_ends_within_its_bound(m
             """
             import logging, sys, time
             from sqlalchemy import text
-            from dbsession import discarding
+            from dbsession.core import teardown
             from support.proxy import ProxyControl
-            discarding.BOUND_S = 1.0
+            teardown.BOUND_S = 1.0
             url, proxy = sys.argv[1], ProxyControl(int(sys.argv[2]))
             logged = []
             handler = logging.Handler()

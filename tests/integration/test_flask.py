@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 import dbsession
 import dbsession.flask
-from dbsession import scope as scopes
+from dbsession.green import scope as scopes
 from support.gunicorn import Gunicorn
 from support.waiting import wait_until
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from dbsession import gunicorn_hooks
-from dbsession.watch.facts import BOUND_S
+from dbsession.watch.check.probe import BOUND_S
 from support.gunicorn import DEMO_CONFIG as CONFIG
 from support.gunicorn import PRELOAD
 from support.gunicorn import serve_probe as serve

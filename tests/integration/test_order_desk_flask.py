@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import dbsession
-from dbsession import scope
+from dbsession.green import scope
 from support.desks import HEADER, NAMES, ORDER, empty_tables, flask_desk, post_csv, rows, sqlite_urls, stored
 
 

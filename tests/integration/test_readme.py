@@ -18,8 +18,8 @@ from benchmarks import summary
 
 import dbsession
 from dbsession import aio, errors
-from dbsession.config import KEYS, TIMEOUTS
-from dbsession.mysql import connector
+from dbsession.core.config import KEYS, TIMEOUTS
+from dbsession.green.mysql import connector
 from support.gunicorn import Gunicorn
 from support.processes import run_python
 from support.uvicorn import Uvicorn

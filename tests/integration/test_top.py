@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dbsession.watch.collect import collect
+from dbsession.watch.inspection.client import collect
 from support.gunicorn import PRELOAD, serve_probe
 from support.processes import pause_process, script_env
 from support.waiting import wait_until
@@ -230,7 +230,7 @@ def test_screen_says_what_to_install_when_textual_is_missing(tmp_path, folder):
         "import sys, importlib.util as util\n"
         "find = util.find_spec\n"
         "util.find_spec = lambda name, *more: None if name == 'textual' else find(name, *more)\n"
-        "from dbsession.cli import main\n"
+        "from dbsession.watch.cli import main\n"
         f"sys.exit(main(['top', '--folder', {str(folder)!r}]))\n"
     )
     status, output = in_terminal(script)

@@ -109,7 +109,7 @@ def test_ended_tasks_leave_no_entry_and_no_object_when_nothing_is_collected(tmp_
         MEASURE
         + """
 from sqlalchemy.ext.asyncio import AsyncSession
-from dbsession.aio import closing
+from dbsession.aio import teardown
 from dbsession.aio.scope import Scope, Stack
 
 def alive():
@@ -124,7 +124,7 @@ async def main():
     gc.disable()
     await asyncio.gather(*(query(number) for number in range(1000)))
     async with asyncio.timeout(60):
-        while closing._under_way or alive() != nothing:
+        while teardown._under_way or alive() != nothing:
             await asyncio.sleep(0)
     assert aio.get_engine().pool.checkedout() == 0
 run(main())

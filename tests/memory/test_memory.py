@@ -92,8 +92,8 @@ def test_dead_greenlets_leave_no_entry_and_no_object(tmp_path):
     run_python(
         MEASURE
         + """
-from dbsession import ident
-from dbsession.scope import Scope
+from dbsession.green import ident
+from dbsession.green.scope import Scope
 import greenlet
 gc.collect()
 before = sum(isinstance(o, Scope) for o in gc.get_objects())

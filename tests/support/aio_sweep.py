@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from dbsession import sessions
+from dbsession.core import session as sessions
 from support.aio_admin import MariaDBAdmin, SQLiteAdmin
 from support.aio_cancel import KINDS, Kind, stepped
 from support.aio_victim import VARIANTS, Bare, Managed, Told, Variant, Work, WrongRow

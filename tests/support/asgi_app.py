@@ -31,7 +31,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from dbsession import aio
-from dbsession.aio.sessions import ManagedAsyncSession
+from dbsession.aio.session import ManagedAsyncSession
 
 CONCURRENT = 50
 

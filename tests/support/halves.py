@@ -22,7 +22,7 @@ import gevent
 
 import dbsession
 import dbsession.aio.scope
-import dbsession.scope
+import dbsession.green.scope
 from dbsession import aio
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def _step(coroutine: Any) -> Any:
 class GeventHalf:
     name = "gevent"
     verbs: ModuleType = dbsession
-    scopes: ModuleType = dbsession.scope
+    scopes: ModuleType = dbsession.green.scope
 
     def run(self, work: Work[T]) -> T:
         """Run `work()` to its end, in a greenlet of its own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dbsession.pool import FairPool
+from dbsession.green.pool import FairPool
 
 
 class Connection:

@@ -14,8 +14,10 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_
 
-from dbsession import aio, discarding, sessions
-from dbsession.aio import closing
+from dbsession import aio
+from dbsession.aio import teardown
+from dbsession.core import session as sessions
+from dbsession.core import teardown as core_teardown
 from support.waiting import wait_until
 
 BOUND_S = 60.0
@@ -194,7 +196,7 @@ def test_cancellation_in_the_middle_of_a_close_goes_on_and_leaves_no_connection_
 
 
 def test_close_that_hangs_is_given_up_within_its_bound(manager, caplog, monkeypatch):
-    monkeypatch.setattr(discarding, "BOUND_S", 0.05)
+    monkeypatch.setattr(core_teardown, "BOUND_S", 0.05)
 
     async def main():
         async with manager.scope("a job"):
@@ -226,7 +228,7 @@ class Failing(AsyncSession):
 @pytest.mark.parametrize("own", [Stuck, Failing])
 @pytest.mark.parametrize("end", ["clear", "remove", "end of the scope", "end of the task"])
 def test_close_of_the_users_own_that_hangs_or_fails_costs_no_connection(tmp_path, caplog, monkeypatch, own, end):
-    monkeypatch.setattr(discarding, "BOUND_S", 0.05)
+    monkeypatch.setattr(core_teardown, "BOUND_S", 0.05)
     manager = aio.SessionManager({"default": {"url": f"sqlite:///{tmp_path}/a.db", "session": {"class_": own}}})
 
     async def use():
@@ -242,7 +244,7 @@ def test_close_of_the_users_own_that_hangs_or_fails_costs_no_connection(tmp_path
     async def main():
         await asyncio.create_task(use())
         await asyncio.sleep(0)
-        await closing.settle(asyncio.get_running_loop())
+        await teardown.settle(asyncio.get_running_loop())
         assert manager.engine().pool.checkedout() == 0
 
     run(main)
@@ -259,13 +261,13 @@ def test_closing_task_that_is_cancelled_before_its_first_step_is_started_again_o
         job = asyncio.create_task(use())
         await asyncio.wait([job])
         for _ in range(times):
-            while not closing._under_way and in_use(manager):
+            while not teardown._under_way and in_use(manager):
                 await asyncio.sleep(0)
-            for task in list(closing._under_way):
+            for task in list(teardown._under_way):
                 task.cancel()  # before its first step: it was made in the pass of the loop that has just ended
             await asyncio.sleep(0)
-        while closing._under_way:
-            await asyncio.wait(list(closing._under_way))
+        while teardown._under_way:
+            await asyncio.wait(list(teardown._under_way))
         assert in_use(manager) == 0
         await open_all(manager)
 
@@ -292,7 +294,7 @@ def test_end_of_asyncio_run_with_tasks_in_the_middle_of_their_work_leaves_nothin
     threads = set(threading.enumerate())
     asyncio.run(main())
     assert all(job.cancelled() for job in main.jobs) and len(closed) == 6
-    assert not closing._under_way and not sessions._pinned
+    assert not teardown._under_way and not sessions._pinned
     wait_until(lambda: set(threading.enumerate()) <= threads, what="the end of the drivers' threads")
 
 
@@ -305,7 +307,7 @@ def test_task_that_ends_with_an_error_in_its_own_work_has_its_sessions_closed(ma
         with pytest.raises(Boom):
             await asyncio.create_task(use())
         await asyncio.sleep(0)
-        await closing.settle(asyncio.get_running_loop())
+        await teardown.settle(asyncio.get_running_loop())
         assert in_use(manager) == 0
 
     run(main)
@@ -324,7 +326,7 @@ def test_listener_that_fails_at_a_tasks_end_leaves_the_other_sessions_no_connect
     async def main():
         await asyncio.create_task(use())
         await asyncio.sleep(0)
-        await closing.settle(asyncio.get_running_loop())
+        await teardown.settle(asyncio.get_running_loop())
         assert in_use(manager) == 0
 
     run(main)
@@ -385,7 +387,7 @@ def test_session_set_over_another_closes_that_one_aside(manager):
         proxy.registry.set(proxy.session_factory())
         assert proxy() is not before
         await asyncio.sleep(0)
-        await closing.settle(asyncio.get_running_loop())
+        await teardown.settle(asyncio.get_running_loop())
         assert in_use(manager) == 0
         with pytest.raises(InvalidRequestError):
             await before.execute(ONE)

@@ -13,12 +13,17 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPool
 
 import dbsession
-from dbsession import aio, api, created, source
-from dbsession.aio import closing, databases, nets
+from dbsession import aio
+from dbsession.aio import engine as databases
+from dbsession.aio import teardown
+from dbsession.aio.drivers import twin
+from dbsession.aio.loop_local import shutdown
 from dbsession.aio.pool import FairPool
-from dbsession.aio.twins import twin
-from dbsession.config import parse
+from dbsession.core import engine as created
+from dbsession.core import sources
+from dbsession.core.config import parse
 from dbsession.errors import ConfigError, ExitUnfinished, LoopRequired, UnknownDatabase
+from dbsession.green import api
 from support.aio_cancel import stepped
 from support.processes import run_python
 from support.waiting import wait_until
@@ -46,7 +51,7 @@ def process(monkeypatch):
     """A process that nobody has configured."""
     for module in (api, aio):
         monkeypatch.setattr(module, "manager", type(module.manager)())
-    monkeypatch.setattr(source, "process_wide", source.EnvironmentSource())
+    monkeypatch.setattr(sources, "process_wide", sources.EnvironmentSource())
     yield
     api.manager.dispose()
 
@@ -408,7 +413,7 @@ def test_configure_again_closes_what_is_idle_and_what_is_in_use_on_its_return(tm
         assert manager.engine("a").url.database == f"{tmp_path}/newer.db"
         assert await proxy.scalar(ONE) == 1 and proxy().bind is old
         await asyncio.sleep(0)
-        await closing.settle(asyncio.get_running_loop())
+        await teardown.settle(asyncio.get_running_loop())
         assert len(closed) == 1
         await proxy.commit()
         assert len(closed) == 2
@@ -433,7 +438,7 @@ def test_connection_of_a_retired_engine_gives_its_place_back_when_its_close_is_c
         connection = await old.connect()
         manager.configure({"a": {"url": url, "options": options}})
         assert manager.engine("a") is not old and len(database.held.notes()) == 1
-        await closing.settle(asyncio.get_running_loop())
+        await teardown.settle(asyncio.get_running_loop())
         again = await old.connect()  # of somebody who finishes there, in the pool that took the other's place
         steps = 0
 
@@ -547,7 +552,7 @@ def test_connections_that_an_older_exit_opens_are_closed_before_the_loop_ends(ma
 
 def test_connections_are_closed_when_another_engine_does_not_close_in_time(url, mariadb, mariadb_url, monkeypatch):
     manager = aio.SessionManager({"hangs": url, "later": mariadb_url})
-    monkeypatch.setattr(nets, "EXIT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(shutdown, "EXIT_TIMEOUT_S", 0.05)
     pools = []
 
     async def main():

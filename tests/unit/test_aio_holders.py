@@ -13,11 +13,12 @@ from sqlalchemy import event, exc, pool, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import greenlet_spawn
 
-from dbsession import aio, places
+from dbsession import aio
 from dbsession.aio import holders
+from dbsession.core.connection_info import CHECKOUT
+from dbsession.core.pool import callsites
+from dbsession.core.pool.holders import STACK_FRAMES, Holder
 from dbsession.errors import PoolTimeout
-from dbsession.holders import STACK_FRAMES, Holder
-from dbsession.keys import CHECKOUT
 from support.loops import LOOPS, in_loop
 from support.proxy import Proxy
 
@@ -585,7 +586,7 @@ def test_place_in_the_pool_is_kept_when_the_note_fails(run, managed, monkeypatch
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr(places, "noted", fail)
+            patched.setattr(callsites, "noted", fail)
             patched.setattr(holders, "_noted", fail)
             with pytest.raises(KeyboardInterrupt):
                 await manager.engine().connect()

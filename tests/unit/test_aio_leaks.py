@@ -12,8 +12,9 @@ import threading
 import pytest
 from sqlalchemy import text
 
-from dbsession import aio, leaks
+from dbsession import aio
 from dbsession.aio import leaks as aio_leaks
+from dbsession.core.pool import leaks
 from support.loops import LOOPS, in_loop
 from support.processes import run_python
 from support.waiting import wait_until
@@ -260,7 +261,8 @@ def test_watches_end_with_their_engines(run, managed, heard):
 START = """
     import asyncio, logging, os, sys
     from sqlalchemy import text
-    from dbsession import aio, leaks
+    from dbsession import aio
+    from dbsession.core.pool import leaks
     from dbsession.aio import leaks as aio_leaks
     from support.waiting import wait_until
     leaks._LONGEST_S = 0.05
@@ -390,7 +392,7 @@ def test_watch_begins_with_the_next_connection_when_no_thread_could_be_started(h
         script(
             f"""
             import dbsession
-            from dbsession import hub
+            from dbsession.green import hub
             module, verbs = (aio_leaks, aio) if "{half}" == "asyncio" else (hub, dbsession)
             start = module._start_thread
             def refuse(*_):

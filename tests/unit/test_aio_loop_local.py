@@ -14,7 +14,8 @@ import pytest
 import uvloop
 
 from dbsession import errors
-from dbsession.aio import calls, loop_local
+from dbsession.aio import loop_local
+from dbsession.aio.loop_local import call_keys
 from support.processes import run_python
 
 DEADLINE_S = 10.0  # for what must not hang
@@ -298,7 +299,7 @@ def test_5_exit_that_takes_too_long_is_cancelled_and_named(run):
 
 
 def test_5_exit_that_ignores_its_cancellation_does_not_hold_up_the_others(run, monkeypatch):
-    monkeypatch.setattr("dbsession.aio.loop_state._CANCEL_GRACE_S", 0.01)
+    monkeypatch.setattr("dbsession.aio.loop_local.state._CANCEL_GRACE_S", 0.01)
     seen = []
     stop = None
 
@@ -901,7 +902,7 @@ def test_remembered_call_has_a_value_in_each_loop(run, once):
 def test_number_of_remembered_calls_is_bounded(run, once):
     short = {}
     for each in range(5000):
-        calls.remember(short, each, each)
+        call_keys.remember(short, each, each)
         assert short[int][each] == each and len(short[int]) <= 1024
 
     async def main():

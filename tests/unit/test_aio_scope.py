@@ -14,8 +14,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
 
-from dbsession import aio, sessions
-from dbsession.aio import closing, scope
+from dbsession import aio
+from dbsession.aio import scope, teardown
+from dbsession.core import session as sessions
 from dbsession.errors import ScopeEnded, ScopeRequired
 
 BOUND_S = 60.0
@@ -47,7 +48,7 @@ async def passes(n=3):
 
 async def all_given_back(manager):
     await passes()
-    await closing.settle(asyncio.get_running_loop())
+    await teardown.settle(asyncio.get_running_loop())
     assert in_use(manager) == 0
 
 
@@ -126,7 +127,7 @@ def test_tasks_leave_nothing_behind_when_nobody_calls_remove(manager, used):
         # Empty ones, in contexts: of the loop's exits, and of cancelled timers, of which asyncio keeps up to 100.
         stacks = of_type(scope.Stack)
         assert len(stacks) <= 101 and not any(each.task or each.loop or each.scopes for each in stacks)
-        assert not closing._under_way and not sessions._pinned
+        assert not teardown._under_way and not sessions._pinned
 
     gc.collect()
     gc.disable()
@@ -423,7 +424,7 @@ def test_scope_that_is_dropped_without_an_end_gives_its_connections_back(manager
         await asyncio.create_task(leave_open(manager, [] if where == "the task's end" else kept))
         await passes()
         if where != "the task's end":
-            await closing.settle(asyncio.get_running_loop())
+            await teardown.settle(asyncio.get_running_loop())
             assert in_use(manager) == 1 and not kept[0].ended
             if where == "another thread":
                 await asyncio.to_thread(kept.clear)

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, object_session
 
 from dbsession import aio
-from dbsession.aio import closing
+from dbsession.aio import teardown
 from dbsession.errors import ConfigError
 
 BOUND_S = 60.0
@@ -171,7 +171,7 @@ def test_what_a_class_of_the_users_own_does_in_close_is_done_once(manager, name,
         else:
             session = await asyncio.create_task(use())
         await asyncio.sleep(0)
-        await closing.settle(asyncio.get_running_loop())
+        await teardown.settle(asyncio.get_running_loop())
         wanted = {"noted_sync": "sync close", "expunging": "expunge_all"}.get(name, "close")
         assert calls == [wanted] and in_use(manager) == 0
         with pytest.raises(InvalidRequestError, match="permanently closed"):

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 import dbsession
 from dbsession import aio
-from dbsession.holders import Holder
+from dbsession.core.pool.holders import Holder
 from support.processes import run_python
 
 DEADLINE_S = 30

@@ -9,9 +9,9 @@ from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool, StaticPool
 
 from dbsession import SessionManager
-from dbsession.watch import budget, facts, findings
-from dbsession.watch.budget import Workers
-from dbsession.watch.facts import Facts, PoolFacts, ServerFacts
+from dbsession.watch.check import budget, findings, probe
+from dbsession.watch.check.budget import Workers
+from dbsession.watch.check.probe import Facts, PoolFacts, ServerFacts
 
 SERVER = ServerFacts(
     host="db",
@@ -136,14 +136,14 @@ def test_pool_recycle_has_to_be_below_wait_timeout_when_connections_are_kept(rec
 )
 def test_limit_of_a_pool_is_what_its_options_say(pool, limit):
     entry = {"url": "mysql+pymysql://u@127.0.0.1:1/db", "options": {"connect_args": {"connect_timeout": 1}, **pool}}
-    seen = facts.gather("default", SessionManager({"default": entry}).engine())
+    seen = probe.gather("default", SessionManager({"default": entry}).engine())
     assert seen.pool.limit == limit
     assert (seen.version, seen.error, seen.error_number) == (None, "OperationalError (2003)", 2003)
 
 
 def test_facts_of_a_plain_engine_can_be_had_as_well(tmp_path):
     engine = create_engine(f"sqlite:///{tmp_path}/a.db")
-    seen = facts.gather("default", engine)
+    seen = probe.gather("default", engine)
     assert levels(findings.of(seen)) == {"reachable": "ok", "journal_mode": "warning", "writable": "ok"}
     engine.dispose()
 

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-from dbsession.watch.findings import LEVELS
+from dbsession.watch.check.findings import LEVELS
 from support.processes import script_env
 
 SECRET = "s3cret"

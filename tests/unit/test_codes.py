@@ -6,7 +6,7 @@ import pytest
 from pymysql import err
 from sqlalchemy.exc import OperationalError as WrappedError
 
-from dbsession.mysql.codes import Verdict, classify, commit_may_have_happened, is_retryable, number
+from dbsession.core.backends.mysql_errors import Verdict, classify, commit_may_have_happened, is_retryable, number
 
 
 def error(code, message="text"):

@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
 from dbsession import ConfigError, SessionManager, UnknownDatabase
-from dbsession.config import DatabaseConfig, parse
-from dbsession.pool import FairPool
+from dbsession.core.config import DatabaseConfig, parse
+from dbsession.green.pool import FairPool
 
 FILE = "sqlite:///unused.db"
 
@@ -237,7 +237,7 @@ def test_engine_defaults_may_each_be_overridden():
 
 
 def test_mysql_defaults_are_finite_timeouts_and_utf8mb4_below_the_url_and_the_options():
-    from dbsession.mysql import connector
+    from dbsession.green.mysql import connector
 
     def connect_args(url: str) -> object:
         return connector.engine_options(parse("a", url)).get("connect_args")
@@ -301,7 +301,7 @@ def test_unknown_reset_lists_the_valid_ones():
 
 
 def test_timeouts_reach_the_driver():
-    from dbsession.mysql import connector
+    from dbsession.green.mysql import connector
 
     config = parse("a", {"url": "mysql+pymysql://h/db", "connect_timeout_s": 1, "read_timeout_s": 2.5})
     assert connector.engine_options(config)["connect_args"] == {

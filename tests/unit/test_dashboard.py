@@ -9,12 +9,20 @@ from typing import Any
 
 import pytest
 
-from dbsession import cli
-from dbsession.watch import access, dashboard
-from dbsession.watch.access import FAILURES, FAILURES_S, LEAST_TOKEN, FailedLogins, Token, is_local_name, is_loopback
-from dbsession.watch.collect import Collected
-from dbsession.watch.history import History
-from dbsession.watch.web import ASSETS, HEADERS, create_app
+from dbsession.watch import cli
+from dbsession.watch.dashboard import access, command
+from dbsession.watch.dashboard.access import (
+    FAILURES,
+    FAILURES_S,
+    LEAST_TOKEN,
+    FailedLogins,
+    Token,
+    is_local_name,
+    is_loopback,
+)
+from dbsession.watch.dashboard.app import ASSETS, HEADERS, create_app
+from dbsession.watch.dashboard.history import History
+from dbsession.watch.inspection.client import Collected
 from support.processes import run_python
 
 SECRET = "correct horse battery"
@@ -305,7 +313,7 @@ def nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(*_: object) -> None:
         raise AssertionError("it was not refused")
 
-    monkeypatch.setattr(dashboard, "_serve", serve)
+    monkeypatch.setattr(command, "_serve", serve)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -342,7 +350,7 @@ def test_dashboard_is_refused_with_an_empty_token(
 ) -> None:
     monkeypatch.setenv("DBSESSION_INSPECT", folder)
     if way == "environment":
-        monkeypatch.setenv(dashboard.TOKEN_VARIABLE, "")
+        monkeypatch.setenv(command.TOKEN_VARIABLE, "")
     assert str(LEAST_TOKEN) in refusal(capsys, *(["--token", ""] if way == "option" else []))
 
 
@@ -351,7 +359,7 @@ def test_dashboard_warns_of_a_token_only_when_it_is_short(
     capsys: pytest.CaptureFixture[str], folder: str, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
     served = []
-    monkeypatch.setattr(dashboard, "_serve", lambda listener, *given: (listener.close(), served.append(given)))
+    monkeypatch.setattr(command, "_serve", lambda listener, *given: (listener.close(), served.append(given)))
     token = "§" * length
     assert cli.main(["dashboard", "--folder", folder, "--host", "0.0.0.0", "--port", "0", "--token", token]) == 0
     assert served[0][-1].matches(token)
@@ -380,21 +388,21 @@ def test_dashboard_is_refused_when_its_folder_cannot_be_read(
     capsys: pytest.CaptureFixture[str], folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise dashboard.ConfigError("The folder cannot be used.")
+        raise command.ConfigError("The folder cannot be used.")
 
-    monkeypatch.setattr(dashboard, "collect", refuse)
+    monkeypatch.setattr(command, "collect", refuse)
     assert "The folder cannot be used. [DBS-CONFIG]" in refusal(capsys, "--folder", folder, "--port", "0")
 
 
 def test_dashboard_says_how_to_install_flask_when_it_is_missing(
     capsys: pytest.CaptureFixture[str], folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dashboard.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'dbsession[dashboard]'" in refusal(capsys, "--folder", folder)
 
 
 def test_command_line_brings_in_no_flask() -> None:
-    run_python("import sys, dbsession.cli; assert 'flask' not in sys.modules")
+    run_python("import sys, dbsession.watch.cli; assert 'flask' not in sys.modules")
 
 
 def test_silent_client_is_dropped_wherever_it_stops() -> None:
@@ -404,14 +412,14 @@ def test_silent_client_is_dropped_wherever_it_stops() -> None:
         import gevent
         from gevent import socket
         from gevent.pywsgi import WSGIServer
-        from dbsession.watch import dashboard
+        from dbsession.watch.dashboard import command
 
         def app(environ, start_response):
             start_response("200 OK", [("Content-Length", "0")])
             return []
 
-        dashboard.CLIENT_S = 0.2
-        server = WSGIServer(("127.0.0.1", 0), app, handler_class=dashboard._Handler, log=None)
+        command.CLIENT_S = 0.2
+        server = WSGIServer(("127.0.0.1", 0), app, handler_class=command._Handler, log=None)
         server.start()
         request = b"GET / HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n"
         for sent in (b"", request[:5], request[:20], request[:-2], request):
@@ -434,14 +442,14 @@ def test_client_is_dropped_when_its_request_comes_byte_by_byte(before: str) -> N
         import gevent
         from gevent import socket
         from gevent.pywsgi import WSGIServer
-        from dbsession.watch import dashboard
-        from dbsession.watch.access import Token
-        from dbsession.watch.history import History
-        from dbsession.watch.web import create_app
+        from dbsession.watch.dashboard import command
+        from dbsession.watch.dashboard.access import Token
+        from dbsession.watch.dashboard.history import History
+        from dbsession.watch.dashboard.app import create_app
 
-        dashboard.CLIENT_S = 0.5
+        command.CLIENT_S = 0.5
         app = create_app(History(), "/", Token("t" * 16))
-        server = WSGIServer(("127.0.0.1", 0), app, handler_class=dashboard._Handler, log=None)
+        server = WSGIServer(("127.0.0.1", 0), app, handler_class=command._Handler, log=None)
         server.start()
         with gevent.Timeout(10), socket.create_connection(server.address) as client:
             client.sendall(b"{before}")
@@ -461,8 +469,8 @@ def test_poller_takes_for_silent_whoever_sends_what_is_no_snapshot() -> None:
     """A process of another version, say. The others, and the looks that follow, are shown."""
     history = History()
     odd = {"version": 1, "pid": 7, "databases": [{"name": "default"}], "holders": [], "scopes": [], "warnings": []}
-    dashboard._add(history, Collected(1.0, [odd], [3]))
+    command._add(history, Collected(1.0, [odd], [3]))
     assert history.answer("", 1.0)["silent"] == [3, 7]
     fine = {**odd, "databases": []}
-    dashboard._add(history, Collected(2.0, [fine], []))
+    command._add(history, Collected(2.0, [fine], []))
     assert history.answer("", 2.0)["workers"] == [7]

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from dbsession.stats import BOUNDS_S
-from dbsession.watch import history as history_module
-from dbsession.watch.collect import Collected
-from dbsession.watch.history import INTERVAL_S, KEPT_S, SHOWN_ROWS, SHOWN_WARNINGS, WINDOW_S, History, Point
+from dbsession.core.pool.stats import BOUNDS_S
+from dbsession.watch.dashboard import history as history_module
+from dbsession.watch.dashboard.history import INTERVAL_S, KEPT_S, SHOWN_ROWS, SHOWN_WARNINGS, WINDOW_S, History, Point
+from dbsession.watch.inspection.client import Collected
 
 
 def histogram(bucket: int = 0, count: int = 0) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import pytest
 from sqlalchemy import event, text
 
 import dbsession
-from dbsession import SessionManager, created
+from dbsession import SessionManager
+from dbsession.core import engine as created
 from support.processes import run_python
 
 

@@ -16,10 +16,11 @@ from sqlalchemy import create_engine, event, exc, pool, select, text
 from sqlalchemy.orm import Session
 
 import dbsession
-from dbsession import DBSessionMiddleware, PoolTimeout, SessionManager, places, snapshot
+from dbsession import DBSessionMiddleware, PoolTimeout, SessionManager, snapshot
+from dbsession.core.connection_info import CHECKOUT
+from dbsession.core.pool import callsites
+from dbsession.core.pool.holders import Holder
 from dbsession.errors import SHOWN_HOLDERS
-from dbsession.holders import Holder
-from dbsession.keys import CHECKOUT
 from support.models import Base, Order
 from support.pools import make
 from support.processes import run_python
@@ -316,7 +317,8 @@ def test_stack_goes_outwards_for_three_frames_and_all_the_way_after_a_leak(manag
 @pytest.mark.parametrize("helpers", range(12))
 def test_place_of_a_listener_is_its_own_however_deep_it_stands(managed, helpers, monkeypatch):
     """One of SQLAlchemy's frames outside it is then as deep as in a statement that takes a connection itself."""
-    monkeypatch.setattr(places, "_known", {depth: {} for depth in places._known})  # what the other tests have taught it
+    monkeypatch.setattr(callsites, "_known", {depth: {} for depth in callsites._known})
+    # without what the other tests have taught it
     manager = managed(guard="off")
     found = []
 

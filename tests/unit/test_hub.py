@@ -7,7 +7,7 @@ import threading
 import gevent
 import pytest
 
-from dbsession import hub
+from dbsession.green import hub
 from support.processes import run_python
 from support.waiting import wait_until
 

@@ -12,7 +12,8 @@ from support.processes import run_python, run_script
 START = """
     import gc, logging, os, re, sys
     from sqlalchemy import text
-    from dbsession import leak_ticker, leaks
+    from dbsession.core.pool import leaks
+    from dbsession.green import leak_ticker
 
     leaks._LONGEST_S = 0.05  # so that the tests need not wait for the next look
     heard = []
@@ -261,7 +262,8 @@ def test_process_ends_in_silence_while_the_watch_runs(patched, ends, tmp_path):
         {"from gevent import monkey; monkey.patch_all()" if patched else ""}
         import gevent, dbsession, logging
         from sqlalchemy import text
-        from dbsession import leak_ticker, leaks
+        from dbsession.core.pool import leaks
+        from dbsession.green import leak_ticker
         from support.waiting import wait_until
         logging.getLogger("dbsession").addHandler(logging.NullHandler())
         dbsession.configure({{"default": {{"url": "sqlite:///{tmp_path}/a.db", "leak_after_s": 0.05}}}})
@@ -286,7 +288,8 @@ def test_watch_does_not_stop_a_process_from_ending_in_a_thread_of_ours(tmp_path)
         ended = run_python(
             f"""
             import dbsession
-            from dbsession import leak_ticker, leaks
+            from dbsession.core.pool import leaks
+            from dbsession.green import leak_ticker
             leaks._SHORTEST_S = leaks._LONGEST_S = 0.00001
             dbsession.configure({{"default": {{"url": "sqlite:///{tmp_path}/a.db", "leak_after_s": 1000}}}})
             held = dbsession.get_engine().connect()

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from dbsession.masking import STATEMENT_CHARS, masked
+from dbsession.core.masking import STATEMENT_CHARS, masked
 
 EVERY = ("mysql", "mariadb", "sqlite", "postgresql", "mssql", "oracle")
 

@@ -319,7 +319,7 @@ def test_scrape_reads_again_when_a_file_is_just_being_made(tmp_path, shared):
     run(
         tmp_path,
         """
-from dbsession import hub
+from dbsession.green import hub
 dbsession.configure({"default": "sqlite:///a.db"})
 folder = os.environ["PROMETHEUS_MULTIPROC_DIR"]
 use(dbsession.get_dbsession(), 3)
@@ -344,7 +344,7 @@ else:
 def test_metrics_have_a_counter_for_each_count():
     run_python(
         """
-        from dbsession.stats import Stats
+        from dbsession.core.pool.stats import Stats
         from dbsession.watch import metrics
         assert set(metrics.COUNTERS) == set(Stats.COUNTS)
         """
@@ -356,10 +356,10 @@ def test_changes_hand_out_each_count_once_while_threads_count_and_take(tmp_path)
         tmp_path,
         """
 import threading
-from dbsession.watch.changes import Changes
+from dbsession.watch.deltas import Changes
 one = manager()
 one.engine()
-(database,) = [each for each in dbsession.engines.all_databases() if each.owner is one]
+(database,) = [each for each in dbsession.green.engine.all_databases() if each.owner is one]
 changes, taken, counting = Changes(lambda stats: [stats.checkouts]), [], threading.Event()
 
 def take():

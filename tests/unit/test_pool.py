@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import exc
 from sqlalchemy.pool import QueuePool
 
-from dbsession.pool import FairPool
+from dbsession.green.pool import FairPool
 from support.pools import Connection, counts, make
 from support.processes import run_python
 from support.waiting import wait_until

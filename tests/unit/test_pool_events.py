@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.pool import Pool, QueuePool
 
-from dbsession.pool import FairPool
+from dbsession.green.pool import FairPool
 from support.waiting import wait_until
 
 

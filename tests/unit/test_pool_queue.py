@@ -21,7 +21,7 @@ import gevent
 import gevent.event
 import pytest
 
-from dbsession.pool import FairPool
+from dbsession.green.pool import FairPool
 from support.drivers import Driver
 from support.waiting import wait_until
 

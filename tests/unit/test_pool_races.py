@@ -10,7 +10,7 @@ import gevent
 import pytest
 from sqlalchemy import exc
 
-from dbsession.homes import HOME
+from dbsession.green.homes import HOME
 from support.pools import Connection, counts, make
 
 
@@ -86,7 +86,7 @@ def test_place_is_given_back_when_the_look_at_what_was_returned_fails(monkeypatc
     def fail():
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("dbsession.scope.end_dead", fail)
+    monkeypatch.setattr("dbsession.green.scope.end_dead", fail)
     with pytest.raises(RuntimeError):
         pool.connect()
     assert counts(pool) == (1, 0, 0)

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DisconnectionError
 
-from dbsession.pool import FairPool
+from dbsession.green.pool import FairPool
 from support.drivers import Driver
 
 

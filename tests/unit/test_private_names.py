@@ -18,8 +18,9 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import QueuePool
 
-from dbsession import fork, hub
-from dbsession.aio import line
+from dbsession.aio.mysql import connection as line
+from dbsession.core import fork
+from dbsession.green import hub
 from support.processes import run_python
 
 
@@ -27,7 +28,7 @@ def test_gevent_tells_whether_a_thread_has_a_hub_without_making_one():
     run_python(
         """
         from gevent._hub_local import get_hub_if_exists
-        from dbsession import hub
+        from dbsession.green import hub
         assert get_hub_if_exists() is None and hub.here() is None
         import gevent
         assert gevent.get_hub() is hub.here() is get_hub_if_exists()
@@ -189,7 +190,7 @@ def test_gevent_knows_the_number_of_the_main_thread():
 
 
 def test_sqlalchemys_generated_frames_say_whose_they_are():
-    """places.is_inside: `<sqlalchemy generated ... for sqlalchemy.orm.session...>`; "<string>" might be anybody's."""
+    """`<sqlalchemy generated ... for sqlalchemy.orm.session...>` is; "<string>" might be anybody's."""
     from sqlalchemy.orm.session import SessionTransaction
 
     file = SessionTransaction._connection_for_bind.__code__.co_filename
@@ -197,10 +198,11 @@ def test_sqlalchemys_generated_frames_say_whose_they_are():
 
 
 def test_checkout_of_sqlalchemys_pool_stands_two_calls_above_the_note(tmp_path):
-    """places.noted_from_pool() begins there: below it there may be nobody else's frame."""
+    """callsites.noted_from_pool() begins there: below it there may be nobody else's frame."""
     import sys
 
-    from dbsession import SessionManager, places
+    from dbsession import SessionManager
+    from dbsession.core.pool import callsites
 
     manager = SessionManager({"default": f"sqlite:///{tmp_path}/a.db"})
     held = manager.engine().pool.held
@@ -208,7 +210,7 @@ def test_checkout_of_sqlalchemys_pool_stands_two_calls_above_the_note(tmp_path):
     original = held.taken
 
     def taken(record):
-        seen.append(sys._getframe(places._FIRST - 1).f_code.co_name)  # this one is a call nearer
+        seen.append(sys._getframe(callsites._FIRST - 1).f_code.co_name)  # this one is a call nearer
         original(record)
 
     held.taken = taken

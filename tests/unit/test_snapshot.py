@@ -14,9 +14,9 @@ import pytest
 from sqlalchemy import event, exc, pool, text
 
 from dbsession import SessionManager, session_scope, snapshot
-from dbsession.stats import BOUNDS_S, Histogram, quantile
-from dbsession.watch import recent
-from dbsession.watch.snapshot import picture
+from dbsession.core import recent
+from dbsession.core.pool.stats import BOUNDS_S, Histogram, quantile
+from dbsession.green.snapshot import picture
 from support.processes import run_python, run_script
 from support.waiting import wait_until
 
@@ -216,7 +216,7 @@ def test_forked_child_begins_at_0_and_has_no_holder_of_the_parents(mode, tmp_pat
         """
         import logging, os, sys, traceback
         from sqlalchemy import text
-        from dbsession.watch import recent
+        from dbsession.core import recent
         dbsession.configure({"default": f"sqlite:///{sys.argv[1]}/a.db"})
         session = dbsession.get_dbsession()
         recent.keep()
@@ -261,7 +261,8 @@ def test_snapshots_are_whole_while_threads_change_everything(tmp_path):
         import gc, json, sys, threading, time
         sys.setswitchinterval(1e-6)
         from sqlalchemy import text
-        from dbsession import SessionManager, leaks, snapshot
+        from dbsession import SessionManager, snapshot
+        from dbsession.core.pool import leaks
         leaks._LONGEST_S = leaks._SHORTEST_S = 1e-5
         errors, over, seen = [], threading.Event(), []
         url = {"url": f"sqlite:///{sys.argv[1]}/a.db", "options": {"pool_size": 3}, "leak_after_s": 1000}
@@ -367,7 +368,7 @@ def test_warning_is_on_stderr_once_whoever_else_handles_it(handler_of):
     ended = run_python(
         f"""
         import logging
-        from dbsession.watch import recent
+        from dbsession.core import recent
         recent.keep()
         if {handler_of!r}:
             logging.getLogger({handler_of!r} if {handler_of!r} != "root" else None).addHandler(logging.StreamHandler())

@@ -10,7 +10,7 @@ def test_ticker_goes_on_after_a_turn_that_failed_and_is_one_in_each_process(mode
         mode,
         """
         import os
-        from dbsession.ticker import Ticker
+        from dbsession.green.periodic import Ticker
 
         turns = []
 
@@ -48,7 +48,7 @@ def test_ticker_keeps_no_process_running(mode):
     run_script(
         mode,
         """
-        from dbsession.ticker import Ticker
+        from dbsession.green.periodic import Ticker
 
         turns = []
         sleep(0)  # where there is a hub, it runs there

@@ -13,10 +13,10 @@ from unittest.mock import patch
 import pytest
 from textual.widgets import DataTable, Input, Static
 
-from dbsession.stats import BOUNDS_S
-from dbsession.watch import folder as folders
-from dbsession.watch.collect import collect
-from dbsession.watch.screen import Top
+from dbsession.core.pool.stats import BOUNDS_S
+from dbsession.watch.inspection import sockets as folders
+from dbsession.watch.inspection.client import collect
+from dbsession.watch.top.screen import Top
 
 BAR_OF_ONE = "█" + "░" * 19
 NASTY = "GET /[bold red]x[/bold red][link=file:///etc]"
@@ -109,7 +109,7 @@ def drive(folder, *steps, size=(160, 40)):
             await pilot.press("q")
 
     # In a second all workers answer, but on a busy machine.
-    with patch("dbsession.watch.screen.collect", partial(collect, timeout_s=20)):
+    with patch("dbsession.watch.top.screen.collect", partial(collect, timeout_s=20)):
         asyncio.run(asyncio.wait_for(run(), 200))
 
 

@@ -9,7 +9,8 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
-from dbsession import ConfigError, RollbackRequired, SessionManager, UnsavedWork, scope
+from dbsession import ConfigError, RollbackRequired, SessionManager, UnsavedWork
+from dbsession.green import scope
 
 
 @pytest.fixture

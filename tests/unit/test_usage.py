@@ -6,11 +6,11 @@ import copy
 
 import pytest
 
+from dbsession.core.pool.stats import BOUNDS_S
 from dbsession.errors import plain
-from dbsession.stats import BOUNDS_S
-from dbsession.watch.collect import Collected
-from dbsession.watch.text import duration, short_place, table
-from dbsession.watch.usage import holders, usage, warnings
+from dbsession.watch.inspection.client import Collected
+from dbsession.watch.inspection.usage import holders, usage, warnings
+from dbsession.watch.top.text import duration, short_place, table
 
 NONE = [0] * (len(BOUNDS_S) + 1)
 

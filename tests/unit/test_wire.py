@@ -9,7 +9,7 @@ import pytest
 from pymysql.constants import CLIENT
 from sqlalchemy.engine import make_url
 
-from dbsession.mysql.connection import Connection
+from dbsession.green.mysql.connection import Connection
 from support.processes import run_python
 from support.proxy import Proxy
 
@@ -122,7 +122,7 @@ def test_timers_end_what_waits_too_long_and_nothing_else(mariadb_url):
         from gevent import monkey; monkey.patch_all()
         import sys, gevent, pymysql
         from sqlalchemy.engine import make_url
-        from dbsession.mysql.connection import Connection
+        from dbsession.green.mysql.connection import Connection
         url = make_url(sys.argv[1])
         def connect():
             return Connection(host=url.host, port=url.port, user=url.username, password=url.password,
@@ -171,7 +171,7 @@ def test_write_that_nobody_takes_is_ended(mariadb, mariadb_url):
         from gevent import monkey; monkey.patch_all()
         import sys, gevent, pymysql
         from sqlalchemy.engine import make_url
-        from dbsession.mysql.connection import Connection
+        from dbsession.green.mysql.connection import Connection
         from support.proxy import Proxy
         url = make_url(sys.argv[1])
         with Proxy(url.port) as proxy:

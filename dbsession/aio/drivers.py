@@ -1,0 +1,92 @@
+"""The asyncio twin of a database's configuration: the same database, by a driver that does not stop the event loop."""
+
+from __future__ import annotations
+
+from _thread import get_ident
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import NoSuchModuleError
+
+from dbsession.core.config import DatabaseConfig, shown
+from dbsession.core.sources import Source
+from dbsession.errors import ConfigError
+
+# A dialect's drivers that wait in the calling thread -> the one that awaits. A driver that has both, such as psycopg,
+# is taken by create_async_engine as it is.
+_TWINS = {
+    ("mysql", "pymysql"): "asyncmy",
+    ("mysql", "mysqldb"): "asyncmy",
+    ("mariadb", "pymysql"): "asyncmy",
+    ("mariadb", "mysqldb"): "asyncmy",
+    ("sqlite", "pysqlite"): "aiosqlite",
+    ("postgresql", "psycopg2"): "asyncpg",
+}
+
+
+def twin(config: DatabaseConfig) -> DatabaseConfig:
+    """`config` with its driver replaced by the asyncio one; as it is if it has one already.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] there is none, or an option has no asyncio counterpart.
+    """
+    backend = config.url.get_backend_name()
+    driver = _TWINS.get((backend, _driver(config)))
+    if config.reset != "rollback":
+        raise ConfigError(
+            f"Database {config.name!r}: `reset` is {config.reset!r}, which dbsession.aio does not have. Give "
+            "aio.configure() an entry without it."
+        )
+    if "creator" in config.options:
+        raise ConfigError(
+            f"Database {config.name!r}: a `creator` opens connections that stop the event loop. Give aio.configure() "
+            "an entry without it, with an `async_creator` perhaps."
+        )
+    if driver is None:
+        return config
+    return replace(config, url=config.url.set(drivername=f"{backend}+{driver}"))
+
+
+def _driver(config: DatabaseConfig) -> str:
+    url: URL = config.url
+    try:
+        url.get_dialect()  # get_driver_name() would give what stands behind the +, whatever it is
+        return url.get_driver_name()
+    except NoSuchModuleError:
+        raise ConfigError(
+            f"Database {config.name!r}: SQLAlchemy has no dialect {shown(url.drivername)}: check the spelling "
+            "('mysql+asyncmy://', 'sqlite+aiosqlite:///', 'postgresql+asyncpg://'), or install the package that has it."
+        ) from None
+
+
+class TwinSource:
+    """A source of configurations whose drivers are asyncio's. Lives as long as the configuration.
+
+    Every loop asks, each in its own thread, so all is written in one step: `_found` grows by `setdefault`; to `_asking`
+    each thread adds, and takes from it, a pair of its own.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.of = source
+        self._found: dict[str, DatabaseConfig] = {}
+        self._asking: set[tuple[int, str]] = set()  # (thread, name)
+
+    def lookup(self, name: str) -> DatabaseConfig:
+        """The configuration of `name`: the same one for ever once there is one, so that a user's callable is asked
+        once. Raises UnknownDatabase, ConfigError."""
+        found = self._found.get(name)
+        if found is not None:
+            return found
+        mine = (get_ident(), name)
+        if mine in self._asking:
+            raise ConfigError(f"Database {name!r}: the callable that is asked for its entry asks for its session.")
+        self._asking.add(mine)
+        try:
+            return self._found.setdefault(name, twin(self.of.lookup(name)))
+        finally:
+            self._asking.discard(mine)
+
+    def known(self) -> Iterable[Any]:
+        return self.of.known()

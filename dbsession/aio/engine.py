@@ -1,0 +1,227 @@
+"""The databases of one manager in one event loop: each an engine with its sessions, built at its first use there.
+
+An asyncio connection belongs to the loop that opened it, so every loop has engines of its own. They live in the loop's
+storage and are closed with what else it holds; see `loop_local`. All of it is written in the loop's own thread, and
+nothing here awaits between reading and writing, except `close`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import weakref
+from contextvars import Context
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+
+from dbsession.aio import build, loop_local, teardown
+from dbsession.aio.session import DatabaseOwner, make_factory
+from dbsession.core import teardown as core_teardown
+from dbsession.core.config import DatabaseConfig
+from dbsession.core.engine import Told
+from dbsession.core.sources import Source
+from dbsession.errors import describe
+
+logger = logging.getLogger("dbsession.aio.databases")
+
+# Seconds that closing tasks have at the loop's end, before the connections they use are cut off and after it. Less than
+# theirs, and together less than what an exit has there: loop_state.EXIT_TIMEOUT_S.
+_SETTLE_S = 3.5
+_LAST_S = 0.5
+
+# Every Database of this process that is still referenced. Written when one is made or goes, one set operation each: a
+# WeakSet cannot be read while another thread adds to it.
+_databases: set[weakref.ref[Database]] = set()
+
+
+class Database:
+    """A named async engine of one loop with its session factory, and the key under which a scope keeps that engine's
+    session. `inherited` in a forked child, `retired` when another configuration has taken its place."""
+
+    def __init__(
+        self,
+        owner: DatabaseOwner,
+        source: Source,
+        config: DatabaseConfig,
+        engine: AsyncEngine,
+        links: build.Links,
+        factory: async_sessionmaker[Any],
+    ) -> None:
+        self.config = config
+        self.name = config.name
+        self.owner = owner
+        self.source = source
+        self.engine = engine
+        self.factory = factory
+        self.inherited = False
+        self.retired = False
+        self.stats = links.stats
+        self.held = links.held
+        self.links = links
+        self._loop = asyncio.get_running_loop()
+        self.told = Told(config.name, engine.sync_engine)
+        _databases.add(weakref.ref(self, _databases.discard))
+
+    def serves(self, loop: asyncio.AbstractEventLoop | None) -> bool:
+        """Whether it is still what `SessionManager.database` finds in `loop`: quicker than to look."""
+        return loop is self._loop and self.source is self.owner.present() and not (self.retired or self.inherited)
+
+    def retire(self) -> None:
+        """From now on what comes back is closed."""
+        self.retired = self.links.closing = self.told.over = True
+
+    async def dispose(self) -> None:
+        """Close the idle connections; those in use finish, and are closed on their return."""
+        await self.engine.dispose()
+        await self.links.threads.ended()
+
+    async def close(self) -> None:
+        """Close everything, at the loop's end."""
+        self.retire()
+        try:
+            await self.engine.dispose()
+        finally:
+            await self.links.cut()
+            await self.links.threads.ended()
+
+
+def _parts(config: DatabaseConfig) -> tuple[DatabaseConfig, AsyncEngine, build.Links, async_sessionmaker[Any]]:
+    engine, links = build.build(config)
+    return config, engine, links, make_factory(config, engine)
+
+
+def check(config: DatabaseConfig) -> None:
+    """Raise ConfigError if no engine or no session can be made of `config`. Imports the driver; no connection is
+    made, and no loop has to run."""
+    _parts(config)
+
+
+def all_databases() -> list[Database]:
+    """Those of this process, in every loop, in no order."""
+    return [each for each in (reference() for reference in list(_databases)) if each is not None]
+
+
+class LoopDatabases:
+    """The databases of one manager in one loop. Lives in the loop's storage, until the loop's resources are closed."""
+
+    def __init__(self, owner: DatabaseOwner) -> None:
+        self._owner = owner
+        self._source: Source | None = None
+        self._built: dict[str, Database] = {}
+        self._retired: list[Database] = []
+        self._loop = asyncio.get_running_loop()
+
+    def get(self, name: str, source: Source) -> Database:
+        """The Database of `name` under the configuration `source`, built on first use.
+
+        Raises:
+            UnknownDatabase, ConfigError: as the configuration says.
+        """
+        if source is not self._source:
+            self._succeed(source)
+        found = self._built.get(name)
+        if found is None or found.inherited:
+            found = self._build(name, source)
+        return found
+
+    def _build(self, name: str, source: Source) -> Database:
+        database = Database(self._owner, source, *_parts(source.lookup(name)))
+        self._built[name] = database
+        database.told.tell_all()  # who may ask for it
+        return database
+
+    def _succeed(self, source: Source) -> None:
+        """Another configuration: retire what there is. Its idle connections are closed by a task of ours."""
+        self._source = source
+        for database in self._built.values():
+            database.retire()
+            self._retired.append(database)
+            teardown.run_aside(self._dispose(database), core_teardown.BOUND_S)
+        self._built = {}
+
+    async def _dispose(self, database: Database) -> None:
+        """For who has nobody to tell of an error."""
+        try:
+            async with asyncio.timeout(core_teardown.BOUND_S):
+                await database.dispose()
+        except Exception as error:
+            logger.warning("Database %r: its engine failed to close: %s.", database.name, describe(error))
+
+    async def dispose(self) -> None:
+        """Close the idle connections of every engine, whatever fails; errors come together in an ExceptionGroup."""
+        await teardown.settle(self._loop)
+        await self._each(Database.dispose)
+
+    async def dispose_and_log(self) -> None:
+        """The same, but errors are logged, and each engine has BOUND_S seconds."""
+        await teardown.settle(self._loop)
+        await self._each(self._dispose)
+
+    async def close(self) -> None:
+        """Close everything, at the loop's end: first the sessions whose scopes have ended."""
+        # Older exits that use a session get databases that are closed after them.
+        loop_local.storage().pop(self._owner, None)
+        try:
+            await teardown.settle(self._loop, _SETTLE_S)
+            await self._each(Database.close)
+            await teardown.settle(self._loop, _LAST_S)  # whose connections were cut off just now
+        except asyncio.CancelledError:  # out of time: what did not answer is no reason to leave the others open
+            mine = [each for each in [*self._retired, *self._built.values()] if not each.inherited]
+            for database in mine:
+                await database.links.cut()
+            for database in mine:
+                await database.links.threads.ended()
+            raise
+        finally:
+            self._built, self._retired = {}, []
+            self._owner.forget()  # a proxy's shortcut would keep this loop alive
+
+    async def _each(self, close: Any) -> None:
+        errors: list[Exception] = []
+        for database in [*self._retired, *self._built.values()]:
+            if database.inherited:
+                continue
+            try:
+                await close(database)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise ExceptionGroup("Engines of dbsession.aio failed to close.", errors)
+
+
+def of_this_loop(owner: DatabaseOwner) -> LoopDatabases:
+    """The databases of `owner` in the running loop.
+
+    Raises:
+        LoopRequired: [DBS-LOOP] no loop runs here.
+    """
+    storage = loop_local.storage()
+    found: LoopDatabases | None = storage.get(owner)
+    if found is None:
+        found = storage[owner] = LoopDatabases(owner)
+        # In an empty context: that of the first request would be kept until the loop's end.
+        Context().run(loop_local.at_close, found.close)
+    return found
+
+
+async def dispose_here() -> None:
+    """Close the idle connections of every manager's engines in the running loop, which stay usable. Never fails: errors
+    are logged."""
+    for each in list(loop_local.storage().values()):
+        if isinstance(each, LoopDatabases):
+            await each.dispose_and_log()
+
+
+_kept: list[Database] = []  # in a forked child, the parent's: never closed, nor collected
+
+
+def _after_fork_in_child() -> None:
+    for database in all_databases():
+        database.inherited = database.told.over = True
+        database.held.forget()
+        _kept.append(database)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

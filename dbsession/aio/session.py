@@ -1,0 +1,248 @@
+"""The AsyncSession that lives in a scope, and the async_scoped_session whose registry is the task's current scope."""
+
+from __future__ import annotations
+
+import weakref
+from _thread import get_ident
+from typing import Any, Protocol
+
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
+from sqlalchemy.orm import Session
+from sqlalchemy.util import ScopedRegistry
+
+from dbsession.aio import scope, teardown
+from dbsession.aio.scope import current_task, here
+from dbsession.core import teardown as core_teardown
+from dbsession.core.config import DatabaseConfig
+from dbsession.core.pool.stats import Stats
+from dbsession.core.session import ManagedSession, managed_class, refused, watch
+from dbsession.core.sources import Source
+from dbsession.errors import ConfigError
+
+
+class ManagedAsyncSession(AsyncSession):
+    """An AsyncSession that lives in one scope, at most as long as it. Used after its end it raises
+    `sqlalchemy.exc.InvalidRequestError` instead of checking a connection out again."""
+
+    sync_session: ManagedSession
+    _own_close = False  # the user's class has a close() of its own, or its sync_session_class has
+
+    def close_at_once(self) -> bool:
+        """Close it if nothing has to be awaited for that: no connection is in use. Returns whether it did."""
+        if self.sync_session._open_connections or self._own_close:
+            return False
+        self.sync_session.close()
+        return True
+
+    async def close(self) -> None:
+        """Close it and drop it from its scope, so that the proxy's next use gets a fresh one. If that fails or is
+        cancelled, its connections are discarded before the error goes on."""
+        if not self.close_at_once():
+            await super().close()
+
+    def discard(self) -> None:
+        """Throw its connections away, and close it. Waits for nobody, and never fails. A connection that somebody waits
+        for with it is given back as soon as it is there."""
+        self.sync_session._given_up = True
+        core_teardown.discard(self.sync_session._open_connections)
+        try:
+            self.sync_session.invalidate()
+        except Exception:
+            pass  # its places in the pool are free by now, and what became of its objects is of no interest
+
+
+class Database(Protocol):
+    """What a session needs of its database: `databases.Database`."""
+
+    name: str
+    config: DatabaseConfig
+    owner: DatabaseOwner
+    inherited: bool
+    retired: bool
+    source: Source
+    stats: Stats
+    factory: async_sessionmaker[Any]
+
+    def serves(self, loop: Any) -> bool: ...
+
+
+class DatabaseOwner(Protocol):
+    """Who finds a database by its name: `manager.SessionManager`."""
+
+    def present(self) -> Source: ...
+
+    def database(self, name: str) -> Any: ...
+
+    def forget(self) -> None: ...
+
+
+class SessionFactory(async_sessionmaker[Any]):
+    """An async_sessionmaker whose call without arguments, which every first use in a scope makes, copies none."""
+
+    def __call__(self, **arguments: Any) -> Any:
+        return super().__call__(**arguments) if arguments else self.class_(**self.kw)
+
+
+def make_factory(config: DatabaseConfig, engine: AsyncEngine) -> async_sessionmaker[Any]:
+    """The async_sessionmaker of one database, bound to its engine. `class_` in `session` may be an AsyncSession class,
+    or a Session class, which then becomes its `sync_session_class`.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] an argument in `session` that the session class refuses.
+    """
+    arguments = {"autoflush": False, "close_resets_only": False, "expire_on_commit": False, **config.session}
+    base = arguments.pop("class_", AsyncSession)
+    sync = arguments.pop("sync_session_class", None)
+    if isinstance(base, type) and issubclass(base, Session):
+        base, sync = AsyncSession, base
+    if not (isinstance(base, type) and issubclass(base, AsyncSession)):
+        raise ConfigError(
+            f"Database {config.name!r}: `class_` in `session` must be a subclass of "
+            "sqlalchemy.ext.asyncio.AsyncSession or sqlalchemy.orm.Session."
+        )
+    managed_sync = managed_class(config.name, base.sync_session_class if sync is None else sync)
+    # A class of this database's own, for its listeners.
+    listened: Any = type(managed_sync.__name__, (managed_sync,), {})
+    watch(listened)
+    bases = (ManagedAsyncSession,) if base is AsyncSession else (ManagedAsyncSession, base)
+    own_close = base.close is not AsyncSession.close or managed_sync._always_closes
+    managed: Any = type(f"Managed{base.__name__}", bases, {"sync_session_class": listened, "_own_close": own_close})
+    factory = SessionFactory(bind=engine, class_=managed, **arguments)
+    if config.session:
+        try:
+            factory().sync_session.close()
+        except (TypeError, ValueError, LookupError) as error:
+            raise refused(config.name, error) from error
+    return factory
+
+
+class ScopeRegistry(ScopedRegistry[Any]):
+    """Finds and opens the session of one database in the task's current scope. Lives as long as its proxy."""
+
+    __slots__ = ("_name", "_owner", "database")
+
+    def __init__(self, owner: DatabaseOwner, name: str) -> None:
+        self._owner = owner
+        self._name = name
+        # The key of this name's sessions in the loop that asked last. Another loop's finds nothing under it, and looks
+        # for its own. Another configuration, or a fork, empties it, so that the name is resolved anew.
+        self.database: Database | None = None
+
+    def __call__(self) -> Any:
+        """The current scope's session. No I/O, no await."""
+        return self.open()
+
+    def has(self) -> bool:
+        return self._find(scope.current()) is not None
+
+    def set(self, obj: Any) -> None:
+        """Make `obj`, a session of `session_factory`, the current scope's; an earlier one is closed aside."""
+        current = scope.current_or_implicit()
+        database = self._owner.database(self._name)
+        earlier = self.take()
+        if earlier is not None:
+            teardown.close_aside(dict([earlier]), current.label)
+        self._store(current, database, obj)
+
+    def clear(self) -> None:
+        self.take()
+
+    def take(self) -> tuple[Database, Any] | None:
+        """Take the session out of the current scope, if it is there; it is then the caller's to close."""
+        current = scope.current()
+        database = self._find(current)
+        if current is None or database is None:
+            return None
+        return database, current.sessions.pop(database)
+
+    def open(self) -> Any:
+        """The current scope's session, opened here unless it has one. As a call of the proxy, only slower."""
+        current = scope.current_or_implicit()
+        earlier = self._find(current) if current.sessions else None
+        if earlier is not None and not earlier.inherited:
+            session = current.sessions[earlier]
+            if earlier.source is self._owner.present():
+                self._remember(earlier)
+                return session
+            if session.in_transaction():
+                return session  # finished where it began; not remembered, since the next one opens elsewhere
+        database = self.database
+        if database is None or not database.serves(current.loop):
+            database = self._owner.database(self._name)
+            self._remember(database)
+        if earlier is not None:
+            teardown.close_aside({earlier: current.sessions.pop(earlier)}, current.label)
+        return self._store(current, database, database.factory())
+
+    def _find(self, current: scope.Scope | None) -> Any:
+        """The database of this name that has a session in `current`, or None."""
+        if current is not None:
+            for database in current.sessions:
+                if database.name == self._name and database.owner is self._owner:
+                    return database
+        return None
+
+    def _store(self, current: scope.Scope, database: Database, session: Any) -> Any:
+        sync = session.sync_session
+        sync._database = database
+        sync._scope = weakref.ref(current)  # last: a snapshot() looks at what has one
+        current.sessions[database] = session
+        return session
+
+    def _remember(self, database: Database) -> None:
+        self.database = database
+        # configure() in another thread puts the new source in place first and empties the registries then: it is seen
+        # either here or there.
+        if database.source is not self._owner.present():
+            self.database = None
+
+
+class AsyncScopedSession(async_scoped_session[Any]):
+    """The `async_scoped_session` of one name. Lives as long as its manager; may be kept at module level and used from
+    any task of any loop: every use goes to the session of the task's current scope."""
+
+    registry: ScopeRegistry
+
+    def __init__(self, owner: DatabaseOwner, name: str) -> None:
+        self.name = name
+        self.registry = ScopeRegistry(owner, name)
+        self._owner = owner
+
+    def __call__(self, **kw: Any) -> Any:
+        """The AsyncSession of the task's current scope, opened unless it has one; see `get_dbsession`.
+
+        Args:
+            kw: for the session class; only where the scope has no session yet.
+        """
+        if kw:
+            return super().__call__(**kw)
+        stack = here()  # as scope.current(), without its calls
+        if stack is not None and stack.thread == get_ident() and current_task(stack.loop) is stack.task:
+            session = stack.sessions.get(self.registry.database)
+            if session is not None:
+                return session
+        return self.registry.open()
+
+    @property
+    def _proxied(self) -> Any:
+        # Private, and what each method of the AsyncSession asks that is called here: SQLAlchemy's own is
+        # `self.registry()`, a call more. tests/unit/test_private_names.py fails loudly when the name goes.
+        return self()
+
+    @property
+    def session_factory(self) -> async_sessionmaker[Any]:  # type: ignore[override]  # an attribute there
+        """The async_sessionmaker of the database, as it is configured now in this loop."""
+        factory: async_sessionmaker[Any] = self._owner.database(self.name).factory
+        return factory
+
+    async def remove(self) -> None:
+        """Close the current scope's session of this name, if there is one; the next use gets a fresh one.
+
+        As `clear_dbsession()`: a session that fails to close is discarded and logged; only a cancellation is raised.
+        """
+        taken = self.registry.take()
+        if taken is not None:
+            await teardown.close_all(dict([taken]), f"a remove() of {self.name!r}")
+
+    def __repr__(self) -> str:
+        return f"<AsyncScopedSession {self.name!r}>"

@@ -1,0 +1,166 @@
+"""Close every session of a unit of work, whatever fails on the way; a cancellation passes through at the end.
+
+A session without a connection in use is closed on the spot. The others need the server, for at most BOUND_S seconds;
+what is not closed by then, or is cancelled in the middle, has its connections thrown away without waiting for anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from functools import partial
+from typing import Any
+
+from dbsession.core import teardown as core_teardown
+from dbsession.errors import describe
+
+logger = logging.getLogger("dbsession.aio.closing")
+
+Sessions = dict[Any, Any]  # databases.Database -> sessions.AsyncSession, the used set of one scope
+
+# The closing tasks under way: a loop keeps only weak references to its tasks. Each is added when it starts and taken
+# out when it is done, in the thread of its loop; one set operation each.
+_under_way: set[asyncio.Task[None]] = set()
+
+
+class _Aside(asyncio.Task[None]):
+    """A task of ours, which ends by itself within its bound: so only that can cancel it. asyncio.run() and others
+    cancel everything at their end and wait for it."""
+
+    def __init__(self, work: Coroutine[Any, Any, None], bound_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._bound = loop.time() + bound_s
+        super().__init__(work, loop=loop)
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        return self.get_loop().time() >= self._bound and super().cancel(msg)
+
+
+async def close_all(sessions: Sessions, label: str) -> None:
+    """Take every entry out of `sessions` and close it.
+
+    The entry goes first: whatever happens to the close, nobody finds that session again.
+
+    Raises:
+        BaseException: the first cancellation (anything that is no `Exception`) that landed on the way, after the last
+            session was seen to; from then on nothing is waited for. Errors are logged, one WARNING a session.
+    """
+    kill: BaseException | None = None
+    end: float | None = None
+    while sessions:
+        database, session = sessions.popitem()
+        if database.inherited:
+            continue  # it belongs to the parent process: not a byte on its connections
+        failure: BaseException | None = None
+        try:
+            if not session.close_at_once():
+                end = end or asyncio.get_running_loop().time() + core_teardown.BOUND_S
+                failure = kill or await _failure_of(session, end)
+        except BaseException as error:  # a listener of the user's, for instance
+            failure = error
+        if failure is not None:
+            kill = kill or _kill(failure)
+            _give_up(database, session, label, failure)
+    if kill is not None:
+        raise kill
+
+
+def _kill(failure: BaseException) -> BaseException | None:
+    return None if isinstance(failure, Exception) else failure
+
+
+async def _failure_of(session: Any, end: float) -> BaseException | None:
+    try:
+        async with asyncio.timeout_at(end):
+            await session.close()
+        return None
+    except TimeoutError:
+        return TimeoutError(f"not closed within {core_teardown.BOUND_S:g} s")
+    except BaseException as error:
+        return error
+
+
+def _give_up(database: Any, session: Any, label: str, failure: BaseException | None) -> None:
+    database.stats.teardown_failures += 1
+    session.discard()
+    if failure is not None:
+        try:
+            logger.warning(
+                "Database %r: a session of %s failed to close with %s; its connection was discarded.",
+                database.name,
+                label,
+                describe(failure),
+            )
+        except Exception:
+            pass  # a log handler of the user's; the other sessions are still to be closed
+
+
+def close_aside(sessions: Sessions, label: str) -> None:
+    """Close them without waiting: those that need the server by a task of ours, which nobody has to wait for. In the
+    loop's thread. Raises a kill as `close_all` does."""
+    kill: BaseException | None = None
+    left = {}
+    while sessions:
+        database, session = sessions.popitem()
+        if database.inherited:
+            continue
+        try:
+            if not session.close_at_once():
+                left[database] = session
+        except BaseException as failure:  # a listener of the user's, for instance
+            kill = kill or _kill(failure)
+            _give_up(database, session, label, failure)
+    if left:
+        run_aside(close_all(left, label), core_teardown.BOUND_S).add_done_callback(partial(_ended, left, label))
+    if kill is not None:
+        raise kill
+
+
+def run_aside(work: Coroutine[Any, Any, None], bound_s: float) -> asyncio.Task[None]:
+    """Run `work`, which takes at most `bound_s` seconds, in a task of ours in the running loop, and keep it until it
+    is done."""
+    task = _Aside(work, bound_s)
+    _under_way.add(task)
+    task.add_done_callback(_under_way.discard)
+    return task
+
+
+def _ended(sessions: Sessions, label: str, task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()  # seen
+    discard_all(sessions, label)  # nothing, unless it was cancelled before its first step, past its bound
+
+
+def close_dropped(sessions: Sessions, label: str, loop: asyncio.AbstractEventLoop | None) -> None:
+    """Close the sessions of a scope that nobody refers to any more. From any thread, and from destructors."""
+    for database in list(sessions):
+        if database.inherited:  # the loop is the parent process's, too, and not to be woken
+            del sessions[database]
+    if not sessions:
+        return
+    if loop is not None and not loop.is_closed():
+        try:
+            loop.call_soon_threadsafe(close_aside, dict(sessions), label)
+        except RuntimeError:  # closed just now
+            pass
+        else:
+            sessions.clear()
+            return
+    discard_all(sessions, label)
+
+
+def discard_all(sessions: Sessions, label: str) -> None:
+    """Throw their connections away. Waits for nobody."""
+    while sessions:
+        database, session = sessions.popitem()
+        if not database.inherited:
+            _give_up(database, session, label, None)
+
+
+async def settle(loop: asyncio.AbstractEventLoop, bound_s: float = core_teardown.BOUND_S) -> None:
+    """Wait at most `bound_s` seconds for the closing tasks of the running `loop` that there are now: a busy program
+    always has others."""
+    mine = [task for task in list(_under_way) if task.get_loop() is loop and task is not asyncio.current_task()]
+    if mine:
+        await asyncio.wait(mine, timeout=bound_s)

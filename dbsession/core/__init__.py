@@ -1,0 +1,1 @@
+"""The rules that both halves obey: nothing here imports gevent or asyncio."""

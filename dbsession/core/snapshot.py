@@ -1,0 +1,183 @@
+"""What a snapshot is made of, in both halves: its shapes, and how they are filled."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy.engine import Engine
+
+# Private, and the only list there is of the sessions that are alive: one of ours would cost every request its part.
+# tests/unit/test_private_names.py fails loudly when the name goes.
+from sqlalchemy.orm.session import _sessions
+from sqlalchemy.pool import QueuePool
+
+from dbsession.core import recent
+from dbsession.core.pool.holders import Holder
+from dbsession.core.pool.stats import BOUNDS_S, Histogram, Stats, quantile
+from dbsession.core.recent import Warned
+from dbsession.core.scope import Unit
+from dbsession.core.session import ManagedSession
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramSnapshot:
+    """How often something took how long: `counts[i]` values were at most `bounds_s[i]` seconds (and more than the
+    bound before), the last of `counts` has the rest."""
+
+    bounds_s: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum_s: float
+
+    def quantile(self, q: float) -> float | None:
+        """The seconds below which the part `q` (0 to 1) of the values lies; None: there are none."""
+        return quantile(self.counts, q)
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseSnapshot:
+    """One database's pool and counts, since its engine was built (or the process forked); in asyncio each event loop
+    has an engine of its own, whose counts end with it.
+
+    `limit` is how many connections there may be, None: any number; `size` how many are kept. Another pool than ours
+    has no `limit`, and where it has no size, None. `checkouts` ... `retries` are those of `stats.Stats`. `waits` has
+    every checkout, most of them in the first bucket, and who waited in vain.
+    """
+
+    name: str
+    backend: str
+    size: int | None
+    limit: int | None
+    in_use: int
+    idle: int
+    waiting: int
+    checkouts: int
+    connects: int
+    invalidated: int
+    timeouts: int
+    kills: int
+    teardown_failures: int
+    retries: int
+    waits: HistogramSnapshot
+    holds: HistogramSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSnapshot:
+    """One session of a unit of work."""
+
+    database: str
+    in_transaction: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeSnapshot:
+    """One unit of work that has sessions: its label, what it is ("request", "block", "implicit"), how old it is."""
+
+    label: str
+    kind: str
+    age_s: float
+    sessions: tuple[SessionSnapshot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """This process at `time_s` (seconds since 1970). `holders` and `scopes` begin with the oldest; `warnings` are the
+    last ones that dbsession logged, where the inspection socket is on."""
+
+    pid: int
+    time_s: float
+    databases: tuple[DatabaseSnapshot, ...]
+    holders: tuple[Holder, ...]
+    scopes: tuple[ScopeSnapshot, ...]
+    warnings: tuple[Warned, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as dicts, tuples, strings and numbers, for `json.dumps`; with the version of this shape."""
+        return {"version": 1, **asdict(self)}
+
+
+Database = Any
+"""`engines.Database` or `aio.databases.Database`."""
+
+halves: list[Callable[[], list[Database]]] = []
+"""What gives all databases of each half that was loaded. Grows only, at import."""
+
+
+def all_databases() -> list[Database]:
+    """Those of this process, of both halves, in no order."""
+    return [database for half in list(halves) for database in half()]
+
+
+def engine_of(database: Database) -> Engine:
+    """Its engine; in asyncio the one that the AsyncEngine stands for."""
+    engine = database.engine
+    found: Engine = getattr(engine, "sync_engine", engine)
+    return found
+
+
+def in_use(databases: Iterable[Database]) -> list[Database]:
+    """Those that are in use, by name: those configured, and earlier ones as long as somebody holds a connection. Two
+    managers, or loops, may each have one of a name."""
+    ours = (each for each in databases if not each.inherited)
+    return sorted((each for each in ours if not each.retired or each.held.notes()), key=lambda each: each.name)
+
+
+def of(databases: list[Database], kind: type[Any] = object) -> Snapshot:
+    """A picture of this process, as far as these databases go, and the sessions of Databases of this kind. Never
+    waits."""
+    now = time.monotonic()
+    holders = [holder for database in databases for holder in database.held.holders()]
+    return Snapshot(
+        pid=os.getpid(),
+        time_s=time.time(),
+        databases=tuple(map(picture, databases)),
+        holders=tuple(sorted(holders, key=lambda holder: -holder.held_s)),
+        scopes=tuple(_scopes(kind, now)),
+        warnings=recent.warned(),
+    )
+
+
+def picture(database: Database) -> DatabaseSnapshot:
+    pool: Any = engine_of(database).pool
+    ours = hasattr(pool, "limit")  # a FairPool of either half
+    sized = isinstance(pool, QueuePool)
+    # The pool knows of those being opened, the notes of those of the pool before a dispose().
+    in_use = max(len(database.held.notes()), pool.checkedout() if sized else 0)
+    return DatabaseSnapshot(
+        name=database.name,
+        backend=database.config.backend,
+        size=pool.size() if sized else None,
+        limit=pool.limit() if ours else None,
+        in_use=in_use,
+        idle=pool.checkedin() if sized else 0,
+        waiting=pool.waiting() if ours else 0,
+        **{count: getattr(database.stats, count) for count in Stats.COUNTS},
+        waits=_histogram(database.stats.waits, database.stats.unwaited()),
+        holds=_histogram(database.stats.holds),
+    )
+
+
+def _histogram(histogram: Histogram, besides: int = 0) -> HistogramSnapshot:
+    first, *others = histogram.counts
+    return HistogramSnapshot(BOUNDS_S, (first + besides, *others), histogram.sum_s)
+
+
+def _scopes(kind: type[Any], now: float) -> Iterable[ScopeSnapshot]:
+    sessions: dict[Unit, list[SessionSnapshot]] = {}
+    for reference in list(_sessions.valuerefs()):
+        session: Any = reference()
+        if not isinstance(session, ManagedSession) or session._scope is None:
+            continue
+        scope, database = session._scope(), session._database
+        # `inherited`: the parent's, in a forked child
+        if scope is None or database.inherited or not isinstance(database, kind):
+            continue
+        held = scope.sessions.get(database)
+        if session in (held, getattr(held, "sync_session", None)):  # the AsyncSession round it, in asyncio
+            sessions.setdefault(scope, []).append(SessionSnapshot(database.name, session.in_transaction()))
+    for scope in sorted(sessions, key=lambda scope: scope.since):
+        yield ScopeSnapshot(scope.label, scope.kind, max(0.0, now - scope.since), tuple(sessions[scope]))

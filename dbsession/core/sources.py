@@ -1,0 +1,128 @@
+"""Where the configurations of databases come from: a mapping, a callable or the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from dbsession.core.config import DatabaseConfig, parse
+from dbsession.errors import ConfigError, UnknownDatabase
+
+
+class Source(Protocol):
+    """Where configurations come from."""
+
+    def lookup(self, name: str) -> DatabaseConfig:
+        """The configuration of `name`. Raises UnknownDatabase, ConfigError; a user's callable may switch greenlets."""
+
+    def known(self) -> Iterable[str]:
+        """The names that are known to exist."""
+
+
+class MappingSource:
+    """A mapping given to `configure`, validated as a whole."""
+
+    def __init__(self, databases: Mapping[Any, Any]) -> None:
+        self._configs = {name: parse(name, entry) for name, entry in databases.items()}
+
+    def lookup(self, name: str) -> DatabaseConfig:
+        try:
+            return self._configs[name]
+        except (KeyError, TypeError):  # TypeError: an unhashable name
+            raise UnknownDatabase.named(name, self._configs, "Configured are") from None
+
+    def known(self) -> Iterable[str]:
+        return self._configs
+
+
+class CallableSource:
+    """A callable `name -> entry` given to `configure`. None, `{}` or LookupError from it means: unknown."""
+
+    def __init__(self, find: Callable[[str], Any]) -> None:
+        self._find = find
+        self._resolved: set[str] = set()  # only for the error's text; grows by one set operation
+
+    def lookup(self, name: str) -> DatabaseConfig:
+        try:
+            entry = self._find(name)
+        except LookupError:
+            entry = None
+        if entry is None or entry == {}:
+            raise UnknownDatabase.named(name, self._resolved, "The callable given to configure() resolved so far")
+        config = parse(name, entry)
+        self._resolved.add(name)
+        return config
+
+    def known(self) -> Iterable[str]:
+        return tuple(self._resolved)
+
+
+class EnvironmentSource:
+    """`DBSESSION_URL` (the database `default`) and `DBSESSION_<NAME>_URL`, read when a name is first used."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}  # variable -> the name that first used it
+
+    def lookup(self, name: str) -> DatabaseConfig:
+        if not isinstance(name, str) or not name:
+            raise UnknownDatabase.named(name, self.known(), "The environment has")
+        variable = f"DBSESSION_{re.sub(r'[^A-Z0-9]', '_', name.upper())}_URL"
+        url = os.environ.get(variable)
+        if name == "default":
+            short = os.environ.get("DBSESSION_URL")
+            if short and url and short != url:
+                raise ConfigError(
+                    "Database 'default': DBSESSION_URL and DBSESSION_DEFAULT_URL are both set and differ: unset one."
+                )
+            url = short or url
+        if not url:
+            wanted = "DBSESSION_URL" if name == "default" else variable
+            raise UnknownDatabase.named(
+                name, self.known(), f"Nothing was given to configure(), and {wanted} is not set; the environment has"
+            )
+        first = self._names.setdefault(variable, name)
+        if first != name:
+            raise ConfigError(
+                f"Databases {first!r} and {name!r} are both configured by {variable}: rename one of them, or give "
+                "configure() a mapping."
+            )
+        return parse(name, url)
+
+    def known(self) -> Iterable[str]:
+        found = {"default"} if os.environ.get("DBSESSION_URL") else set()
+        for variable, value in os.environ.items():
+            match = re.fullmatch(r"DBSESSION_(.+)_URL", variable)
+            if match and value:
+                found.add(self._names.get(variable, match[1].lower()))
+        return found
+
+
+process_wide: Source = EnvironmentSource()
+"""What `dbsession.configure` was given last: for `dbsession.aio`, which is configured by it unless it has its own."""
+
+followers: list[Callable[[], None]] = []
+"""Called after `process_wide` was replaced. Grows only, at import."""
+
+
+def replace_process_wide(source: Source) -> None:
+    """Put `source` in the place of `process_wide`."""
+    global process_wide
+    process_wide = source
+    for follow in followers:
+        follow()
+
+
+def source_of(databases: object) -> Source:
+    """The source that `databases` is: a mapping, a callable, or None for the environment. Raises ConfigError."""
+    if databases is None:
+        return EnvironmentSource()
+    if isinstance(databases, Mapping):
+        return MappingSource(databases)
+    if callable(databases):
+        return CallableSource(databases)
+    raise ConfigError(
+        f"configure() was given a {type(databases).__name__}: give a mapping of names to URLs, a callable that returns "
+        "the entry of a name, or nothing to read the environment."
+    )

@@ -1,0 +1,198 @@
+"""SessionManager: named databases and the verbs of the public contract."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sqlalchemy.engine import Engine
+
+from dbsession.core import config, sources
+from dbsession.core import session as sessions
+from dbsession.errors import describe
+from dbsession.green import block, scope, teardown, transaction
+from dbsession.green import engine as engines
+from dbsession.green.block import SessionScope
+from dbsession.green.engine import Database, EngineCache
+from dbsession.green.scope import Scope
+from dbsession.green.session import ScopedSession
+
+logger = logging.getLogger("dbsession.manager")
+
+T = TypeVar("T")
+
+# Every manager of this process, for the fork hooks. Written when one is made.
+_managers: weakref.WeakSet[SessionManager] = weakref.WeakSet()
+
+
+class SessionManager:
+    """Named databases and their sessions. Lives as long as the process, or until the last reference goes.
+
+    Scopes belong to the ident and not to a manager: one unit of work may use the sessions of several.
+
+    Who writes: `_engines`, and after it `ready`, are replaced by configure() in one step each; `_proxies` grows by
+    `setdefault`, one step; `ready` by get(), which may write to the one that was replaced meanwhile; the fork hooks
+    run in a child that has no other thread yet.
+
+    Args:
+        databases: see `configure`.
+    """
+
+    def __init__(self, databases: config.Databases | None = None) -> None:
+        self._proxies: dict[str, ScopedSession] = {}
+        self.ready: dict[str, ScopedSession] = {}
+        """Those of `_proxies` whose names were found right under the present configuration."""
+        self._configured = False
+        self._engines = EngineCache(sources.source_of(None), self)
+        self._units = transaction.Units(self)
+        _managers.add(self)
+        if databases is not None:
+            self.configure(databases)
+
+    def configure(self, databases: config.Databases | None = None) -> None:
+        """Set the databases, in place of what was configured before.
+
+        Everything is checked first, and nothing is applied when something is wrong. A mapping's engines are built
+        here (no connection is made); those of a callable or the environment on first use. The engines of an earlier
+        configuration are disposed: their idle connections are closed now, those in use when they are given back. A
+        session in the middle of a transaction finishes it where it began; the next one opens on the new engine.
+
+        Args:
+            databases: a mapping `name -> URL string | sqlalchemy.URL | {"url": ..., "options": ..., ...}` (all keys:
+                `config.DatabaseConfig`); or a callable `name -> entry`, asked once per name on first use, for which
+                None, `{}` or LookupError means unknown; or None: the environment, `DBSESSION_URL` (the database
+                `default`) and `DBSESSION_<NAME>_URL`, read on first use.
+
+        Raises:
+            ConfigError: [DBS-CONFIG] naming the database, the key and the fix.
+        """
+        found = sources.source_of(databases)
+        cache = EngineCache(found, self)
+        if isinstance(found, sources.MappingSource):
+            cache.build_all()
+        replaced, self._engines, self._configured = self._engines, cache, True
+        self.ready = {}
+        replaced.retire()
+        for proxy in list(self._proxies.values()):
+            proxy.registry.forget()
+        for database in replaced.databases():
+            database.retire()
+
+    @property
+    def source(self) -> sources.Source:
+        """Where the present configuration comes from."""
+        return self._engines.source
+
+    def get(self, name: str = "default") -> ScopedSession:
+        """The scoped session of `name`; see `dbsession.get_dbsession`."""
+        ready = self.ready
+        if self._configured:
+            self._engines.get(name)  # raises UnknownDatabase
+        proxy = self._proxies.get(name) or self._proxies.setdefault(name, ScopedSession(self, name))
+        ready[name] = proxy
+        return proxy
+
+    def known(self) -> list[str]:
+        """The names that are known to exist, sorted: of a mapping or the environment all, of a callable those that it
+        was asked for so far. No I/O."""
+        return self._engines.known()
+
+    def database(self, name: str) -> Database:
+        """The named database, built on first use. Raises UnknownDatabase, ConfigError."""
+        return self._engines.get(name)
+
+    def engine(self, name: str = "default") -> Engine:
+        """The engine of `name`, built on first use; the same object until the next configure()."""
+        database = self.database(name)
+        while database.retired:  # by a configure() during its build
+            database = self.database(name)
+        return database.engine
+
+    def scope(self, label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope:
+        """See `dbsession.session_scope`."""
+        return block.session_scope(label, read_timeout_s=read_timeout_s)
+
+    def clear(self) -> None:
+        """Close this manager's sessions in the current scope; see `dbsession.clear_dbsession`."""
+        current = scope.current()
+        if current is not None and current.sessions:
+            for database in list(current.sessions):
+                if database.owner is not self:
+                    teardown.close_all(self._take(current), current.label)
+                    break
+            else:
+                teardown.close_all(current.sessions, current.label)
+
+    def _take(self, current: Scope) -> teardown.Sessions:
+        mine = [database for database in list(current.sessions) if database.owner is self]
+        return {database: current.sessions.pop(database) for database in mine}
+
+    def release(self, *names: str) -> None:
+        """Give this scope's connections back; see `dbsession.release_dbsession`."""
+        for name in names:
+            self._engines.get(name)
+        current = scope.current()
+        held = [
+            (database, session)
+            for database, session in (current.sessions.items() if current else ())
+            if database.owner is self and (not names or database.name in names) and session.in_transaction()
+        ]
+        for database, session in held:
+            sessions.refuse_unsaved(database.name, session)
+        for database, session in held:
+            try:
+                session.rollback()  # expires every object, and keeps it attached
+            except Exception as error:
+                logger.warning(
+                    "Database %r: the transaction ended with %s when its connection was released; the connection was "
+                    "discarded.",
+                    database.name,
+                    describe(error),
+                )
+
+    def run_in_transaction(
+        self,
+        fn: Callable[..., T],
+        *,
+        name: str = "default",
+        attempts: int = 3,
+        backoff_s: float = 0.05,
+        label: str | None = None,
+    ) -> T:
+        """Run and commit a whole unit of work; see `dbsession.run_in_transaction`."""
+        return self._units.run(fn, name=name, attempts=attempts, backoff_s=backoff_s, label=label)
+
+    def transactional(self, func: Callable[..., Any] | None = None, **options: Any) -> Any:
+        """The same as a decorator; see `dbsession.transactional`."""
+        return transaction.transactional(self._units.run, func, options)
+
+    def dispose(self) -> None:
+        """Close every engine's connections: the idle ones now, those in use when they are given back. The engines
+        stay usable, and connect anew on their next use."""
+        for database in self._engines.databases():
+            database.dispose()
+
+    def after_fork(self) -> None:
+        """In the child: forget the engines' inherited halves, and every name's. Nothing here can fail."""
+        self._engines.succeed()
+        for proxy in self._proxies.values():
+            proxy.registry.forget()
+
+
+def _after_fork_in_child() -> None:
+    inherited = engines.all_databases()
+    for database in inherited:
+        database.inherited = True
+    for manager in list(_managers):
+        manager.after_fork()
+    for database in inherited:
+        try:
+            database.abandon()
+        except Exception as error:
+            logger.warning("Database %r could not be abandoned after a fork: %s.", database.name, describe(error))
+
+
+os.register_at_fork(before=engines.close_idle_sqlite_files, after_in_child=_after_fork_in_child)

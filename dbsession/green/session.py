@@ -1,0 +1,145 @@
+"""The scoped_session whose registry is the current scope."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from sqlalchemy.orm import scoped_session, sessionmaker
+from sqlalchemy.util import ScopedRegistry
+
+from dbsession.core.session import Database, DatabaseOwner
+from dbsession.errors import ScopeEnded
+from dbsession.green import hub, ident, scope, teardown
+from dbsession.green.guard import Opened
+
+
+class ScopeRegistry(ScopedRegistry[Any]):
+    """Finds and opens the session of one database in the caller's current scope. Lives as long as its proxy."""
+
+    __slots__ = ("_name", "_owner", "database")
+
+    def __init__(self, owner: DatabaseOwner, name: str) -> None:
+        self._owner = owner
+        self._name = name
+        # The key of this name's sessions. Set by any ident that resolves it, reset by forget(); see _current_database.
+        self.database: Database | None = None
+
+    def __call__(self) -> Any:
+        """The current scope's session. No I/O; the first use of a name may switch greenlets."""
+        try:
+            session = ident.current()._dbsession_scopes[-1].sessions.get(self.database)
+        except (AttributeError, IndexError):
+            session = None
+        return self.open() if session is None else session
+
+    def has(self) -> bool:
+        return self._find(scope.current()) is not None
+
+    def set(self, obj: Any) -> None:
+        """Make `obj`, a session of `session_factory`, the current scope's; one that was there before is closed."""
+        current = scope.current_or_implicit()
+        database = self._current_database()
+        earlier = self.take()
+        if earlier is not None:
+            teardown.close_all(dict([earlier]), current.label)
+        self._store(current, database, obj)
+
+    def clear(self) -> None:
+        self.take()
+
+    def take(self) -> tuple[Database, Any] | None:
+        """Take the session out of the current scope, if it is there; it is then the caller's to close."""
+        current = scope.current()
+        database = self._find(current)
+        if current is None or database is None:
+            return None
+        session = current.sessions.pop(database, None)
+        return None if session is None else (database, session)
+
+    def forget(self) -> None:
+        """Resolve the name anew at the next use: after configure(), after a fork."""
+        self.database = None
+
+    def _find(self, current: scope.Scope | None) -> Any:
+        """The database of this name that has a session in `current`, or None."""
+        if current is not None:
+            for database in list(current.sessions):
+                if database.name == self._name and database.owner is self._owner:
+                    return database
+        return None
+
+    def open(self) -> Any:
+        """The current scope's session, opened here unless it has one. As a call, only slower."""
+        current = scope.current_or_implicit()
+        earlier = self._find(current) if current.sessions else None
+        if earlier is not None:
+            # Opened under an earlier configuration, perhaps, or before a fork. A transaction under way is finished
+            # where it began; half of it on each of two databases would be no transaction.
+            session = current.sessions[earlier]
+            if not earlier.inherited and (session.in_transaction() or earlier is self._current_database()):
+                return session
+            teardown.close_all({earlier: current.sessions.pop(earlier)}, current.label)
+        database = self._current_database()
+        return self._store(current, database, database.factory())
+
+    def _store(self, current: scope.Scope, database: Database, session: Any) -> Any:
+        session._database = database
+        session._scope = weakref.ref(current)  # last: a snapshot() looks at what has one
+        if database.config.guard != "off":
+            session._opened = Opened()
+        if current.home is None:
+            current.home = hub.here()
+        current.sessions[database] = session
+        if current.ended:  # by another thread, since we looked
+            current.clear()
+            raise ScopeEnded(f"{current.label} was ended by another thread while a session was opened in it.")
+        return session
+
+    def _current_database(self) -> Database:
+        while True:
+            database: Database = self.database or self._owner.database(self._name)
+            self.database = database
+            # configure() in another thread marks the old databases first and resets the registries then: whichever
+            # way the two interleave, an old one is seen either here or there.
+            if not (database.retired or database.inherited):
+                return database
+            self.database = None
+
+
+class ScopedSession(scoped_session[Any]):
+    """The `scoped_session` of one name. Lives as long as its manager; may be kept at module level and used from any
+    greenlet or thread: every use goes to the session of the caller's current scope."""
+
+    registry: ScopeRegistry
+
+    def __init__(self, owner: DatabaseOwner, name: str) -> None:
+        self.name = name
+        self.registry = ScopeRegistry(owner, name)
+
+    def __call__(self, **kw: Any) -> Any:
+        """The current scope's session, opened if need be; `kw` as for SQLAlchemy's."""
+        if kw:
+            return super().__call__(**kw)
+        try:  # what the registry does, without the call
+            session = ident.current()._dbsession_scopes[-1].sessions.get(self.registry.database)
+        except (AttributeError, IndexError):
+            session = None
+        return self.registry.open() if session is None else session
+
+    @property
+    def session_factory(self) -> sessionmaker[Any]:  # type: ignore[override]  # an attribute there, followed here
+        """The sessionmaker of the database as it is configured now."""
+        return self.registry._current_database().factory
+
+    def remove(self) -> None:
+        """Close the current scope's session of this name, if there is one; the next use gets a fresh one.
+
+        As `clear_dbsession()`: a session that fails to close is discarded and logged; only a kill is raised.
+        """
+        taken = self.registry.take()
+        if taken is not None:
+            teardown.close_all(dict([taken]), f"a remove() of {self.name!r}")
+
+    def __repr__(self) -> str:
+        return f"<ScopedSession {self.name!r}>"

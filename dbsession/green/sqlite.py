@@ -1,0 +1,140 @@
+"""What only SQLite needs: a file and not memory, WAL, and waiting for its write lock without stopping the hub."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sqlalchemy.engine import URL
+
+from dbsession.core import fork
+from dbsession.core.backends.sqlite import refuse_memory, set_pragmas
+from dbsession.core.config import DatabaseConfig
+from dbsession.green import hub
+
+T = TypeVar("T")
+
+# Between two tries of the first in line, and between two looks of the others at the line. Random, so that two
+# processes, which know nothing of each other's lines, do not ask in step.
+_RETRY_S = (0.001, 0.003)
+_LOOK_S = 0.005
+
+_WRITES = ("INSERT", "UPDATE", "DELETE", "REPLACE")
+
+
+def _until_free(connection: Connection, attempt: Callable[[], T], sql: str = "") -> T:
+    """`attempt()`, again while another connection holds the lock, for up to `busy_timeout_s`. Switches greenlets.
+
+    Writers of one engine stand in line: only the first one asks, and a newcomer that would begin to write joins the
+    end, so that nobody is overtaken. (A connection in the middle of its transaction may hold the lock that the others
+    wait for; it never joins before it was refused.)
+
+    SQLite undoes a busy statement and leaves its transaction open, so the statement alone may be tried again; not
+    after SQLITE_BUSY_SNAPSHOT, where the transaction has read what is no longer true (sqlite.org/rescode.html#busy).
+    """
+    connection.refuse_inherited()
+    line = connection.line
+    if not line or connection.in_transaction or sql[:20].lstrip()[:7].rstrip().upper() not in _WRITES:
+        try:
+            return attempt()
+        except sqlite3.OperationalError as error:
+            if not _is_busy(error):
+                raise
+    deadline = time.monotonic() + connection.busy_timeout_s
+    changes = connection.total_changes
+    # Every writer of this engine appends itself and removes itself, one step each; nobody else's place is touched.
+    line.append(connection)
+    try:
+        while True:
+            late = time.monotonic() > deadline
+            connection.refuse_inherited()  # a fork may have come while we slept, and this be the child's copy
+            if line[0] is connection or late:
+                try:
+                    return attempt()
+                except sqlite3.OperationalError as error:
+                    # Changed rows: an executemany() got stuck half-way (never under WAL); a second try would repeat
+                    # them.
+                    if not _is_busy(error) or late or connection.total_changes != changes:
+                        raise
+                hub.sleep(random.uniform(*_RETRY_S))
+            else:
+                hub.sleep(_LOOK_S)
+    finally:
+        line.remove(connection)
+
+
+def _is_busy(error: sqlite3.OperationalError) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF == sqlite3.SQLITE_BUSY and code != sqlite3.SQLITE_BUSY_SNAPSHOT
+
+
+class Cursor(sqlite3.Cursor):
+    """Lives as long as its result is read."""
+
+    connection: Connection
+
+    def execute(self, sql: str, parameters: Any = (), /) -> Cursor:
+        execute = super().execute
+        return _until_free(self.connection, lambda: execute(sql, parameters), sql)
+
+    def executemany(self, sql: str, parameters: Any, /) -> Cursor:
+        rows = list(parameters)  # an iterator could not be tried again
+        executemany = super().executemany
+        return _until_free(self.connection, lambda: executemany(sql, rows), sql)
+
+
+class Connection(sqlite3.Connection):
+    """A pooled SQLite connection of this process; in a forked child it refuses everything and touches nothing."""
+
+    busy_timeout_s = 5.0
+    line: deque[Connection]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.epoch = fork.epoch
+        self.line = deque()
+
+    def refuse_inherited(self) -> None:
+        if self.epoch != fork.epoch:
+            raise sqlite3.ProgrammingError(
+                "This SQLite connection was opened before this process was forked and belongs to the parent. "
+                "Open a session anew: get_dbsession()."
+            )
+
+    def cursor(self, factory: Any = None) -> Any:
+        return super().cursor(factory or Cursor)
+
+    def commit(self) -> None:
+        _until_free(self, super().commit)
+
+    def rollback(self) -> None:
+        if self.epoch == fork.epoch:
+            super().rollback()
+
+    def close(self) -> None:
+        if self.epoch == fork.epoch:
+            super().close()
+
+
+def set_up(connection: Any, config: DatabaseConfig, line: deque[Connection]) -> None:
+    """Prepare a connection just opened, whose writers stand in `line`. May switch greenlets."""
+    if isinstance(connection, Connection):
+        connection.busy_timeout_s = config.busy_timeout_s
+        connection.line = line
+    set_pragmas(connection, config.readonly)
+
+
+def engine_options(name: str, url: URL, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of create_engine that a file needs, below the user's own.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] an in-memory database without a pool class.
+    """
+    refuse_memory(name, url, options)
+    if url.get_driver_name() != "pysqlite":
+        return {}
+    return {"connect_args": {"timeout": 0, "factory": Connection}}

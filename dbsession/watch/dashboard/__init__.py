@@ -1,0 +1,1 @@
+"""The command `dbsession dashboard`: the pools of every worker, as a page in a browser."""

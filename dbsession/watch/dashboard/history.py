@@ -1,0 +1,139 @@
+"""The last minutes of every database, over all workers: what the dashboard's charts show."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from dbsession.core.pool.stats import Stats
+from dbsession.watch.inspection.client import Collected
+from dbsession.watch.inspection.usage import holders, usage, warnings
+
+KEPT_S = 300
+INTERVAL_S = 0.5
+"""The pause between two looks at the workers."""
+
+WINDOW_S = 5.0
+"""Rates and quantiles are of so many seconds: of a single interval they would jump about."""
+
+SHOWN_ROWS = 500
+"""How many holders, and how many scopes, one answer has."""
+
+SHOWN_WARNINGS = 50
+
+
+class Point(NamedTuple):
+    """One database at one moment; None where no worker told, or where there was nothing to measure."""
+
+    time_s: float
+    in_use: int | None = None
+    limit: int | None = None
+    waiting: int | None = None
+    checkouts_per_s: float | None = None
+    wait_p50_s: float | None = None
+    wait_p99_s: float | None = None
+
+
+class _Series:
+    """One database's points, oldest first, each with the number of its look. Lives until only gaps are left of it."""
+
+    def __init__(self) -> None:
+        self.points: deque[tuple[int, Point]] = deque(maxlen=int(KEPT_S / INTERVAL_S))
+        self.timed_out_s: float | None = None  # when somebody last waited in vain, in seconds since 1970
+
+
+class History:
+    """What the dashboard knows. Lives as long as its process.
+
+    Written by the poller's greenlet alone, by `add`, and read by the requests: no method switches greenlets, so each
+    sees it whole.
+    """
+
+    def __init__(self) -> None:
+        self._id = secrets.token_hex(4)  # by which a page notices that the dashboard was started anew
+        self._number = 0
+        self._series: dict[str, _Series] = {}
+        self._looks: deque[Collected] = deque()  # of the last WINDOW_S, oldest first
+
+    def add(self, now: Collected) -> None:
+        """Take in a look at all workers, newer than those before."""
+        self._number += 1
+        while self._looks and now.time_s - self._looks[0].time_s > WINDOW_S:
+            self._looks.popleft()
+        # The very first look has nothing to be compared with: compared with itself, nothing has happened yet.
+        found = {each.database: each for each in usage(now, self._looks[0] if self._looks else now)}
+        for name in found.keys() | self._series.keys():
+            each, series = found.get(name), self._series.setdefault(name, _Series())
+            point = Point(now.time_s)
+            if each is not None:
+                told = each.in_use, each.limit, each.waiting
+                point = Point(now.time_s, *told, each.checkouts_per_s, each.wait_p50_s, each.wait_p99_s)
+            series.points.append((self._number, point))
+            if all(point.in_use is None for _, point in series.points):
+                del self._series[name]
+        for name in _timed_out(now, self._looks[-1]) if self._looks else ():
+            self._series[name].timed_out_s = now.time_s
+        self._looks.append(now)
+
+    def answer(self, cursor: str, now_s: float) -> dict[str, Any]:
+        """What a page shows that has everything up to `cursor`, the one of the answer before ("": nothing yet).
+
+        Args:
+            now_s: seconds since 1970.
+        """
+        id_, _, number = cursor.partition("-")
+        seen = int(number) if id_ == self._id and number.isascii() and number.isdecimal() and len(number) < 16 else 0
+        now = self._looks[-1] if self._looks else Collected(now_s, [], [])
+        held = holders(now)
+        scopes = [{"pid": worker["pid"], **scope} for worker in now.workers for scope in worker["scopes"]]
+        scopes.sort(key=lambda scope: -float(scope["age_s"]))
+        return {
+            "cursor": f"{self._id}-{self._number}",
+            "interval_s": INTERVAL_S,
+            "kept_s": KEPT_S,
+            "time_s": now.time_s,
+            "age_s": max(0.0, now_s - now.time_s),
+            "workers": [worker["pid"] for worker in now.workers],
+            "silent": now.silent,
+            "point": Point._fields,
+            "databases": [
+                {
+                    "name": name,
+                    "counts": _counts(now, name),
+                    "timed_out_s": series.timed_out_s,
+                    "points": _after(series.points, seen),
+                }
+                for name, series in sorted(self._series.items())
+            ],
+            "holders": held[:SHOWN_ROWS],
+            "more_holders": max(0, len(held) - SHOWN_ROWS),
+            "scopes": scopes[:SHOWN_ROWS],
+            "more_scopes": max(0, len(scopes) - SHOWN_ROWS),
+            "warnings": warnings(now)[:SHOWN_WARNINGS],
+        }
+
+
+def _timed_out(now: Collected, earlier: Collected) -> Iterable[str]:
+    """The databases for which somebody has waited in vain since `earlier`."""
+    before = {
+        (worker["pid"], each["name"]): each["timeouts"] for worker in earlier.workers for each in worker["databases"]
+    }
+    for worker in now.workers:
+        for each in worker["databases"]:
+            if each["timeouts"] > before.get((worker["pid"], each["name"]), each["timeouts"]):
+                yield each["name"]
+
+
+def _counts(now: Collected, name: str) -> dict[str, Any] | None:
+    """What the workers have counted of a database since they began, and what kind it is; None: no worker has it."""
+    found = [each for worker in now.workers for each in worker["databases"] if each["name"] == name]
+    if not found:
+        return None
+    counts = {key: sum(each[key] for each in found) for key in ("idle", *Stats.COUNTS)}
+    return {"backend": found[-1]["backend"], **counts}
+
+
+def _after(points: Iterable[tuple[int, Point]], seen: int) -> list[Point]:
+    return [point for number, point in points if number > seen]

@@ -1,0 +1,1 @@
+"""The inspection socket: each worker serves the snapshot of its pools, and a reader collects them."""

@@ -1,0 +1,1 @@
+"""The command `dbsession top`: the pools of every worker, in a terminal."""

@@ -1,0 +1,107 @@
+"""`dbsession top`: who uses the connections of all workers of a folder, in a terminal, as text, or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from typing import Any
+
+from dbsession.errors import ConfigError, plain
+from dbsession.watch.inspection import sockets as folders
+from dbsession.watch.inspection.client import Collected, collect, none_answers, workers_of
+from dbsession.watch.inspection.usage import Usage, holders, usage
+from dbsession.watch.top.text import duration, table
+
+
+def add_top(commands: Any) -> None:
+    """Add `top` to argparse's sub-commands."""
+    parser = commands.add_parser(
+        "top",
+        help="who uses the databases' connections, in all workers that serve their snapshots",
+        description="Exit status: 0; with --once or --json 1 when no worker answers; 2 for wrong usage.",
+    )
+    folders.add_option(parser)
+    parser.add_argument("--once", action="store_true", help="print it once, as text")
+    parser.add_argument("--json", action="store_true", help="print the workers' snapshots once, as JSON")
+    parser.add_argument(
+        "--interval", type=_interval, default=1.0, metavar="S", help="seconds between looks (default: 1)"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _interval(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 60:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 to 60")
+    return seconds
+
+
+def _run(options: argparse.Namespace) -> int:
+    """The exit status: 0, 1 when no worker answers (not on the screen, which waits for one), 2 wrong usage."""
+    if not options.folder:
+        return _refuse(folders.UNNAMED)
+    if not (options.once or options.json):
+        return _live(options)
+    try:
+        now = collect(options.folder)
+    except ConfigError as error:
+        return _refuse(str(error))
+    if options.json:
+        print(json.dumps({"workers": now.workers, "silent": now.silent}))
+    elif now.workers:
+        print("\n".join(lines(now)))
+    if not now.workers:
+        print(f"dbsession top: {none_answers(options.folder, now)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _refuse(sentence: str) -> int:
+    print(f"dbsession top: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _live(options: argparse.Namespace) -> int:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return _refuse("This is no terminal: use --once or --json.")
+    if importlib.util.find_spec("textual") is None:
+        return _refuse("The screen needs textual: pip install 'dbsession[top]'. (--once and --json do not.)")
+    from dbsession.watch.top.screen import Top
+
+    Top(options.folder, options.interval).run()
+    return 0
+
+
+def lines(now: Collected) -> list[str]:
+    """The same as the screen shows, as text."""
+    pids = ", ".join(str(worker["pid"]) for worker in now.workers)
+    titles = "database", "in use", "limit", "idle", "waiting", "checkouts", "timeouts", "wait p50", "wait p99"
+    databases = [titles, *map(_database, usage(now))]
+    text = [f"{workers_of(now)} (pid {pids})", "", *table(databases, "lrrrrrrrr"), ""]
+    held = [("held", "state", "for", "scope", "database", "pid", "checked out at", "last statement")]
+    held += [
+        (
+            duration(each["held_s"]),
+            each["state"],
+            duration(each["state_s"]),
+            plain(each["scope"]),
+            plain(each["database"]),
+            str(each["pid"]),
+            plain(each["place"]),
+            plain(each["statement"] or "-"),
+        )
+        for each in holders(now)
+    ]
+    return text + (table(held, "rlrllrll") if len(held) > 1 else ["No connection is in use."])
+
+
+def _database(each: Usage) -> tuple[str, ...]:
+    limit = "-" if each.limit is None else str(each.limit)
+    counts = each.idle, each.waiting, each.checkouts, each.timeouts
+    waits = duration(each.wait_p50_s), duration(each.wait_p99_s)
+    return plain(each.database), str(each.in_use), limit, *map(str, counts), *waits

@@ -1,0 +1,1 @@
+"""WSGI: the middleware, the response bodies that it wraps, and a request's deadline."""
