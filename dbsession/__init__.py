@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dbsession.core.snapshot import Snapshot
+    from dbsession.core.snapshot import Snapshot, snapshot
     from dbsession.errors import (
         CommitOutcomeUnknown,
         ConfigError,
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     )
     from dbsession.green.deadline import DeadlineExceeded, deadline
     from dbsession.green.manager import SessionManager
-    from dbsession.green.snapshot import snapshot
     from dbsession.watch.inspection.server import serve_snapshots
     from dbsession.web.wsgi import DBSessionMiddleware
 
@@ -108,8 +107,7 @@ _NAMES = {
     ),
     "green.manager": ("SessionManager",),
     "watch.inspection.server": ("serve_snapshots",),
-    "core.snapshot": ("Snapshot",),
-    "green.snapshot": ("snapshot",),
+    "core.snapshot": ("Snapshot", "snapshot"),
     "web.wsgi": ("DBSessionMiddleware",),
 }
 _MODULES = {name: f"dbsession.{module}" for module, names in _NAMES.items() for name in names}

@@ -24,12 +24,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from dbsession.aio import block, loop_local
 from dbsession.aio.asgi import DBSessionMiddleware
+from dbsession.aio.engine import LoopDatabase
 from dbsession.aio.manager import SessionManager
-from dbsession.aio.picture import snapshot
 from dbsession.aio.session import AsyncScopedSession
 from dbsession.core.config import Databases
 from dbsession.core.engine import Listener, on_created
-from dbsession.core.snapshot import Snapshot
+from dbsession.core.snapshot import Snapshot, snapshot_of
 from dbsession.errors import (
     CommitOutcomeUnknown,
     ConfigError,
@@ -148,6 +148,15 @@ def get_engine(name: str = "default") -> AsyncEngine:
         LoopRequired: [DBS-LOOP] no event loop runs here.
     """
     return manager.engine(name)
+
+
+def snapshot() -> Snapshot:
+    """Take a snapshot of the asyncio half of this process; `dbsession.snapshot()` has both halves.
+
+    It has the databases of every event loop, each loop's by itself, who holds their connections, and the scopes of
+    tasks with their sessions. From any thread, with or without a loop. Frozen; never waits and does no I/O.
+    """
+    return snapshot_of(LoopDatabase)
 
 
 def on_engine_created(fn: L) -> L:

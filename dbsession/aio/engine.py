@@ -10,17 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import weakref
 from contextvars import Context
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from dbsession.aio import build, loop_local, teardown
-from dbsession.aio.session import DatabaseOwner, make_factory
+from dbsession.aio.session import make_factory
 from dbsession.core import teardown as core_teardown
 from dbsession.core.config import DatabaseConfig
-from dbsession.core.engine import Told
+from dbsession.core.engine import Database, all_databases
 from dbsession.core.sources import Source
 from dbsession.errors import describe
 
@@ -31,38 +30,26 @@ logger = logging.getLogger("dbsession.aio.databases")
 _SETTLE_S = 3.5
 _LAST_S = 0.5
 
-# Every Database of this process that is still referenced. Written when one is made or goes, one set operation each: a
-# WeakSet cannot be read while another thread adds to it.
-_databases: set[weakref.ref[Database]] = set()
+class LoopDatabase(Database):
+    """A database whose engine serves the tasks of one event loop. Lives as `Database` does, at most as long as its
+    loop."""
 
-
-class Database:
-    """A named async engine of one loop with its session factory, and the key under which a scope keeps that engine's
-    session. `inherited` in a forked child, `retired` when another configuration has taken its place."""
+    engine: AsyncEngine
+    factory: async_sessionmaker[Any]
 
     def __init__(
         self,
-        owner: DatabaseOwner,
+        owner: Any,
         source: Source,
         config: DatabaseConfig,
         engine: AsyncEngine,
         links: build.Links,
         factory: async_sessionmaker[Any],
     ) -> None:
-        self.config = config
-        self.name = config.name
-        self.owner = owner
+        super().__init__(config, owner, engine, factory, links.held)
         self.source = source
-        self.engine = engine
-        self.factory = factory
-        self.inherited = False
-        self.retired = False
-        self.stats = links.stats
-        self.held = links.held
         self.links = links
         self._loop = asyncio.get_running_loop()
-        self.told = Told(config.name, engine.sync_engine)
-        _databases.add(weakref.ref(self, _databases.discard))
 
     def serves(self, loop: asyncio.AbstractEventLoop | None) -> bool:
         """Whether it is still what `SessionManager.database` finds in `loop`: quicker than to look."""
@@ -70,7 +57,7 @@ class Database:
 
     def retire(self) -> None:
         """From now on what comes back is closed."""
-        self.retired = self.links.closing = self.told.over = True
+        self.retired = self.links.closing = self.listeners.closed = True
 
     async def dispose(self) -> None:
         """Close the idle connections; those in use finish, and are closed on their return."""
@@ -98,22 +85,17 @@ def check(config: DatabaseConfig) -> None:
     _parts(config)
 
 
-def all_databases() -> list[Database]:
-    """Those of this process, in every loop, in no order."""
-    return [each for each in (reference() for reference in list(_databases)) if each is not None]
-
-
 class LoopDatabases:
     """The databases of one manager in one loop. Lives in the loop's storage, until the loop's resources are closed."""
 
-    def __init__(self, owner: DatabaseOwner) -> None:
+    def __init__(self, owner: Any) -> None:
         self._owner = owner
         self._source: Source | None = None
-        self._built: dict[str, Database] = {}
-        self._retired: list[Database] = []
+        self._built: dict[str, LoopDatabase] = {}
+        self._retired: list[LoopDatabase] = []
         self._loop = asyncio.get_running_loop()
 
-    def get(self, name: str, source: Source) -> Database:
+    def get(self, name: str, source: Source) -> LoopDatabase:
         """The Database of `name` under the configuration `source`, built on first use.
 
         Raises:
@@ -126,10 +108,10 @@ class LoopDatabases:
             found = self._build(name, source)
         return found
 
-    def _build(self, name: str, source: Source) -> Database:
-        database = Database(self._owner, source, *_parts(source.lookup(name)))
+    def _build(self, name: str, source: Source) -> LoopDatabase:
+        database = LoopDatabase(self._owner, source, *_parts(source.lookup(name)))
         self._built[name] = database
-        database.told.tell_all()  # who may ask for it
+        database.listeners.notify()  # who may ask for it
         return database
 
     def _succeed(self, source: Source) -> None:
@@ -141,7 +123,7 @@ class LoopDatabases:
             teardown.run_aside(self._dispose(database), core_teardown.BOUND_S)
         self._built = {}
 
-    async def _dispose(self, database: Database) -> None:
+    async def _dispose(self, database: LoopDatabase) -> None:
         """For who has nobody to tell of an error."""
         try:
             async with asyncio.timeout(core_teardown.BOUND_S):
@@ -152,7 +134,7 @@ class LoopDatabases:
     async def dispose(self) -> None:
         """Close the idle connections of every engine, whatever fails; errors come together in an ExceptionGroup."""
         await teardown.settle(self._loop)
-        await self._each(Database.dispose)
+        await self._each(LoopDatabase.dispose)
 
     async def dispose_and_log(self) -> None:
         """The same, but errors are logged, and each engine has BOUND_S seconds."""
@@ -165,7 +147,7 @@ class LoopDatabases:
         loop_local.storage().pop(self._owner, None)
         try:
             await teardown.settle(self._loop, _SETTLE_S)
-            await self._each(Database.close)
+            await self._each(LoopDatabase.close)
             await teardown.settle(self._loop, _LAST_S)  # whose connections were cut off just now
         except asyncio.CancelledError:  # out of time: what did not answer is no reason to leave the others open
             mine = [each for each in [*self._retired, *self._built.values()] if not each.inherited]
@@ -191,7 +173,7 @@ class LoopDatabases:
             raise ExceptionGroup("Engines of dbsession.aio failed to close.", errors)
 
 
-def of_this_loop(owner: DatabaseOwner) -> LoopDatabases:
+def of_this_loop(owner: Any) -> LoopDatabases:
     """The databases of `owner` in the running loop.
 
     Raises:
@@ -214,14 +196,15 @@ async def dispose_here() -> None:
             await each.dispose_and_log()
 
 
-_kept: list[Database] = []  # in a forked child, the parent's: never closed, nor collected
+_kept: list[LoopDatabase] = []  # in a forked child, the parent's: never closed, nor collected
 
 
 def _after_fork_in_child() -> None:
     for database in all_databases():
-        database.inherited = database.told.over = True
-        database.held.forget()
-        _kept.append(database)
+        if isinstance(database, LoopDatabase):
+            database.inherited = database.listeners.closed = True
+            database.held.forget()
+            _kept.append(database)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from dbsession.aio import block, scope, teardown, transaction
 from dbsession.aio.block import SessionScope
 from dbsession.aio.drivers import TwinSource
-from dbsession.aio.engine import Database, check, of_this_loop
+from dbsession.aio.engine import LoopDatabase, check, of_this_loop
 from dbsession.aio.session import AsyncScopedSession
 from dbsession.core import config, sources
 from dbsession.core.session import refuse_unsaved
@@ -93,7 +93,7 @@ class SessionManager:
         ready[name] = proxy
         return proxy
 
-    def database(self, name: str) -> Database:
+    def database(self, name: str) -> LoopDatabase:
         """The named database in the running loop, built on first use. Raises UnknownDatabase, ConfigError,
         LoopRequired."""
         return of_this_loop(self).get(name, self.present())

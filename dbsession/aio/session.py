@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from _thread import get_ident
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import Session
@@ -14,9 +14,7 @@ from dbsession.aio import scope, teardown
 from dbsession.aio.scope import current_task, here
 from dbsession.core import teardown as core_teardown
 from dbsession.core.config import DatabaseConfig
-from dbsession.core.pool.stats import Stats
 from dbsession.core.session import ManagedSession, managed_class, refused, watch
-from dbsession.core.sources import Source
 from dbsession.errors import ConfigError
 
 
@@ -49,31 +47,6 @@ class ManagedAsyncSession(AsyncSession):
             self.sync_session.invalidate()
         except Exception:
             pass  # its places in the pool are free by now, and what became of its objects is of no interest
-
-
-class Database(Protocol):
-    """What a session needs of its database: `databases.Database`."""
-
-    name: str
-    config: DatabaseConfig
-    owner: DatabaseOwner
-    inherited: bool
-    retired: bool
-    source: Source
-    stats: Stats
-    factory: async_sessionmaker[Any]
-
-    def serves(self, loop: Any) -> bool: ...
-
-
-class DatabaseOwner(Protocol):
-    """Who finds a database by its name: `manager.SessionManager`."""
-
-    def present(self) -> Source: ...
-
-    def database(self, name: str) -> Any: ...
-
-    def forget(self) -> None: ...
 
 
 class SessionFactory(async_sessionmaker[Any]):
@@ -121,12 +94,12 @@ class ScopeRegistry(ScopedRegistry[Any]):
 
     __slots__ = ("_name", "_owner", "database")
 
-    def __init__(self, owner: DatabaseOwner, name: str) -> None:
+    def __init__(self, owner: Any, name: str) -> None:
         self._owner = owner
         self._name = name
         # The key of this name's sessions in the loop that asked last. Another loop's finds nothing under it, and looks
         # for its own. Another configuration, or a fork, empties it, so that the name is resolved anew.
-        self.database: Database | None = None
+        self.database: Any = None  # a LoopDatabase
 
     def __call__(self) -> Any:
         """The current scope's session. No I/O, no await."""
@@ -147,7 +120,7 @@ class ScopeRegistry(ScopedRegistry[Any]):
     def clear(self) -> None:
         self.take()
 
-    def take(self) -> tuple[Database, Any] | None:
+    def take(self) -> tuple[Any, Any] | None:
         """Take the session out of the current scope, if it is there; it is then the caller's to close."""
         current = scope.current()
         database = self._find(current)
@@ -182,14 +155,14 @@ class ScopeRegistry(ScopedRegistry[Any]):
                     return database
         return None
 
-    def _store(self, current: scope.Scope, database: Database, session: Any) -> Any:
+    def _store(self, current: scope.Scope, database: Any, session: Any) -> Any:
         sync = session.sync_session
         sync._database = database
         sync._scope = weakref.ref(current)  # last: a snapshot() looks at what has one
         current.sessions[database] = session
         return session
 
-    def _remember(self, database: Database) -> None:
+    def _remember(self, database: Any) -> None:
         self.database = database
         # configure() in another thread puts the new source in place first and empties the registries then: it is seen
         # either here or there.
@@ -203,7 +176,7 @@ class AsyncScopedSession(async_scoped_session[Any]):
 
     registry: ScopeRegistry
 
-    def __init__(self, owner: DatabaseOwner, name: str) -> None:
+    def __init__(self, owner: Any, name: str) -> None:
         self.name = name
         self.registry = ScopeRegistry(owner, name)
         self._owner = owner

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
+from sqlalchemy.orm import Session, SessionTransaction
 
 # Private, and the only way to end a session without the sweep that close() is; see ManagedSession.close.
 # tests/unit/test_private_names.py fails loudly when the name goes.
 from sqlalchemy.orm.session import _SessionCloseState as _State
 
 from dbsession.core import teardown
-from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import READ_TIMEOUT, SCOPE
 from dbsession.core.driver import KnownConnection
+from dbsession.core.engine import Database
 from dbsession.core.outcome import is_autocommit, wrote
 from dbsession.errors import ConfigError, UnsavedWork
 
@@ -89,23 +89,6 @@ class ManagedSession(Session):
             raise
         finally:
             _pinned.difference_update(connections)
-
-
-class Database(Protocol):
-    """What a session needs of its database: `engines.Database`."""
-
-    name: str
-    config: DatabaseConfig
-    owner: DatabaseOwner
-    inherited: bool
-    retired: bool
-    factory: sessionmaker[Any]
-
-
-class DatabaseOwner(Protocol):
-    """Who finds a database by its name: `manager.SessionManager`."""
-
-    def database(self, name: str) -> Any: ...
 
 
 def managed_class(name: str, base: Any) -> type[ManagedSession]:

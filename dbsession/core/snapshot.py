@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
-
-from sqlalchemy.engine import Engine
 
 # Private, and the only list there is of the sessions that are alive: one of ours would cost every request its part.
 # tests/unit/test_private_names.py fails loudly when the name goes.
@@ -16,6 +14,7 @@ from sqlalchemy.orm.session import _sessions
 from sqlalchemy.pool import QueuePool
 
 from dbsession.core import recent
+from dbsession.core.engine import Database, all_databases
 from dbsession.core.pool.holders import Holder
 from dbsession.core.pool.stats import BOUNDS_S, Histogram, Stats, quantile
 from dbsession.core.recent import Warned
@@ -100,36 +99,19 @@ class Snapshot:
         return {"version": 1, **asdict(self)}
 
 
-Database = Any
-"""`engines.Database` or `aio.databases.Database`."""
+def snapshot() -> Snapshot:
+    """Take a snapshot of this process: of all its databases, those of `dbsession.aio` included, in every loop.
 
-halves: list[Callable[[], list[Database]]] = []
-"""What gives all databases of each half that was loaded. Grows only, at import."""
-
-
-def all_databases() -> list[Database]:
-    """Those of this process, of both halves, in no order."""
-    return [database for half in list(halves) for database in half()]
+    Frozen; it changes no more. Never waits and does no I/O, so it may be called anywhere; each number is right for its
+    moment, and all are of nearly the same one. Passwords, parameter values and query strings are not in it.
+    """
+    return snapshot_of(Database)
 
 
-def engine_of(database: Database) -> Engine:
-    """Its engine; in asyncio the one that the AsyncEngine stands for."""
-    engine = database.engine
-    found: Engine = getattr(engine, "sync_engine", engine)
-    return found
-
-
-def in_use(databases: Iterable[Database]) -> list[Database]:
-    """Those that are in use, by name: those configured, and earlier ones as long as somebody holds a connection. Two
-    managers, or loops, may each have one of a name."""
-    ours = (each for each in databases if not each.inherited)
-    return sorted((each for each in ours if not each.retired or each.held.notes()), key=lambda each: each.name)
-
-
-def of(databases: list[Database], kind: type[Any] = object) -> Snapshot:
-    """A picture of this process, as far as these databases go, and the sessions of Databases of this kind. Never
-    waits."""
+def snapshot_of(kind: type[Database]) -> Snapshot:
+    """Take a snapshot of the databases of this class only, and of the sessions on them; see `snapshot()`."""
     now = time.monotonic()
+    databases = live(kind)
     holders = [holder for database in databases for holder in database.held.holders()]
     return Snapshot(
         pid=os.getpid(),
@@ -141,8 +123,15 @@ def of(databases: list[Database], kind: type[Any] = object) -> Snapshot:
     )
 
 
+def live(kind: type[Database] = Database) -> list[Database]:
+    """List the databases in use, by name: those configured, and earlier ones as long as somebody holds a connection.
+    Two managers, or loops, may each have one of a name."""
+    ours = (each for each in all_databases() if isinstance(each, kind) and not each.inherited)
+    return sorted((each for each in ours if not each.retired or each.held.notes()), key=lambda each: each.name)
+
+
 def picture(database: Database) -> DatabaseSnapshot:
-    pool: Any = engine_of(database).pool
+    pool: Any = database.sync_engine.pool
     ours = hasattr(pool, "limit")  # a FairPool of either half
     sized = isinstance(pool, QueuePool)
     # The pool knows of those being opened, the notes of those of the pool before a dispose().
@@ -166,7 +155,7 @@ def _histogram(histogram: Histogram, besides: int = 0) -> HistogramSnapshot:
     return HistogramSnapshot(BOUNDS_S, (first + besides, *others), histogram.sum_s)
 
 
-def _scopes(kind: type[Any], now: float) -> Iterable[ScopeSnapshot]:
+def _scopes(kind: type[Database], now: float) -> Iterable[ScopeSnapshot]:
     sessions: dict[Unit, list[SessionSnapshot]] = {}
     for reference in list(_sessions.valuerefs()):
         session: Any = reference()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from typing import Any
 
 from sqlalchemy import create_engine
@@ -14,8 +13,7 @@ from sqlalchemy.pool import Pool, QueuePool
 
 from dbsession.core.backends import sqlite as sqlite_files
 from dbsession.core.config import DatabaseConfig, refused_option, shown
-from dbsession.core.engine import Told
-from dbsession.core.session import DatabaseOwner
+from dbsession.core.engine import Database, all_databases
 from dbsession.core.sources import Source
 from dbsession.errors import ConfigError
 from dbsession.green import ident, sqlite
@@ -25,39 +23,20 @@ from dbsession.green.hub import Waiter
 from dbsession.green.mysql import connector
 from dbsession.green.pool import FairPool
 
-# Every Database of this process that is still referenced, those of earlier configurations included, by weak references.
-# Written when one is made or goes, one set operation each: a WeakSet cannot be read while another thread adds to it.
-_databases: set[weakref.ref[Database]] = set()
 
+class ProcessDatabase(Database):
+    """A database whose engine serves every greenlet and thread of the process. Lives as `Database` does; in a forked
+    child it is succeeded by another one round the same Engine, whose listeners the user may have set."""
 
-class Database:
-    """A named engine with its session factory, and the key under which a scope keeps that engine's session.
-
-    Lives as long as its configuration. In a forked child it is `inherited` and succeeded by another one round the
-    same Engine (whose listeners the user may have set); after configure() or dispose() of its manager it is `retired`.
-    """
+    engine: Engine
+    factory: sessionmaker[Any]
 
     def __init__(
-        self,
-        config: DatabaseConfig,
-        owner: DatabaseOwner,
-        engine: Engine,
-        factory: sessionmaker[Any],
-        links: ConnectionLinks,
+        self, config: DatabaseConfig, owner: Any, engine: Engine, factory: sessionmaker[Any], links: ConnectionLinks
     ) -> None:
-        self.config = config
-        self.name = config.name
-        self.owner = owner
-        self.engine = engine
-        self.factory = factory
-        self.inherited = False
-        self.retired = False
-        self.stats = links.stats
-        self.held = links.held
+        super().__init__(config, owner, engine, factory, links.held)
         self._links = links
         links.database = self
-        self.told = Told(config.name, engine)
-        _databases.add(weakref.ref(self, _databases.discard))
 
     def dispose(self) -> None:
         """Close the idle connections; those in use finish, and are closed on their return (by our own pool; another
@@ -66,14 +45,14 @@ class Database:
 
     def retire(self) -> None:
         """As `dispose()`, for good: whatever is still opened by somebody who kept the Engine is closed on return."""
-        self.retired = self.told.over = True
+        self.retired = self.listeners.closed = True
         self._links.closing = True
         self.dispose()
 
-    def successor(self) -> Database:
-        """In a forked child: the Database that takes over the engine and the session factory, with their listeners."""
-        successor = Database(self.config, self.owner, self.engine, self.factory, self._links)
-        successor.told = self.told
+    def successor(self) -> ProcessDatabase:
+        """In a forked child: the database that takes over the engine and the session factory, with their listeners."""
+        successor = ProcessDatabase(self.config, self.owner, self.engine, self.factory, self._links)
+        successor.listeners = self.listeners
         return successor
 
     def abandon(self) -> None:
@@ -82,21 +61,21 @@ class Database:
         self.engine.dispose(close=False)
 
 
-def all_databases() -> list[Database]:
-    """Those of this process, in no order."""
-    return [each for each in (reference() for reference in list(_databases)) if each is not None]
+def process_databases() -> list[ProcessDatabase]:
+    """List the databases of this half, in no order."""
+    return [each for each in all_databases() if isinstance(each, ProcessDatabase)]
 
 
 def close_idle_sqlite_files() -> None:
     """Before a fork: SQLite keeps its locks per process and file, and a child that inherits an open file would believe
     that it holds what its parent holds (https://www.sqlite.org/howtocorrupt.html). An in-memory database is left."""
-    for database in all_databases():
+    for database in process_databases():
         url = database.config.url
         if database.config.backend == "sqlite" and not sqlite_files.is_memory(url):
             database.dispose()
 
 
-def build(config: DatabaseConfig, owner: DatabaseOwner) -> Database:
+def build(config: DatabaseConfig, owner: Any) -> ProcessDatabase:
     """The engine of `config`. Imports the driver; no connection is made.
 
     Raises:
@@ -126,8 +105,8 @@ def build(config: DatabaseConfig, owner: DatabaseOwner) -> Database:
         connector.warn_of_what_is_bypassed(config, engine)
     links = ConnectionLinks(config)
     links.listen(engine)
-    database = Database(config, owner, engine, make_factory(config, engine), links)
-    database.told.tell_all()
+    database = ProcessDatabase(config, owner, engine, make_factory(config, engine), links)
+    database.listeners.notify()
     return database
 
 
@@ -200,10 +179,10 @@ class EngineCache:
     `_built` is written by whoever won the flight of a name, `_flights` by `setdefault` and `pop`: one step each.
     """
 
-    def __init__(self, source: Source, owner: DatabaseOwner) -> None:
+    def __init__(self, source: Source, owner: Any) -> None:
         self.source = source
         self._owner = owner
-        self._built: dict[str, Database] = {}
+        self._built: dict[str, ProcessDatabase] = {}
         self._flights: dict[str, _Flight] = {}
         self._retired = False
 
@@ -216,7 +195,7 @@ class EngineCache:
         """The names that are known to exist, sorted: of a callable, those that it was asked for."""
         return sorted(self.source.known())
 
-    def get(self, name: str) -> Database:
+    def get(self, name: str) -> ProcessDatabase:
         """The Database of `name`, built on first use: once, however many ask at once. May switch greenlets then.
 
         A build that fails or is killed leaves nothing behind; the next caller builds.
@@ -241,14 +220,14 @@ class EngineCache:
                 raise ConfigError(f"Database {name!r}: the callable that is asked for its entry asks for its session.")
             flight.wait()
 
-    def _build(self, name: str) -> Database:
+    def _build(self, name: str) -> ProcessDatabase:
         database = build(self.source.lookup(name), self._owner)
         self._built[name] = database
         if self._retired:  # while it was being built, so whoever retired the others did not see it
             database.retire()
         return database
 
-    def databases(self) -> list[Database]:
+    def databases(self) -> list[ProcessDatabase]:
         """Those built so far."""
         return list(self._built.values())
 

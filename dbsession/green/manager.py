@@ -16,7 +16,7 @@ from dbsession.errors import describe
 from dbsession.green import block, scope, teardown, transaction
 from dbsession.green import engine as engines
 from dbsession.green.block import SessionScope
-from dbsession.green.engine import Database, EngineCache
+from dbsession.green.engine import EngineCache, ProcessDatabase
 from dbsession.green.scope import Scope
 from dbsession.green.session import ScopedSession
 
@@ -100,7 +100,7 @@ class SessionManager:
         was asked for so far. No I/O."""
         return self._engines.known()
 
-    def database(self, name: str) -> Database:
+    def database(self, name: str) -> ProcessDatabase:
         """The named database, built on first use. Raises UnknownDatabase, ConfigError."""
         return self._engines.get(name)
 
@@ -183,7 +183,7 @@ class SessionManager:
 
 
 def _after_fork_in_child() -> None:
-    inherited = engines.all_databases()
+    inherited = engines.process_databases()
     for database in inherited:
         database.inherited = True
     for manager in list(_managers):

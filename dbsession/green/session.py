@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy.orm import scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
-from dbsession.core.session import Database, DatabaseOwner
+from dbsession.core.engine import Database
 from dbsession.errors import ScopeEnded
 from dbsession.green import hub, ident, scope, teardown
 from dbsession.green.guard import Opened
@@ -19,7 +19,7 @@ class ScopeRegistry(ScopedRegistry[Any]):
 
     __slots__ = ("_name", "_owner", "database")
 
-    def __init__(self, owner: DatabaseOwner, name: str) -> None:
+    def __init__(self, owner: Any, name: str) -> None:
         self._owner = owner
         self._name = name
         # The key of this name's sessions. Set by any ident that resolves it, reset by forget(); see _current_database.
@@ -113,7 +113,7 @@ class ScopedSession(scoped_session[Any]):
 
     registry: ScopeRegistry
 
-    def __init__(self, owner: DatabaseOwner, name: str) -> None:
+    def __init__(self, owner: Any, name: str) -> None:
         self.name = name
         self.registry = ScopeRegistry(owner, name)
 
@@ -130,7 +130,8 @@ class ScopedSession(scoped_session[Any]):
     @property
     def session_factory(self) -> sessionmaker[Any]:  # type: ignore[override]  # an attribute there, followed here
         """The sessionmaker of the database as it is configured now."""
-        return self.registry._current_database().factory
+        factory: sessionmaker[Any] = self.registry._current_database().factory
+        return factory
 
     def remove(self) -> None:
         """Close the current scope's session of this name, if there is one; the next use gets a fresh one.

@@ -7,7 +7,7 @@ import time
 from typing import Any, Protocol
 
 from dbsession.core import teardown as core_teardown
-from dbsession.core.pool.stats import Stats
+from dbsession.core.engine import Database
 from dbsession.errors import describe
 from dbsession.green import hub
 
@@ -24,15 +24,7 @@ class ClosableSession(Protocol):
     def invalidate(self) -> None: ...
 
 
-class SessionKey(Protocol):
-    """What teardown needs of a session's database: `engines.Database`."""
-
-    name: str
-    inherited: bool
-    stats: Stats
-
-
-Sessions = dict[Any, Any]  # SessionKey -> ClosableSession, the used set of one scope
+Sessions = dict[Any, Any]  # Database -> ClosableSession, the used set of one scope
 
 
 def close_all(sessions: Sessions, label: str) -> None:
@@ -60,7 +52,7 @@ def close_all(sessions: Sessions, label: str) -> None:
         raise kill
 
 
-def close_one(database: SessionKey, session: ClosableSession, label: str, end: float) -> BaseException | None:
+def close_one(database: Database, session: ClosableSession, label: str, end: float) -> BaseException | None:
     """Close one session; return what went wrong, a kill before an error, and never raise it. May switch greenlets.
 
     `end` is when it has to be over, by time.monotonic(). Where gevent's timers do not run, the driver's own timeouts

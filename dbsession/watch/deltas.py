@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dbsession.core import fork, snapshot
+from dbsession.core import fork
+from dbsession.core.engine import all_databases
 from dbsession.core.pool.stats import Stats
 from dbsession.green import hub
 
@@ -36,7 +37,7 @@ class Changes:
         if not self._lock.acquire(False):
             return
         try:
-            present = {each.stats: each.name for each in snapshot.all_databases()}
+            present = {each.stats: each.name for each in all_databases()}
             for stats, name in (present | {stats: name for stats, (name, _) in self._taken.items()}).items():
                 now = self._numbers(stats)
                 _, before = self._taken.get(stats, (name, [0.0] * len(now)))

@@ -17,12 +17,11 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from dbsession.core import fork
-from dbsession.core import snapshot as pictures
+from dbsession.core import fork, snapshot
+from dbsession.core.engine import Database, all_databases
 from dbsession.core.pool.stats import BOUNDS_S, Stats
-from dbsession.core.snapshot import Database
 from dbsession.errors import ConfigError, describe
-from dbsession.green import hub, snapshot
+from dbsession.green import hub
 from dbsession.green.periodic import Ticker
 from dbsession.watch import metrics_folder
 from dbsession.watch.deltas import Changes
@@ -132,7 +131,7 @@ class Publisher:
         """
         if metrics_folder.folder() is not None:
             _, known = self._reserved
-            needed = os.getpid(), known.union(each.name for each in pictures.all_databases())
+            needed = os.getpid(), known.union(each.name for each in all_databases())
             if self._reserved != needed:
                 metrics_folder.reserve(needed[1])
                 self._reserved = needed

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Engine
 
-from dbsession.core import snapshot as pictures
+from dbsession.core import snapshot
+from dbsession.core.engine import all_databases
 from dbsession.core.pool.stats import BOUNDS_S, Histogram
 from dbsession.errors import ConfigError
-from dbsession.green import api, snapshot
+from dbsession.green import api
 from dbsession.green.periodic import Ticker
 from dbsession.watch.deltas import Changes
 
@@ -83,8 +84,8 @@ class _Pools:
         api.on_engine_created(self._listen)
 
     def _listen(self, name: str, engine: Engine) -> None:
-        for database in pictures.all_databases():
-            if pictures.engine_of(database) is engine:
+        for database in all_databases():
+            if database.sync_engine is engine:
                 stats = database.stats
                 for histogram, instrument in ((stats.waits, self._wait_time), (stats.holds, self._use_time)):
                     values: deque[float] = deque(maxlen=KEPT)
@@ -108,7 +109,7 @@ class _Pools:
                 self._timeouts.add(int(timeouts), {POOL: name})
             for _ in range(int(unwaited)):
                 self._wait_time.record(0.0, {POOL: name})
-        present = [each.stats for each in pictures.all_databases()]
+        present = [each.stats for each in all_databases()]
         for histogram, (name, instrument, values) in list(self._values.items()):
             while values:
                 with suppress(IndexError):  # another thread was quicker

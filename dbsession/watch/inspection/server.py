@@ -24,9 +24,9 @@ from gevent import monkey
 from gevent.pool import Pool
 
 from dbsession.core import fork, recent
+from dbsession.core.snapshot import snapshot
 from dbsession.errors import ConfigError
 from dbsession.green import hub
-from dbsession.green.snapshot import snapshot
 from dbsession.watch.inspection import sockets as folders
 
 CLIENTS = 8  # answered at a time; further ones wait in the kernel

@@ -434,7 +434,7 @@ def test_connection_of_a_retired_engine_gives_its_place_back_when_its_close_is_c
     async def cancelled_at(step):
         """Whether the close came that far."""
         old = manager.engine("a")
-        (database,) = (each for each in databases.all_databases() if each.engine is old)
+        (database,) = (each for each in created.all_databases() if each.engine is old)
         connection = await old.connect()
         manager.configure({"a": {"url": url, "options": options}})
         assert manager.engine("a") is not old and len(database.held.notes()) == 1
@@ -515,7 +515,7 @@ def test_manager_that_nobody_refers_to_goes_with_its_loops(url):
     reference = run(main)
     gc.collect()
     assert reference() is None
-    assert all(each.retired or each.inherited or each.owner is not None for each in databases.all_databases())
+    assert all(each.retired or each.inherited or each.owner is not None for each in created.all_databases())
 
 
 def test_loop_is_not_kept_alive_by_a_proxy_that_was_used_in_it(url):
@@ -565,7 +565,7 @@ def test_connections_are_closed_when_another_engine_does_not_close_in_time(url, 
     async def hang(_):
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(databases.Database, "close", hang)  # of the first one; the others' turn never comes
+    monkeypatch.setattr(databases.LoopDatabase, "close", hang)  # of the first one; the others' turn never comes
 
     reported = []
     run(main)

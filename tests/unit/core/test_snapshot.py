@@ -16,7 +16,7 @@ from sqlalchemy import event, exc, pool, text
 from dbsession import SessionManager, session_scope, snapshot
 from dbsession.core import recent
 from dbsession.core.pool.stats import BOUNDS_S, Histogram, quantile
-from dbsession.green.snapshot import picture
+from dbsession.core.snapshot import picture
 from support.processes import run_python, run_script
 from support.waiting import wait_until
 

@@ -359,7 +359,7 @@ import threading
 from dbsession.watch.deltas import Changes
 one = manager()
 one.engine()
-(database,) = [each for each in dbsession.green.engine.all_databases() if each.owner is one]
+(database,) = [each for each in dbsession.core.engine.all_databases() if each.owner is one]
 changes, taken, counting = Changes(lambda stats: [stats.checkouts]), [], threading.Event()
 
 def take():

@@ -184,7 +184,7 @@ class Collecting(float):
         collected.append(gc.collect())
         return float(self) + sum
 
-(database,) = dbsession.green.engine.all_databases()
+(database,) = dbsession.core.engine.all_databases()
 gc.disable()
 database.stats.holds.add(Collecting(0.1))
 assert points()["use_time", "default"].count >= 2 and collected
