@@ -11,6 +11,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, scoped_sessio
 
 import dbsession
 from dbsession import SessionManager, UnknownDatabase, UnsavedWork
+from support.processes import run_python
 
 
 class Base(DeclarativeBase):
@@ -267,6 +268,24 @@ def test_configure_during_a_build_does_not_leave_a_stale_engine(tmp_path):
     assert job.get(timeout=30) == f"{tmp_path}/new.db"
 
 
+def test_reconfiguring_a_name_away_lets_its_transaction_finish(tmp_path):
+    urls = {name: f"sqlite:///{tmp_path}/{name}.db" for name in ("default", "other")}
+    manager = SessionManager(urls)
+    session = manager.get("other")
+    session.execute(text("CREATE TABLE t (n INTEGER)"))
+    session.execute(text("INSERT INTO t VALUES (1)"))
+    manager.configure({"default": urls["default"]})
+    session.execute(text("INSERT INTO t VALUES (2)"))
+    session.commit()
+    with pytest.raises(UnknownDatabase):
+        session.execute(text("SELECT 1"))
+    manager.clear()
+    manager.configure(urls)
+    assert session.scalar(text("SELECT COUNT(*) FROM t")) == 2
+    manager.clear()
+    manager.dispose()
+
+
 def test_dispose_closes_idle_connections_now_and_those_in_use_on_return(manager):
     engine = manager.engine()
     manager.get().execute(text("SELECT 1"))
@@ -280,6 +299,37 @@ def test_dispose_closes_idle_connections_now_and_those_in_use_on_return(manager)
     with pytest.raises(Exception, match="closed"):
         connection.execute("SELECT 1")
     assert manager.get().scalar(text("SELECT 6")) == 6 and manager.engine() is engine
+
+
+def test_dispose_with_waiters_does_not_multiply_connections(tmp_path):
+    run_python(
+        """
+        from gevent import monkey; monkey.patch_all()
+        import sys
+        import gevent, gevent.event, dbsession
+        from sqlalchemy import event, text
+        from support.waiting import wait_until
+        dbsession.configure({"default": {"url": f"sqlite:///{sys.argv[1]}/a.db", "options": {"pool_size": 2}}})
+        engine, opened = dbsession.get_engine(), set()
+        event.listen(engine, "connect", lambda connection, _: opened.add(connection))
+        event.listen(engine, "close", lambda connection, _: opened.discard(connection))
+        def use():
+            with dbsession.session_scope():
+                dbsession.get_dbsession().execute(text("SELECT 1"))
+                go_on.wait(20)
+        for _ in range(3):
+            go_on = gevent.event.Event()
+            jobs = [gevent.spawn(use) for _ in range(6)]
+            wait_until(lambda: engine.pool.waiting() == 4, 20)
+            dbsession.dispose()
+            go_on.set()
+            gevent.joinall(jobs, timeout=20, raise_error=True)
+        assert len(opened) <= 2, opened
+        dbsession.dispose()
+        assert not opened
+        """,
+        tmp_path,
+    )
 
 
 def test_process_wide_functions_are_those_of_one_manager(tmp_path):

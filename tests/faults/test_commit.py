@@ -3,10 +3,17 @@ proxy lets COMMIT through to the server, and holds the answer back."""
 
 from __future__ import annotations
 
-import pytest
+import contextlib
 
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+from dbsession import CommitOutcomeUnknown, SessionManager
+from dbsession.core.connection_info import COMMITTING
 from support.processes import run_script
 from support.proxy import Proxy
+from support.waiting import wait_until
 
 SCRIPT = """
     import sys, time
@@ -149,3 +156,40 @@ def test_f18_definite_failure_at_commit_is_not_in_doubt(tmp_path):
             session.commit()
     assert scope.outcome == "rolled back"
     manager.dispose()
+
+
+@pytest.mark.slow
+def test_f18_xa_commit_without_an_answer_is_an_outcome_unknown(mariadb, mariadb_url, managed):
+    direct = managed()
+    with direct.engine().begin() as connection:
+        connection.execute(text("CREATE TABLE t (n INT) ENGINE=InnoDB"))
+    with Proxy(mariadb.port) as proxy:
+        url = mariadb_url.replace(f":{mariadb.port}/", f":{proxy.port}/")
+        manager = SessionManager({"default": {"url": url, "session": {"twophase": True}, "read_timeout_s": 3}})
+        with manager.scope() as scope:
+            manager.get().execute(text("INSERT INTO t VALUES (1)"))
+            manager.get()().prepare()
+            proxy.stall("to_client")
+            with pytest.raises(CommitOutcomeUnknown):
+                manager.get().commit()
+            proxy.resume()
+        assert scope.outcome == "unknown"
+        manager.dispose()
+
+    def stored():
+        with direct.engine().connect() as connection:
+            return connection.scalar(text("SELECT COUNT(*) FROM t")) == 1
+
+    wait_until(stored, 20)
+
+
+@pytest.mark.parametrize("answer", ["DO 0", "SIGNAL SQLSTATE '45000'"])
+def test_f18_commit_is_under_way_until_its_answer_is_judged_and_no_longer(managed, monkeypatch, answer):
+    """Else an error in the next transaction on that Connection, of a fetch say, would leave a commit in doubt."""
+    with managed().engine().connect() as connection:
+        connection.execute(text("SELECT 1"))
+        driver = connection.connection.dbapi_connection
+        monkeypatch.setattr(driver, "commit", lambda: driver.query(answer))
+        with contextlib.suppress(OperationalError):
+            connection.commit()
+        assert connection.info and COMMITTING not in connection.info

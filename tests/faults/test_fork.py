@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import os
 
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.pool import StaticPool
+
+from dbsession import SessionManager
 from support.processes import run_python
 from support.proxy import Proxy
 
@@ -47,6 +52,30 @@ def reap(pids):
             assert time.monotonic() < deadline, "a child hangs"
             get_original("time", "sleep")(0.005) if sys.argv[2] != "patched" else gevent.sleep(0.005)
 """
+
+
+@pytest.fixture
+def manager(tmp_path):
+    manager = SessionManager({"default": {"url": f"sqlite:///{tmp_path}/a.db", "options": {"pool_size": 2}}})
+    with manager.scope():
+        manager.get().execute(text("CREATE TABLE t (n INTEGER)"))
+        manager.get().commit()
+    yield manager
+    manager.clear()
+    manager.dispose()
+
+
+def in_child(check):
+    """Run check() in a forked child; whether it returned a true value."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = 0 if check() else 1
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1] == 0
+
 
 GEVENT = pytest.mark.parametrize("gevent_mode", ["patched", pytest.param("plain", marks=pytest.mark.slow)])
 
@@ -245,4 +274,119 @@ builder.kill()
 """.replace("import gevent", "import gevent.event"),
         f"sqlite:///{tmp_path}/a.db",
         "patched",
+    )
+
+
+def test_f11_fork_after_configure_leaves_the_old_engines_transaction_alone(mariadb_url):
+    run_python(
+        """
+        import os, sys
+        import dbsession
+        from sqlalchemy import text
+        dbsession.configure({"default": sys.argv[1]})
+        session = dbsession.get_dbsession()
+        session.execute(text("CREATE TABLE t (n INTEGER)"))
+        session.commit()
+        session.execute(text("INSERT INTO t VALUES (1)"))
+        dbsession.configure({"default": sys.argv[1]})
+        pid = os.fork()
+        if pid == 0:
+            dbsession.clear_dbsession()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        session.commit()
+        assert session.scalar(text("SELECT COUNT(*) FROM t")) == 1
+        """,
+        mariadb_url,
+    )
+
+
+def test_f11_session_listeners_and_settings_survive_a_fork(manager):
+    seen = []
+    event.listen(manager.get(), "after_begin", lambda *_: seen.append(1))
+    manager.get().configure(info={"set": "before"})
+
+    def check():
+        with manager.scope():
+            manager.get().execute(text("SELECT 1"))
+            return seen and manager.get().info == {"set": "before"}
+
+    assert in_child(check)
+
+
+def test_f11_fork_leaves_an_in_memory_database_of_the_parent_alone():
+    manager = SessionManager({"default": {"url": "sqlite://", "options": {"poolclass": StaticPool}}})
+    with manager.scope():
+        manager.get().execute(text("CREATE TABLE t (n INTEGER)"))
+        manager.get().commit()
+    assert in_child(lambda: True)
+    with manager.scope():
+        assert manager.get().scalar(text("SELECT COUNT(*) FROM t")) == 0
+    manager.dispose()
+
+
+def test_f11_fork_without_a_free_descriptor_still_abandons(mariadb_url):
+    run_python(
+        """
+        import os, resource, sys
+        import dbsession
+        from sqlalchemy import text
+        dbsession.configure({"default": sys.argv[1]})
+        session = dbsession.get_dbsession()
+        thread = session.scalar(text("SELECT CONNECTION_ID()"))
+        opened = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        while True:
+            try:
+                opened.append(os.open("/dev/null", os.O_RDONLY))
+            except OSError:
+                break
+        pid = os.fork()
+        if pid == 0:
+            for descriptor in opened:
+                os.close(descriptor)
+            os._exit(0 if session.scalar(text("SELECT CONNECTION_ID()")) != thread else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert session.scalar(text("SELECT CONNECTION_ID()")) == thread
+        """,
+        mariadb_url,
+    )
+
+
+def test_f11_writer_that_waits_for_sqlites_lock_does_not_write_in_a_child(tmp_path):
+    run_python(
+        """
+        from gevent import monkey; monkey.patch_all()
+        import os, sqlite3, sys
+        import gevent, dbsession
+        from sqlalchemy import text
+        path = f"{sys.argv[1]}/a.db"
+        dbsession.configure({"default": {"url": f"sqlite:///{path}", "busy_timeout_s": 60}})
+        session = dbsession.get_dbsession()
+        with dbsession.session_scope():
+            session.execute(text("CREATE TABLE t (n INTEGER)"))
+            session.commit()
+        holder = sqlite3.connect(path)
+        holder.execute("BEGIN IMMEDIATE")
+        failures = []
+        def write():
+            with dbsession.session_scope():
+                try:
+                    session.execute(text("INSERT INTO t VALUES (1)"))
+                    session.commit()
+                except BaseException as error:
+                    failures.append(error)
+                    raise
+        job = gevent.spawn(write)
+        gevent.sleep(0.01)
+        pid = os.fork()
+        if pid == 0:
+            job.join(20)
+            os._exit(0 if failures and "fork" in str(failures[0]) else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        holder.rollback()
+        job.join(20)
+        assert not failures and session.scalar(text("SELECT COUNT(*) FROM t")) == 1
+        """,
+        tmp_path,
     )

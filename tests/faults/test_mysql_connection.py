@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-import pymysql.cursors
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
@@ -139,24 +138,28 @@ def test_raw_connection_left_in_a_transaction_is_rolled_back_before_the_next_use
         assert manager.get().scalars(text("SELECT n FROM t ORDER BY n")).all() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("cursorclass", [pymysql.cursors.SSCursor, pymysql.cursors.SSDictCursor])
-def test_stream_closed_early_keeps_the_transaction_when_it_goes_on(managed, cursorclass):
+def test_listener_of_do_connect_may_change_the_arguments(managed):
+    """The recipe for passwords that rotate."""
+    manager = managed()
+
+    @event.listens_for(manager.engine(), "do_connect")
+    def changed(dialect, record, args, arguments):
+        arguments["init_command"] = "SET @w = 7"
+
+    with manager.scope():
+        assert manager.get().scalar(text("SELECT @w")) == 7
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_set_transaction_does_not_reach_the_next_user(managed, end):
     manager = managed()
     table(manager)
     with manager.scope():
-        session = manager.get()
-        session.execute(text("INSERT INTO t VALUES (4, 4)"))
-        cursor = driver(manager).cursor(cursorclass)
-        cursor.execute("SELECT seq FROM seq_1_to_5000")
-        assert cursor.fetchone()
-        cursor.close()
-        assert session.scalar(text("SELECT count(*) FROM t")) == 4
-        result = session.execute(text("SELECT seq FROM seq_1_to_5000"), execution_options={"stream_results": True})
-        assert result.fetchone() == (1,)
-        result.close()
-        session.commit()
+        manager.get().execute(text("SET TRANSACTION READ ONLY"))
+        getattr(manager.get(), end)()
     with manager.scope():
-        assert manager.get().scalar(text("SELECT count(*) FROM t")) == 4
+        manager.get().execute(text("UPDATE t SET n = 9"))
+        manager.get().commit()
 
 
 @pytest.mark.slow
@@ -173,6 +176,19 @@ def test_scopes_read_timeout_is_for_its_own_sessions_only(managed):
             manager.get().scalar(text("SELECT SLEEP(30)"))
         assert lost.value.orig.args[0] == 2013
     assert manager.engine().pool.checkedout() == 0
+
+
+def test_read_timeout_of_a_scope_leaves_the_users_own_connection_as_it_was(managed):
+    manager = managed()
+    with manager.engine().connect() as connection, manager.scope(read_timeout_s=300):
+        session = manager.get()()
+        session.bind = connection
+        for _ in range(2):
+            session.execute(text("SELECT 1"))
+            session.commit()
+        driver = connection.connection.dbapi_connection
+        session.close()
+        assert driver._read_timeout == 60
 
 
 def test_creator_is_warned_about_when_the_engine_is_built(caplog, mariadb_url):
@@ -202,15 +218,3 @@ def test_pool_class_of_the_user_gets_the_same_connections(managed):
             manager.get().execute(text("SET @who = 'alice'"))
         with manager.scope():
             assert manager.get().scalar(text("SELECT @who")) == (None if reset == "connection" else "alice")
-
-
-def test_raw_connection_with_an_unread_stream_is_not_kept(managed):
-    manager = managed(options={"pool_pre_ping": False})
-    raw = manager.engine().raw_connection()
-    cursor = raw.cursor(pymysql.cursors.SSCursor)
-    cursor.execute("SELECT seq FROM seq_1_to_1000000")
-    assert cursor.fetchone() == (1,)
-    raw.close()
-    wait_until(lambda: manager.engine().pool.checkedin() + manager.engine().pool._open == 0, 5)
-    with manager.scope():
-        assert manager.get().scalar(text("SELECT 7")) == 7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from support.processes import run_python
 from support.proxy import Proxy
 
 GONE_S = 20  # it takes some milliseconds; the statements would run for 50 s
@@ -213,4 +214,58 @@ def test_f14_nobody_waits_for_the_killing_when_the_server_is_silent(with_server)
     wait_until(lambda: not ids & server.ids(), 20, "ended by us or by themselves")
     assert concurrently(request) == [1] * 20
     """
+    )
+
+
+@pytest.mark.slow
+def test_f14_threadpool_jobs_do_not_wedge_the_pool_or_the_killing(mariadb_url):
+    """A job's hub does not run on when the job is over: nothing of ours may wait in it."""
+    run_python(
+        """
+        from gevent import monkey; monkey.patch_all()
+        import sys, gevent, gevent.threadpool, dbsession
+        from sqlalchemy import text
+        from support.waiting import wait_until
+        dbsession.configure({"default": {"url": sys.argv[1], "reset": "connection", "options":
+            {"pool_size": 2, "pool_timeout": 10}}})
+        session, engine = dbsession.get_dbsession(), dbsession.get_engine()
+        def job(n):
+            with dbsession.session_scope():
+                return session.scalar(text("SELECT :n"), {"n": n})
+        def abandoned():
+            with dbsession.session_scope():
+                session.execute(text("SELECT SLEEP(30)"))
+        def killed_job():
+            try:
+                with gevent.Timeout(0.3):
+                    abandoned()
+            except gevent.Timeout:
+                return "ended"
+        pool = gevent.threadpool.ThreadPool(1)
+        assert [pool.spawn(job, n).get() for n in range(5)] == list(range(5))
+        assert gevent.spawn(job, 6).get() == 6
+        assert pool.spawn(killed_job).get() == "ended"
+        assert gevent.spawn(job, 7).get() == 7
+        victim = gevent.spawn(abandoned)
+        running = "SELECT count(*) FROM information_schema.processlist WHERE info LIKE 'SELECT SLEEP%'"
+        def sleeping():
+            with dbsession.session_scope():
+                return session.scalar(text(running))
+        wait_until(lambda: gevent.spawn(sleeping).get() == 1, 20)
+        victim.kill()
+        wait_until(lambda: gevent.spawn(sleeping).get() == 0, 10)
+        wait_until(lambda: engine.pool.checkedout() == 0 and not engine.pool._being_cleaned, 10)
+
+        # The threads of ours that end the statements leave none of their hubs' descriptors behind.
+        import os
+        from dbsession.green.mysql import kill
+        def open_files():
+            kill.finish(10)
+            return len(os.listdir("/proc/self/fd"))
+        before = open_files()
+        for _ in range(10):
+            assert pool.spawn(killed_job).get() == "ended"
+        wait_until(lambda: open_files() <= before + 3, 10)
+        """,
+        mariadb_url,
     )

@@ -91,6 +91,63 @@ def test_f07_second_connection_of_a_session_is_given_back_too(manager):
         assert in_use(manager) == 0
 
 
+def test_f07_kill_while_an_isolation_level_is_taken_back_costs_no_place(mariadb_url):
+    """SQLAlchemy does that in the middle of a connection's return, and forgets the place if it fails."""
+    run_python(
+        """
+        from gevent import monkey; monkey.patch_all()
+        import itertools, socket, sys
+        import gevent, greenlet, dbsession
+        from sqlalchemy import text
+        from support.waiting import wait_until
+        received = socket.socket.recv_into
+        def recv_into(self, *args):
+            gevent.sleep(0.0001)                  # by a timer: else the answer may be there before the kill is
+            return received(self, *args)
+        socket.socket.recv_into = recv_into
+        dbsession.configure({"default": sys.argv[1]})
+        session, engine, hub = dbsession.get_dbsession(), dbsession.get_engine(), gevent.get_hub()
+        levels = set()
+
+        def teardown_killed_at(nth, kill):
+            state = {"armed": False, "switches": 0}
+            def run():
+                try:
+                    with dbsession.session_scope("victim"):
+                        options = {"isolation_level": "SERIALIZABLE"}
+                        session.connection(execution_options=options).execute(text("CREATE TEMPORARY TABLE t (n INT)"))
+                        state["armed"] = True
+                except BaseException as error:
+                    return repr(error)
+                finally:
+                    state["armed"] = False
+            def trace(_, switch):
+                if state["armed"] and switch == (victim, hub):
+                    state["switches"] += 1
+                    if state["switches"] == nth:
+                        hub.loop.run_callback(victim.throw, kill)
+            victim = gevent.spawn(run)
+            greenlet.settrace(trace)
+            victim.join(20)
+            greenlet.settrace(None)
+            assert victim.dead
+            return state["switches"] >= nth
+
+        for kill in (gevent.GreenletExit(), gevent.Timeout(1), ValueError("own")):
+            for nth in itertools.count(1):
+                reached = teardown_killed_at(nth, kill)
+                wait_until(lambda: engine.pool.checkedout() == 0, 20)
+                wait_until(lambda: not engine.pool._being_cleaned, 20)
+                with dbsession.session_scope():
+                    assert session.scalar(text("SELECT @@tx_isolation")) == "REPEATABLE-READ", nth
+                    session.execute(text("DROP TEMPORARY TABLE IF EXISTS t"))
+                if not reached:
+                    break
+        """,
+        mariadb_url,
+    )
+
+
 @pytest.mark.parametrize("kill", [gevent.GreenletExit(), gevent.Timeout(1), KeyboardInterrupt(), SystemExit(3)])
 @pytest.mark.parametrize("at", NAMES)
 def test_f08_kill_in_teardown_goes_on_after_the_last_session(manager, kill, at):
@@ -167,6 +224,33 @@ def test_f08_real_kill_at_each_switch_of_a_teardown(mariadb_url):
         """,
         mariadb_url,
     )
+
+
+def test_f08_kill_in_the_log_handler_does_not_stop_teardown(tmp_path):
+    manager = SessionManager({name: f"sqlite:///{tmp_path}/{name}.db" for name in "abc"})
+    kill = gevent.GreenletExit()
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            raise kill
+
+    handler = Handler()
+    logging.getLogger("dbsession.teardown").addHandler(handler)
+    try:
+        with pytest.raises(gevent.GreenletExit), manager.scope():
+            for name in "abc":
+                manager.get(name).execute(text("SELECT 1"))
+            dialect = manager.engine("c").dialect
+
+            def do_rollback(connection):
+                del dialect.do_rollback
+                raise Boom
+
+            dialect.do_rollback = do_rollback
+    finally:
+        logging.getLogger("dbsession.teardown").removeHandler(handler)
+    assert [manager.engine(name).pool.checkedout() for name in "abc"] == [0, 0, 0]
+    manager.dispose()
 
 
 def test_clear_is_idempotent_and_needs_no_scope(manager):

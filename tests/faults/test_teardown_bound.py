@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.processes import run_script
+from support.processes import run_python, run_script
 from support.proxy import Proxy
 
 
@@ -43,3 +43,27 @@ def test_f13_teardown_of_two_sessions_on_a_silent_server_ends_within_its_bound(m
             mariadb_url.replace(f":{mariadb.port}/", f":{proxy.port}/"),
             proxy.control_port,
         )
+
+
+def test_f13_close_of_the_users_own_is_bounded_as_teardown_is(mariadb_url):
+    run_python(
+        """
+from gevent import monkey; monkey.patch_all()
+import sys, dbsession
+from dbsession.core import teardown
+from dbsession.green.mysql.connection import Connection
+from sqlalchemy import text
+dbsession.configure({"default": {"url": sys.argv[1], "read_timeout_s": 60, "options": {"pool_size": 1}}})
+dbsession.get_engine().connect().close()  # SQLAlchemy's own first questions have their own rollbacks
+seen, rollback = [], Connection.rollback
+Connection.rollback = lambda self: (seen.append(self._read_timeout), rollback(self))
+for end in ("close", "reset", "invalidate"):
+    with dbsession.session_scope():
+        session = dbsession.get_dbsession()()
+        session.execute(text("SELECT * FROM seq_1_to_2"))
+        getattr(session, end)()
+        assert dbsession.get_dbsession().connection().connection.dbapi_connection._read_timeout == 60
+assert set(seen) == {teardown.BOUND_S}, seen
+""",
+        mariadb_url,
+    )

@@ -66,6 +66,20 @@ def test_unparsable_url_is_refused_without_showing_it(url):
     assert "'orders'" in text and "`url`" in text and SECRET not in text
 
 
+def test_secret_in_the_wrong_place_of_a_configuration_is_not_shown():
+    url = "mysql+pymysql://u:s3cret@h/db"
+    for databases in (
+        {url: "orders"},
+        {"orders": {url: "x"}},
+        {"orders": {"url": "sqlite:///a.db", "options": {"echo": "s3cret"}}},
+        {"orders": {"url": "sqlite:///a.db", "options": {url: 1}}},
+        {"orders": "my@s3cret://h/db"},
+    ):
+        with pytest.raises(ConfigError) as caught:
+            SessionManager(databases)
+        assert "s3cret" not in str(caught.value), caught.value
+
+
 def test_unknown_dialect_is_refused():
     assert "'msyql+pymysql'" in refused({"orders": f"msyql+pymysql://u:{SECRET}@h/db"})
 

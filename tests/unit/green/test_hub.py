@@ -69,6 +69,22 @@ def test_waiter_that_is_killed_may_still_be_woken():
     gevent.sleep(0)
 
 
+def test_waiter_whose_hub_is_gone_stops_no_other_waiter():
+    import threading
+
+    made = []
+
+    def in_thread():
+        gevent.sleep(0)
+        made.append(hub.Waiter())
+        gevent.get_hub().destroy(destroy_loop=True)
+
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    made[0].wake()
+
+
 def test_run_aside_runs_in_a_greenlet_of_this_hub_or_of_home():
     seen = []
     gevent.sleep(0)

@@ -29,6 +29,19 @@ def test_file_is_in_wal_mode(manager):
         assert manager.get().scalar(text("PRAGMA busy_timeout")) == 0
 
 
+def test_read_only_file_can_be_opened(tmp_path):
+    path = tmp_path / "a.db"
+    writable = SessionManager({"default": f"sqlite:///{path}"})
+    with writable.scope():
+        writable.get().execute(text("CREATE TABLE t (n INTEGER)"))
+        writable.get().execute(text("PRAGMA journal_mode=DELETE"))
+    writable.dispose()
+    manager = SessionManager({"default": f"sqlite:///file:{path}?mode=ro&uri=true"})
+    with manager.scope():
+        assert manager.get().scalar(text("SELECT COUNT(*) FROM t")) == 0
+    manager.dispose()
+
+
 def test_writer_waits_for_the_lock_while_other_greenlets_run(manager):
     locked, ticks = gevent.event.Event(), []
 

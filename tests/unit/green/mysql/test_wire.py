@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import ssl
+import struct
+import threading
 
 import pymysql
 import pytest
-from pymysql.constants import CLIENT
+from pymysql.constants import CLIENT, CR
 from sqlalchemy.engine import make_url
 
 from dbsession.green.mysql.connection import Connection
@@ -188,3 +192,48 @@ def test_write_that_nobody_takes_is_ended(mariadb, mariadb_url):
         """,
         mariadb_url,
     )
+
+
+def packet(number, body):
+    return struct.pack("<I", len(body))[:3] + bytes([number]) + body
+
+
+def test_nothing_that_came_before_the_tls_handshake_is_taken_for_what_came_through_it():
+    """Whoever stands between may add packets to the greeting, which is not encrypted yet."""
+    flags = 0xFFFFFFFF & ~0x01000020  # neither compression nor DEPRECATE_EOF
+    greeting = b"\x0a5.7.0\0" + struct.pack("<I", 7) + b"12345678\0" + struct.pack("<HBH", flags & 0xFFFF, 45, 2)
+    greeting += struct.pack("<HB", flags >> 16, 21) + bytes(10) + b"123456789012\0mysql_native_password\0"
+    added = packet(3, b"\0\0\0\x02\0\0\0") + packet(1, b"\0\0\0\x02\0\0\0")
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(10)
+
+    def serve():
+        client, _ = listener.accept()
+        with client:
+            client.settimeout(10)
+            client.sendall(packet(0, greeting) + added)
+            client.recv(36)  # "TLS, please"
+            client.recv(4096)
+
+    server = threading.Thread(target=serve)
+    server.start()
+    login = {"host": "127.0.0.1", "port": listener.getsockname()[1], "user": "u", "password": "p"}
+    with pytest.raises(pymysql.OperationalError) as caught:
+        Connection(**login, connect_timeout=5, ssl=ssl._create_unverified_context())
+    server.join()
+    listener.close()
+    # It is taken for a part of the handshake, of which it is none.
+    assert "WRONG_VERSION_NUMBER" in str(caught.value), caught.value
+
+
+def test_goodbye_that_came_with_the_last_answer_is_seen_by_the_next_look(mariadb_url):
+    parts = make_url(mariadb_url)
+    login = {"host": "127.0.0.1", "port": parts.port, "user": parts.username, "password": parts.password}
+    goodbye = packet(0, b"\xff" + struct.pack("<H", 1053) + b"#08S01shutdown")
+    for use in (lambda c: c.ping(reconnect=False), lambda c: c.query("SELECT 1")):
+        connection = Connection(**login, ping_idle_s=60)
+        connection.query("SELECT 1")
+        connection._ahead, connection._at = goodbye, 0  # what one read has brought with the answer
+        with pytest.raises(pymysql.OperationalError) as caught:
+            use(connection)
+        assert caught.value.args[0] in (CR.CR_SERVER_GONE_ERROR, CR.CR_SERVER_LOST) and not connection.open
