@@ -13,11 +13,9 @@ from typing import Any
 from sqlalchemy.orm.session import _sessions
 from sqlalchemy.pool import QueuePool
 
-from dbsession.core import recent
 from dbsession.core.engine import Database, all_databases
 from dbsession.core.pool.holders import Holder
 from dbsession.core.pool.stats import BOUNDS_S, Histogram, Stats, quantile
-from dbsession.core.recent import Warned
 from dbsession.core.scope import Unit
 from dbsession.core.session import ManagedSession
 
@@ -84,15 +82,13 @@ class ScopeSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """This process at `time_s` (seconds since 1970). `holders` and `scopes` begin with the oldest; `warnings` are the
-    last ones that dbsession logged, where the inspection socket is on."""
+    """This process at `time_s` (seconds since 1970). `holders` and `scopes` begin with the oldest."""
 
     pid: int
     time_s: float
     databases: tuple[DatabaseSnapshot, ...]
     holders: tuple[Holder, ...]
     scopes: tuple[ScopeSnapshot, ...]
-    warnings: tuple[Warned, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """The same as dicts, tuples, strings and numbers, for `json.dumps`; with the version of this shape."""
@@ -119,7 +115,6 @@ def snapshot_of(kind: type[Database]) -> Snapshot:
         databases=tuple(map(picture, databases)),
         holders=tuple(sorted(holders, key=lambda holder: -holder.held_s)),
         scopes=tuple(_scopes(kind, now)),
-        warnings=recent.warned(),
     )
 
 

@@ -145,7 +145,7 @@ def test_socket_drops_the_clients_that_do_not_read_and_answers_the_next(mode, tm
         START
         + """
 from types import SimpleNamespace
-large = {"version": 1, "pid": os.getpid(), "databases": [], "holders": "x" * 8_000_000, "scopes": [], "warnings": []}
+large = {"version": 1, "pid": os.getpid(), "databases": [], "holders": "x" * 8_000_000, "scopes": []}
 server.snapshot = lambda: SimpleNamespace(as_dict=lambda: large)
 dbsession.serve_snapshots(folder)
 lazy = [connect() for _ in range(server.CLIENTS)]
@@ -234,23 +234,6 @@ client = socket.socket(socket.AF_UNIX)
 client.connect(f"{sys.argv[1]}/sockets/{os.getpid()}.sock")
 with client, client.makefile() as file:
     assert json.load(file)["pid"] == os.getpid()
-""",
-        tmp_path,
-    )
-
-
-def test_warnings_are_in_the_snapshot_from_the_moment_that_it_is_served(mode, tmp_path):
-    run_script(
-        mode,
-        START
-        + """
-import logging
-logging.getLogger().addHandler(logging.NullHandler())
-logging.getLogger("dbsession.pool").warning("before")
-dbsession.serve_snapshots(folder)
-logging.getLogger("dbsession.pool").warning("Database %r: ...", "default")
-[worker] = collect(folder, 30).workers
-assert [each["text"] for each in worker["warnings"]] == ["Database 'default': ..."]
 """,
         tmp_path,
     )

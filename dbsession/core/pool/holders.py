@@ -21,9 +21,9 @@ from sqlalchemy.engine import Connection, Engine, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from dbsession.core.connection_info import CHECKOUT, COMMITTING, SCOPE, WIRE
-from dbsession.core.masking import masked
 from dbsession.core.pool import callsites
 from dbsession.core.pool.stats import Stats
+from dbsession.core.sql import masked
 from dbsession.errors import PoolTimeout
 
 STACK_FRAMES = 3

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dbsession.core.pool.stats import Stats
 from dbsession.watch.inspection.client import Collected
-from dbsession.watch.inspection.usage import holders, usage, warnings
+from dbsession.watch.inspection.usage import holders, usage
 
 KEPT_S = 300
 INTERVAL_S = 0.5
@@ -20,8 +20,6 @@ WINDOW_S = 5.0
 
 SHOWN_ROWS = 500
 """How many holders, and how many scopes, one answer has."""
-
-SHOWN_WARNINGS = 50
 
 
 class Point(NamedTuple):
@@ -111,7 +109,6 @@ class History:
             "more_holders": max(0, len(held) - SHOWN_ROWS),
             "scopes": scopes[:SHOWN_ROWS],
             "more_scopes": max(0, len(scopes) - SHOWN_ROWS),
-            "warnings": warnings(now)[:SHOWN_WARNINGS],
         }
 
 

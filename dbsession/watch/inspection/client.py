@@ -12,7 +12,7 @@ from typing import Any
 from dbsession.errors import plain
 from dbsession.watch.inspection import sockets as folders
 
-_NOTHING: dict[str, Any] = {"databases": [], "holders": [], "scopes": [], "warnings": []}
+_NOTHING: dict[str, Any] = {"databases": [], "holders": [], "scopes": []}
 _MOST_BYTES = 64 * 1024 * 1024  # of one snapshot
 
 

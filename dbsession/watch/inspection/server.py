@@ -23,7 +23,7 @@ import gevent.socket
 from gevent import monkey
 from gevent.pool import Pool
 
-from dbsession.core import fork, recent
+from dbsession.core import fork
 from dbsession.core.snapshot import snapshot
 from dbsession.errors import ConfigError
 from dbsession.green import hub
@@ -161,7 +161,7 @@ def _listen(path: Path) -> socket.socket:
 def serve_snapshots(folder: str | os.PathLike[str]) -> None:
     """Serve this process's `snapshot()` on the Unix socket `<folder>/<pid>.sock`, for `dbsession top`, `dbsession
     dashboard` and whoever else of this user connects: it gets one line of JSON and the end of file. What it sends is
-    thrown away. From now on the last warnings of dbsession are kept for the snapshot, too.
+    thrown away.
 
     Ends with the process. A forked child serves nothing until it calls this itself. Called again, it serves in the
     folder named last. Never waits. Under gunicorn `gunicorn_hooks.post_worker_init` calls it in each worker when the
@@ -178,7 +178,6 @@ def serve_snapshots(folder: str | os.PathLike[str]) -> None:
     made = folders.make(folder)
     folders.remove_stale(made)
     fork.prepare()
-    recent.keep()
     stop()
     _server = _Server(made / f"{os.getpid()}.sock")
 

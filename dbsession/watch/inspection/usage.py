@@ -113,9 +113,3 @@ def holders(now: Collected) -> list[dict[str, Any]]:
     """The holders of all processes, each with its `pid`; the longest first."""
     found = [{"pid": worker["pid"], **holder} for worker in now.workers for holder in worker["holders"]]
     return sorted(found, key=lambda holder: -holder["held_s"])
-
-
-def warnings(now: Collected) -> list[dict[str, Any]]:
-    """The kept warnings of all processes, each with its `pid`; the newest first."""
-    found = [{"pid": worker["pid"], **warned} for worker in now.workers for warned in worker["warnings"]]
-    return sorted(found, key=lambda warned: -warned["time_s"])

@@ -16,12 +16,11 @@ from textual.widgets import DataTable, Footer, Input, Static
 
 from dbsession.errors import ConfigError, plain
 from dbsession.watch.inspection.client import Collected, collect, none_answers, workers_of
-from dbsession.watch.inspection.usage import Usage, holders, usage, warnings
+from dbsession.watch.inspection.usage import Usage, holders, usage
 from dbsession.watch.top.text import duration, short_place
 
 WINDOW_S = 5.0  # that rates and waits are of
 BAR = 20
-SHOWN_WARNINGS = 3
 SHOWN_FRAMES = 4
 
 # Column: what it is sorted by, and whether the largest comes first.
@@ -44,7 +43,6 @@ class Top(App[None]):
     #databases { height: auto; max-height: 40%; margin-bottom: 1; }
     #holders { height: 1fr; min-height: 3; }
     #details { height: auto; max-height: 8; padding: 0 1; border-top: solid $panel; }
-    #warnings { height: auto; padding: 0 1; color: $text-warning; }
     #filter { display: none; height: 3; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -77,7 +75,6 @@ class Top(App[None]):
         yield DataTable(id="databases", cursor_type="none", show_cursor=False)
         yield DataTable(id="holders", cursor_type="row")
         yield Static(id="details")
-        yield Static(id="warnings")
         yield Input(id="filter", placeholder="a part of any column; Enter keeps it, Escape drops it")
         yield Footer()
 
@@ -123,7 +120,6 @@ class Top(App[None]):
         if self._looks:
             self._show_databases()
             self._show_holders()
-            self._show_warnings()
 
     def _show_state(self) -> None:
         text = Text("dbsession top  ", style="bold")
@@ -189,17 +185,6 @@ class Top(App[None]):
             text.append("\n".join(plain(short_place(each)) for each in holder["stack"][:SHOWN_FRAMES]), "dim")
             text.append(f"\n{plain(holder['statement'] or '-')}")
         self.query_one("#details", Static).update(text)
-
-    def _show_warnings(self) -> None:
-        text = Text()
-        for warned in warnings(self._looks[-1])[:SHOWN_WARNINGS]:
-            moment = time.strftime("%H:%M:%S", time.localtime(warned["time_s"]))
-            first = plain(warned["text"].partition("\n")[0])
-            text.append(f"{moment} [{warned['pid']}] {plain(warned['level'])} {plain(warned['logger'])}: {first}\n")
-        text.rstrip()
-        warned_of = self.query_one("#warnings", Static)
-        warned_of.update(text)
-        warned_of.display = bool(text)
 
     # -- keys ------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import sqlite3
 import threading
@@ -14,7 +13,6 @@ import pytest
 from sqlalchemy import event, exc, pool, text
 
 from dbsession import SessionManager, session_scope, snapshot
-from dbsession.core import recent
 from dbsession.core.pool.stats import BOUNDS_S, Histogram, quantile
 from dbsession.core.snapshot import picture
 from support.processes import run_python, run_script
@@ -214,21 +212,17 @@ def test_forked_child_begins_at_0_and_has_no_holder_of_the_parents(mode, tmp_pat
     run_script(
         mode,
         """
-        import logging, os, sys, traceback
+        import os, sys, traceback
         from sqlalchemy import text
-        from dbsession.core import recent
         dbsession.configure({"default": f"sqlite:///{sys.argv[1]}/a.db"})
         session = dbsession.get_dbsession()
-        recent.keep()
-        logging.getLogger("dbsession.test").addHandler(logging.NullHandler())
-        logging.getLogger("dbsession.test").warning("the parent's")
         session.execute(text("SELECT 1"))
         assert len(dbsession.snapshot().holders) == 1
         pid = os.fork()
         if pid == 0:
             try:
                 taken = dbsession.snapshot()
-                assert taken.pid == os.getpid() and not taken.holders and not taken.warnings, taken
+                assert taken.pid == os.getpid() and not taken.holders, taken
                 (found,) = taken.databases
                 assert (found.checkouts, found.connects, found.in_use, found.idle) == (0, 0, 0, 0), found
                 assert not sum(found.waits.counts) and not sum(found.holds.counts), found
@@ -334,49 +328,6 @@ def test_quantile_lies_in_its_bucket():
         assert below <= quantile(only, 0.0) <= quantile(only, 0.5) < quantile(only, 1.0) == bound
     assert quantile([*none[:-1], 3], 0.5) == BOUNDS_S[-1]
     assert quantile([1, *none[1:-1], 1], 0.99) == BOUNDS_S[-1]
-
-
-# -- the last warnings -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def keeping():
-    recent.keep()
-    recent._kept.clear()
-    yield
-    recent._kept.clear()
-    ours = logging.getLogger("dbsession")
-    for handler in [each for each in ours.handlers if isinstance(each, recent._Keep)]:
-        ours.removeHandler(handler)
-
-
-def test_warnings_are_kept_and_nothing_below_nor_of_others(keeping):
-    recent.keep()  # once more changes nothing
-    logging.getLogger("dbsession.teardown").info("no")
-    logging.getLogger("other").warning("no")
-    logging.getLogger("dbsession.teardown").warning("%s of %d", "one", 2)
-    (kept,) = snapshot().warnings
-    assert (kept.logger, kept.level, kept.text) == ("dbsession.teardown", "WARNING", "one of 2")
-    for n in range(recent.KEPT + 5):
-        logging.getLogger("dbsession.x").error("%d", n)
-    assert len(snapshot().warnings) == recent.KEPT and snapshot().warnings[-1].text == str(recent.KEPT + 4)
-
-
-@pytest.mark.parametrize("handler_of", [None, "root", "dbsession", "dbsession.x"])
-def test_warning_is_on_stderr_once_whoever_else_handles_it(handler_of):
-    """Without any handler logging itself writes it there; ours must not take its place."""
-    ended = run_python(
-        f"""
-        import logging
-        from dbsession.core import recent
-        recent.keep()
-        if {handler_of!r}:
-            logging.getLogger({handler_of!r} if {handler_of!r} != "root" else None).addHandler(logging.StreamHandler())
-        logging.getLogger("dbsession.x").warning("once")
-        assert [kept.text for kept in recent.warned()] == ["once"]
-        """
-    )
-    assert ended.stderr == "once\n"
 
 
 def test_waiting_callers_are_counted(managed):

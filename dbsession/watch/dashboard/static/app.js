@@ -171,20 +171,6 @@ const scopes = new Table(get("scopes"), {
   ],
 });
 
-const warnings = new Table(get("warnings"), {
-  label: "Recent warnings",
-  sortBy: "time",
-  empty: "None.",
-  identity: (row) => [row.pid, row.time_s, row.text],
-  columns: [
-    { key: "time", label: "time", text: (row) => new Date(row.time_s * 1000).toLocaleTimeString("en-GB"), sort: (row) => row.time_s, className: "number" },
-    { key: "level", label: "level", text: (row) => row.level },
-    { key: "text", label: "what happened", text: (row) => row.text },
-    { key: "logger", label: "logger", text: (row) => row.logger },
-    { key: "pid", label: "pid", text: (row) => String(row.pid), sort: (row) => row.pid, className: "number" },
-  ],
-});
-
 // -- the state line ---------------------------------------------------------------------------------------------
 
 let received = null; // the age of the last answer's data, and when that came
@@ -245,7 +231,6 @@ function show(answer) {
   showDatabases(answer);
   holders.update(answer.holders, answer.more_holders);
   scopes.update(answer.scopes, answer.more_scopes);
-  warnings.update(answer.warnings);
 }
 
 async function poll() {

@@ -468,7 +468,7 @@ def test_client_is_dropped_when_its_request_comes_byte_by_byte(before: str) -> N
 def test_poller_takes_for_silent_whoever_sends_what_is_no_snapshot() -> None:
     """A process of another version, say. The others, and the looks that follow, are shown."""
     history = History()
-    odd = {"version": 1, "pid": 7, "databases": [{"name": "default"}], "holders": [], "scopes": [], "warnings": []}
+    odd = {"version": 1, "pid": 7, "databases": [{"name": "default"}], "holders": [], "scopes": []}
     command._add(history, Collected(1.0, [odd], [3]))
     assert history.answer("", 1.0)["silent"] == [3, 7]
     fine = {**odd, "databases": []}

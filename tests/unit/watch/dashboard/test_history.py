@@ -9,7 +9,7 @@ import pytest
 
 from dbsession.core.pool.stats import BOUNDS_S
 from dbsession.watch.dashboard import history as history_module
-from dbsession.watch.dashboard.history import INTERVAL_S, KEPT_S, SHOWN_ROWS, SHOWN_WARNINGS, WINDOW_S, History, Point
+from dbsession.watch.dashboard.history import INTERVAL_S, KEPT_S, SHOWN_ROWS, WINDOW_S, History, Point
 from dbsession.watch.inspection.client import Collected
 
 
@@ -27,7 +27,7 @@ def database(name: str = "default", **values: Any) -> dict[str, Any]:
 
 
 def worker(pid: int = 1, *databases: dict[str, Any], **values: Any) -> dict[str, Any]:
-    return {"version": 1, "pid": pid, "databases": databases, "holders": [], "scopes": [], "warnings": [], **values}
+    return {"version": 1, "pid": pid, "databases": databases, "holders": [], "scopes": [], **values}
 
 
 def look(time_s: float, *workers: dict[str, Any], silent: tuple[int, ...] = ()) -> Collected:
@@ -137,8 +137,7 @@ def test_history_puts_the_longest_first_and_bounds_the_answer() -> None:
     """Each row with its worker."""
     held = [{"held_s": float(number)} for number in range(SHOWN_ROWS)]
     scopes = [{"age_s": float(number)} for number in range(SHOWN_ROWS)]
-    warned = [{"time_s": float(number)} for number in range(SHOWN_WARNINGS)]
-    parts = {"holders": held, "scopes": scopes, "warnings": warned}
+    parts = {"holders": held, "scopes": scopes}
     history = History()
     history.add(look(10, worker(1, **parts), worker(2, **parts), silent=(3,)))
     answer = history.answer("", 12.5)
@@ -146,5 +145,4 @@ def test_history_puts_the_longest_first_and_bounds_the_answer() -> None:
     assert {row["pid"] for row in answer["scopes"]} == {1, 2}
     assert len(answer["holders"]) == len(answer["scopes"]) == SHOWN_ROWS
     assert answer["more_holders"] == answer["more_scopes"] == SHOWN_ROWS
-    assert answer["warnings"][0]["time_s"] == SHOWN_WARNINGS - 1 and len(answer["warnings"]) == SHOWN_WARNINGS
     assert (answer["workers"], answer["silent"], answer["age_s"]) == ([1, 2], [3], 2.5)

@@ -9,7 +9,7 @@ import pytest
 from dbsession.core.pool.stats import BOUNDS_S
 from dbsession.errors import plain
 from dbsession.watch.inspection.client import Collected
-from dbsession.watch.inspection.usage import holders, usage, warnings
+from dbsession.watch.inspection.usage import holders, usage
 from dbsession.watch.top.text import duration, short_place, table
 
 NONE = [0] * (len(BOUNDS_S) + 1)
@@ -26,7 +26,7 @@ def database(name="default", **values):
 
 
 def worker(pid, *databases, **values):
-    return {"pid": pid, "databases": list(databases), "holders": [], "warnings": [], **values}
+    return {"pid": pid, "databases": list(databases), "holders": [], **values}
 
 
 def test_usage_adds_the_workers_up():
@@ -84,12 +84,11 @@ def test_usage_counts_no_worker_as_busy_that_was_not_there_or_began_anew():
     assert found.checkouts_per_s == 0 and found.wait_p99_s is None
 
 
-def test_holders_and_warnings_come_with_their_pid_and_in_order():
-    one = worker(1, holders=[{"held_s": 1.0}], warnings=[{"time_s": 5.0}])
-    two = worker(2, holders=[{"held_s": 3.0}, {"held_s": 0.5}], warnings=[{"time_s": 9.0}])
+def test_holders_come_with_their_pid_and_in_order():
+    one = worker(1, holders=[{"held_s": 1.0}])
+    two = worker(2, holders=[{"held_s": 3.0}, {"held_s": 0.5}])
     now = Collected(1.0, [one, two], [])
     assert [(each["pid"], each["held_s"]) for each in holders(now)] == [(2, 3.0), (1, 1.0), (2, 0.5)]
-    assert [each["pid"] for each in warnings(now)] == [2, 1]
 
 
 @pytest.mark.parametrize(
