@@ -35,11 +35,11 @@ if TYPE_CHECKING:
         on_engine_created,
         release_dbsession,
         run_in_transaction,
-        session_scope,
         transactional,
     )
     from dbsession.green.deadline import DeadlineExceeded, deadline
     from dbsession.green.manager import SessionManager
+    from dbsession.green.scope import session_scope
     from dbsession.watch.inspection.server import serve_snapshots
     from dbsession.web.wsgi import DBSessionMiddleware
 
@@ -88,7 +88,6 @@ _NAMES = {
         "on_engine_created",
         "release_dbsession",
         "run_in_transaction",
-        "session_scope",
         "transactional",
     ),
     "green.deadline": ("DeadlineExceeded", "deadline"),
@@ -108,6 +107,7 @@ _NAMES = {
     "green.manager": ("SessionManager",),
     "watch.inspection.server": ("serve_snapshots",),
     "core.snapshot": ("Snapshot", "snapshot"),
+    "green.scope": ("session_scope",),
     "web.wsgi": ("DBSessionMiddleware",),
 }
 _MODULES = {name: f"dbsession.{module}" for module, names in _NAMES.items() for name in names}

@@ -14,7 +14,7 @@ from flask.signals import appcontext_pushed
 from flask.wrappers import Response
 from werkzeug.wsgi import ClosingIterator
 
-from dbsession.green import api, block, scope
+from dbsession.green import api, scope
 from dbsession.web.wsgi import DBSessionMiddleware
 
 
@@ -52,7 +52,7 @@ def _context_pushed(_: Flask, **__: Any) -> None:
     current = scope.current()
     # A context may be pushed again (`with context:` inside itself); it is popped for good only once.
     if (current is None or current.kind != "request") and "_dbsession_scope" not in g:
-        opened = block.session_scope("a Flask app context")
+        opened = scope.session_scope("a Flask app context")
         opened.__enter__()
         g._dbsession_scope = opened
 

@@ -22,10 +22,11 @@ from typing import Any, TypeVar, overload
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from dbsession.aio import block, loop_local
+from dbsession.aio import loop_local
 from dbsession.aio.asgi import DBSessionMiddleware
 from dbsession.aio.engine import LoopDatabase
 from dbsession.aio.manager import SessionManager
+from dbsession.aio.scope import session_scope
 from dbsession.aio.session import AsyncScopedSession
 from dbsession.core.config import Databases
 from dbsession.core.engine import Listener, on_created
@@ -76,8 +77,6 @@ T = TypeVar("T")
 L = TypeVar("L", bound=Listener)
 
 manager = SessionManager()
-
-session_scope = block.session_scope
 
 
 def configure(databases: Databases | None = None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from dbsession.aio import engine
-from dbsession.aio.block import SessionScope
+from dbsession.aio.scope import SessionScope
 from dbsession.errors import plain
 
 ASGIScope = MutableMapping[str, Any]

@@ -30,6 +30,7 @@ logger = logging.getLogger("dbsession.aio.databases")
 _SETTLE_S = 3.5
 _LAST_S = 0.5
 
+
 class LoopDatabase(Database):
     """A database whose engine serves the tasks of one event loop. Lives as `Database` does, at most as long as its
     loop."""

@@ -11,10 +11,10 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from dbsession.aio import block, scope, teardown, transaction
-from dbsession.aio.block import SessionScope
+from dbsession.aio import scope, teardown, transaction
 from dbsession.aio.drivers import TwinSource
 from dbsession.aio.engine import LoopDatabase, check, of_this_loop
+from dbsession.aio.scope import SessionScope
 from dbsession.aio.session import AsyncScopedSession
 from dbsession.core import config, sources
 from dbsession.core.session import refuse_unsaved
@@ -44,7 +44,6 @@ class SessionManager:
         """Those of `_proxies` whose names were found right under the present configuration."""
         self._source: TwinSource | None = None
         self._of_process: TwinSource | None = None
-        self._units = transaction.Units(self)
         _managers.add(weakref.ref(self, _managers.discard))
         if databases is not None:
             self.configure(databases)
@@ -104,7 +103,7 @@ class SessionManager:
 
     def scope(self, label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope:
         """See `dbsession.aio.session_scope`."""
-        return block.session_scope(label, read_timeout_s=read_timeout_s)
+        return scope.session_scope(label, read_timeout_s=read_timeout_s)
 
     async def clear(self) -> None:
         """Close this manager's sessions in the current scope; see `dbsession.aio.clear_dbsession`."""
@@ -138,11 +137,11 @@ class SessionManager:
 
     async def run_in_transaction(self, fn: Callable[..., Any], **options: Any) -> Any:
         """Run and commit a whole unit of work; see `dbsession.aio.run_in_transaction`."""
-        return await self._units.run(fn, **options)
+        return await transaction.run(self, fn, **options)
 
     def transactional(self, func: Callable[..., Any] | None = None, **options: Any) -> Any:
-        """The same as a decorator; see `dbsession.aio.transactional`."""
-        return transaction.transactional(self._units.run, func, options)
+        """Decorate a function whose calls are whole units of work; see `dbsession.aio.transactional`."""
+        return transaction.transactional(self, func, options)
 
     async def dispose(self) -> None:
         """Close the connections of this loop's engines: the idle ones now, those in use when they are given back. The

@@ -14,17 +14,21 @@ the loop's thread, and none of the functions here awaits between reading and wri
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import os
 import sys
 from _thread import get_ident
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from dbsession.aio import teardown
-from dbsession.core.scope import Unit
+from dbsession.core.scope import BaseScope, BaseSessionScope
 from dbsession.errors import ScopeEnded, ScopeRequired
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 current_task = asyncio.current_task
 
@@ -34,7 +38,7 @@ here = _here.get
 _NO_SESSIONS: Mapping[Any, Any] = MappingProxyType({})
 
 
-class Scope(Unit):
+class Scope(BaseScope):
     """One unit of work: a request, a job, or the rest of a task. Ended by `end()`, by the end of its task (an implicit
     one), or when the last reference to it goes."""
 
@@ -155,7 +159,7 @@ def current_or_implicit() -> Scope:
     stack = stack_here()
     scopes = stack.scopes
     if not scopes:
-        scope = Scope("the rest of a task", "implicit", None)
+        scope = Scope("the rest of a task", "implicit")
         stack.push(scope)  # at the bottom, for good; what is opened above it ends by its own token
         return scope
     scope = scopes[-1]
@@ -165,6 +169,61 @@ def current_or_implicit() -> Scope:
             "working after its unit of work had ended; open one of its own with `async with aio.session_scope():`."
         )
     return scope
+
+
+def session_scope(label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope:
+    """Open a new scope nested in the task's current one: for a job, a step, a part of a request.
+
+    `async with aio.session_scope():` Its sessions are its own; they are closed when the block ends, however it ends.
+    Nothing is committed for you. Also usable as a decorator of a coroutine function.
+
+    Args:
+        label: what reports call this unit of work, for instance "nightly import".
+        read_timeout_s: seconds within which the whole answer to a statement of its sessions must come from MySQL or
+            MariaDB, in place of the database's `read_timeout_s`: for a long report.
+
+    Returns:
+        An async context manager that gives the Scope.
+
+    Raises:
+        ScopeRequired: [DBS-SCOPE-REQUIRED] opened where no task runs.
+        ConfigError: [DBS-CONFIG] `read_timeout_s` is no number above 0.
+        TypeError: it decorates what is no coroutine function.
+        CancelledError: one that landed in the teardown, after the last session.
+    """
+    return SessionScope.checked(label, read_timeout_s)
+
+
+class SessionScope(BaseSessionScope):
+    """What `session_scope()` returns. Lives for one block, or for the function that it decorates."""
+
+    def __call__(self, func: F) -> F:
+        if not inspect.iscoroutinefunction(func):
+            raise TypeError(
+                f"aio.session_scope() cannot decorate {getattr(func, '__name__', func)!r}: it is for `async def` "
+                "functions. Use `async with aio.session_scope():` inside it."
+            )
+
+        @functools.wraps(func)
+        async def scoped(*args: Any, **kwargs: Any) -> Any:
+            async with self._another():
+                return await func(*args, **kwargs)
+
+        return cast("F", scoped)
+
+    async def __aenter__(self) -> Scope:
+        self._refuse_second_use()
+        self._stack = stack_here()  # the opener's: a generator may be closed by another task
+        scope: Scope = Scope(self._label, self._kind, self._read_timeout_s)
+        self._scope = scope
+        self._stack.push(scope)
+        return scope
+
+    async def __aexit__(self, *_: object) -> None:
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            self._stack.unlink(scope)
+            await scope.end()
 
 
 def _after_fork_in_child() -> None:

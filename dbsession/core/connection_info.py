@@ -1,7 +1,10 @@
-"""The keys of what we note of a pooled connection: in its `info`, which goes with the connection, or in its pool
-record's `record_info`, which stays."""
+"""What we know of a pooled connection: the keys of what we note in its `info`, which goes with the connection, or in
+its pool record's `record_info`, which stays; and what a driver's connection tells us when its class is ours."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 COMMITTING = "dbsession.committing"
 """In `info`: a commit was begun that has not succeeded."""
@@ -21,3 +24,30 @@ not."""
 
 CHECKOUT = "dbsession.checkout"
 """In `record_info`: the `holders.Checkout` of whoever uses it."""
+
+
+class KnownConnection:
+    """Base of our own connection classes. Whatever interrupts one in the middle of an answer has closed it; of another
+    driver's connection nobody can say whether it is still in step with its server."""
+
+    gave_up: bool
+    """Closed by us, while the server may be well: no reason to mistrust the pool's other connections."""
+
+    commit_sent: bool
+    """Whether the last commit() got as far as sending COMMIT."""
+
+    stream_of: Callable[[], Any]
+    """Who reads the server-side stream that was begun last: the Connection of SQLAlchemy."""
+
+    @property
+    def unread(self) -> bool:
+        """Whether a server-side stream has not been read to its end."""
+        raise NotImplementedError
+
+    def read_within(self, timeout_s: float | None) -> float | None:
+        """Wait so long for each piece of an answer from now on; returns how long it was before."""
+        raise NotImplementedError
+
+    def read_within_at_most(self, timeout_s: float) -> float | None:
+        """Wait no longer than that for each piece of an answer from now on; returns how long it was before."""
+        raise NotImplementedError

@@ -19,8 +19,7 @@ from sqlalchemy.engine import Connection, Engine, ExceptionContext, ExecutionCon
 
 from dbsession.core.backends import mysql_errors
 from dbsession.core.config import DatabaseConfig
-from dbsession.core.connection_info import CHECKOUT, COMMITTING, DOOMED, SCOPE
-from dbsession.core.driver import KnownConnection
+from dbsession.core.connection_info import CHECKOUT, COMMITTING, DOOMED, SCOPE, KnownConnection
 from dbsession.core.sql import writes
 from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, describe
 

@@ -1,36 +1,161 @@
-"""When a unit of work is run again, after which pause, and what keeps it from being committed."""
+"""`run_in_transaction()` in both halves: when a unit of work is run again, after which pause, and what keeps it from
+being committed."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import random
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dbsession.core.backends import mysql_errors
 from dbsession.core.config import positive_seconds
+from dbsession.core.scope import BaseScope, runs_later
 from dbsession.core.session import unsaved
-from dbsession.errors import CommitOutcomeUnknown, ConfigError, RollbackRequired, UnsavedWork, describe
+from dbsession.errors import CommitOutcomeUnknown, ConfigError, RollbackRequired, UnsavedWork, describe, plain
 
 _LONGEST_BACKOFF_S = 2.0
 
 
-def check(attempts: object, backoff_s: object) -> None:
+class Attempts:
+    """The attempts at one unit of work. Lives for one `run_in_transaction()`; `awaited`: in asyncio.
+
+    `call` runs the work once, with the session if it takes one; `label` is what reports call it.
+    """
+
+    def __init__(
+        self,
+        manager: Any,
+        fn: Callable[..., Any],
+        logger: logging.Logger,
+        *,
+        name: str = "default",
+        attempts: int = 3,
+        backoff_s: float = 0.05,
+        label: str | None = None,
+        awaited: bool = False,
+    ) -> None:
+        _check(attempts, backoff_s)
+        _refuse_what_runs_later(fn, awaited)
+        session = manager.get(name)
+        self.call = functools.partial(fn, session) if _takes_session(fn) else fn
+        self.label = plain(label or getattr(fn, "__qualname__", "run_in_transaction()"))
+        self._manager = manager
+        self._name = name
+        self._key = manager, name  # in a scope's `transactions`
+        self._logger = logger
+        self._attempts = attempts
+        self._backoff_s = backoff_s
+        self._failed = 0
+        self._ended = False  # the last attempt's work has ended a transaction itself, which must not be done twice
+
+    def is_part_of(self, scope: BaseScope | None) -> bool:
+        """Whether `scope` is that of a `run_in_transaction()` on the same database, which this one joins."""
+        return scope is not None and self._key in scope.transactions
+
+    @contextmanager
+    def part_of(self, outer: Any) -> Iterator[None]:
+        """Round the call of a unit of work that joins the one of the scope `outer`."""
+        try:
+            yield
+        except BaseException as error:
+            # Half of it is done: the whole must not be committed.
+            outer.transactions = {**outer.transactions, self._key: error}
+            raise
+
+    @contextmanager
+    def whole(self, own: BaseScope) -> Iterator[None]:
+        """Round the call and the commit in a scope of its own."""
+        own.transactions = {self._key: None}
+        try:
+            yield
+        except Exception:
+            self._ended = own.outcomes.get(self._name) in ("committed", "unknown")
+            raise
+        finally:
+            own.transactions = {}
+
+    def refuse_half(self, own: BaseScope) -> None:
+        """Raise what keeps the work done in the scope `own` from being committed.
+
+        Raises:
+            RollbackRequired: [DBS-ROLLBACK] a part of it has failed, and it went on.
+            UnsavedWork: [DBS-UNSAVED] it leaves unsaved work in the session of another database.
+        """
+        failed = own.transactions[self._key]
+        if failed is not None:
+            raise RollbackRequired(
+                f"Database {self._name!r}: {self.label} went on after a part of it, run in the same transaction, had "
+                f"failed with {describe(failed)}. Nothing was committed: let the error pass, or give the part a "
+                "session_scope() of its own."
+            ) from failed
+        for database, session in own.sessions.items():
+            session = getattr(session, "sync_session", session)
+            if (database.owner, database.name) == self._key or not session.in_transaction():
+                continue
+            what = unsaved(session)
+            if what:
+                raise UnsavedWork(
+                    f"{self.label} is a transaction on {self._name!r}, but its session of {database.name!r} has "
+                    f"unsaved work ({what}) that nobody would commit. Commit it yourself; nothing was committed."
+                )
+
+    def pause_after(self, error: Exception) -> float | None:
+        """Seconds to wait before the next attempt, after this one ended with `error`; None if there is none."""
+        self._failed += 1
+        if self._failed == self._attempts or self._ended or not retryable(error):
+            return None
+        self._manager.database(self._name).stats.retries += 1
+        self._logger.info(
+            "Database %r: %s is run again after %s, attempt %d.",
+            self._name,
+            self.label,
+            describe(error),
+            self._failed + 1,
+        )
+        # Full jitter: those that met at one row must not meet there again. Ten lines of tenacity would be one more
+        # package to install, and it catches kills before it lets them go.
+        return random.uniform(0, min(_LONGEST_BACKOFF_S, self._backoff_s * 2 ** (self._failed - 1)))
+
+
+def decorator(
+    wrap: Callable[[Callable[..., Any]], Any],
+    func: Callable[..., Any] | None,
+    options: dict[str, Any],
+    awaited: bool = False,
+) -> Any:
+    """The decorator `transactional`, with and without arguments: `wrap` makes a checked function a unit of work."""
+
+    def decorate(func: Callable[..., Any]) -> Any:
+        _refuse_what_runs_later(func, awaited)
+        _check(options.get("attempts", 1), options.get("backoff_s", 1))
+        return wrap(func)
+
+    if func is not None and not callable(func):
+        raise TypeError(f"transactional takes its arguments by keyword: name={func!r}, perhaps.")
+    return decorate if func is None else decorate(func)
+
+
+def _check(attempts: object, backoff_s: object) -> None:
     """Raise ConfigError if these are no arguments of `run_in_transaction`."""
     if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1:
         raise ConfigError(f"`attempts` of a transaction is {attempts!r}: give a whole number, 1 or more.")
     positive_seconds(backoff_s, "`backoff_s` of a transaction")
 
 
-def pause_s(backoff_s: float, attempt: int) -> float:
-    """Seconds to wait after the failed `attempt`, the first being 1."""
-    # Full jitter: those that met at one row must not meet there again. Ten lines of tenacity would be one more package
-    # to install, and it catches kills before it lets them go.
-    return random.uniform(0, min(_LONGEST_BACKOFF_S, backoff_s * 2 ** (attempt - 1)))
+def _refuse_what_runs_later(fn: Callable[..., Any], awaited: bool) -> None:
+    if runs_later(fn, awaited):
+        raise TypeError(
+            f"{fn.__name__} cannot be run in a transaction: its body runs after its call has returned, when the "
+            "transaction is over."
+        )
 
 
-def takes_session(fn: Callable[..., Any]) -> bool:
+def _takes_session(fn: Callable[..., Any]) -> bool:
     """Whether `fn` cannot be called without an argument: then it gets the session."""
     try:
         parameters = inspect.signature(fn).parameters.values()
@@ -54,27 +179,3 @@ def is_sqlite_busy(error: BaseException) -> bool:
     """Whether another writer was quicker."""
     code: int = getattr(error, "sqlite_errorcode", 0)
     return isinstance(error, sqlite3.OperationalError) and code & 0xFF == sqlite3.SQLITE_BUSY
-
-
-def failed_part(name: str, label: str, failed: BaseException) -> RollbackRequired:
-    """The error when the unit `label` goes on after a part of it, joined to its transaction, has failed."""
-    return RollbackRequired(
-        f"Database {name!r}: {label} went on after a part of it, run in the same transaction, had failed with "
-        f"{describe(failed)}. Nothing was committed: let the error pass, or give the part a session_scope() of "
-        "its own."
-    )
-
-
-def refuse_other_work(manager: object, name: str, label: str, sessions: Mapping[Any, Any]) -> None:
-    """Raise UnsavedWork if the unit `label`, on the database `name` of `manager`, leaves unsaved work in the session of
-    another database. `sessions` is the used set of its scope."""
-    for database, session in sessions.items():
-        session = getattr(session, "sync_session", session)
-        if (database.owner is manager and database.name == name) or not session.in_transaction():
-            continue
-        what = unsaved(session)
-        if what:
-            raise UnsavedWork(
-                f"{label} is a transaction on {name!r}, but its session of {database.name!r} has unsaved work "
-                f"({what}) that nobody would commit. Commit it yourself; nothing was committed."
-            )

@@ -1,17 +1,21 @@
-"""What a unit of work is, in greenlets as in asyncio tasks: its sessions, and what became of its transactions."""
+"""What a scope is, in greenlets as in asyncio tasks: its sessions, and what became of its transactions."""
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
-_NOTHING: Mapping[Any, Any] = MappingProxyType({})
+from dbsession.core.config import positive_seconds
+from dbsession.errors import plain
+
+_NONE: Mapping[Any, Any] = MappingProxyType({})
 
 
-class Unit:
-    """One unit of work.
+class BaseScope:
+    """One unit of work: what the scopes of greenlets and of asyncio tasks have in common.
 
     `label` is what reports call it, `kind` what it is: a "request", the "block" of a `session_scope()`, or "implicit";
     `since` when it began, by time.monotonic(), `ended` whether it is over, `outcomes` what became of the last
@@ -28,19 +32,20 @@ class Unit:
         "read_timeout_s",
         "sessions",
         "since",
-        "units",
+        "transactions",
     )
 
-    def __init__(self, label: str, kind: str, read_timeout_s: float | None) -> None:
+    def __init__(self, label: str, kind: str = "block", read_timeout_s: float | None = None) -> None:
         self.label = label
         self.kind = kind
         self.since = time.monotonic()
         self.read_timeout_s = read_timeout_s
         self.ended = False
         # These two are replaced and not added to: most scopes never need one of their own.
-        self.outcomes: Mapping[str, str] = _NOTHING
-        # Units of work that began with this scope: (whose, database) -> the error of a part of it, or None.
-        self.units: Mapping[Any, BaseException | None] = _NOTHING
+        self.outcomes: Mapping[str, str] = _NONE
+        # The `run_in_transaction()` that this scope was opened for: (whose, database) -> the error of a part of it that
+        # has failed, or None.
+        self.transactions: Mapping[Any, BaseException | None] = _NONE
         self.sessions: dict[Any, Any] = {}
 
     def __repr__(self) -> str:
@@ -60,3 +65,35 @@ class Unit:
         if earlier is None or (lasting and earlier != "unknown"):
             others = {other: ended for other, ended in self.outcomes.items() if other != name}
             self.outcomes = {**others, name: outcome}  # the last one stands last
+
+
+class BaseSessionScope:
+    """What `session_scope()` returns. Lives for one block, or for the function that it decorates."""
+
+    def __init__(self, label: str, kind: str = "block", read_timeout_s: float | None = None) -> None:
+        self._label = label
+        self._kind = kind
+        self._read_timeout_s = read_timeout_s
+        self._scope: Any = None  # while its block runs
+
+    @classmethod
+    def checked(cls, label: str | None, read_timeout_s: float | None) -> Self:
+        """What a caller's arguments of `session_scope()` ask for. Raises ConfigError."""
+        if read_timeout_s is not None:
+            read_timeout_s = positive_seconds(read_timeout_s, "read_timeout_s of a session_scope()")
+        return cls(plain(label or "a session_scope()"), "block", read_timeout_s)
+
+    def _another(self) -> Self:
+        """One for a single call of the decorated function: each call has a scope of its own."""
+        return type(self)(self._label, self._kind, self._read_timeout_s)
+
+    def _refuse_second_use(self) -> None:
+        if self._scope is not None:
+            raise RuntimeError("This session_scope() is open already: call session_scope() for each block.")
+
+
+def runs_later(function: Callable[..., Any], awaited: bool = False) -> bool:
+    """Whether the function's body runs after its call has returned; with `awaited`, after that was awaited, too."""
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        return True
+    return inspect.iscoroutinefunction(function) and not awaited

@@ -16,8 +16,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import _SessionCloseState as _State
 
 from dbsession.core import teardown
-from dbsession.core.connection_info import READ_TIMEOUT, SCOPE
-from dbsession.core.driver import KnownConnection
+from dbsession.core.connection_info import READ_TIMEOUT, SCOPE, KnownConnection
 from dbsession.core.engine import Database
 from dbsession.core.outcome import is_autocommit, wrote
 from dbsession.errors import ConfigError, UnsavedWork

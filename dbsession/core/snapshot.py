@@ -16,7 +16,7 @@ from sqlalchemy.pool import QueuePool
 from dbsession.core.engine import Database, all_databases
 from dbsession.core.pool.holders import Holder
 from dbsession.core.pool.stats import BOUNDS_S, Histogram, Stats, quantile
-from dbsession.core.scope import Unit
+from dbsession.core.scope import BaseScope
 from dbsession.core.session import ManagedSession
 
 
@@ -151,7 +151,7 @@ def _histogram(histogram: Histogram, besides: int = 0) -> HistogramSnapshot:
 
 
 def _scopes(kind: type[Database], now: float) -> Iterable[ScopeSnapshot]:
-    sessions: dict[Unit, list[SessionSnapshot]] = {}
+    sessions: dict[BaseScope, list[SessionSnapshot]] = {}
     for reference in list(_sessions.valuerefs()):
         session: Any = reference()
         if not isinstance(session, ManagedSession) or session._scope is None:

@@ -10,7 +10,6 @@ from sqlalchemy.engine import Engine
 from dbsession.core import engine, sources
 from dbsession.core.config import Databases
 from dbsession.core.engine import Listener
-from dbsession.green import block
 from dbsession.green.manager import SessionManager
 from dbsession.green.session import ScopedSession
 
@@ -18,8 +17,6 @@ T = TypeVar("T")
 L = TypeVar("L", bound=Listener)
 
 manager = SessionManager()
-
-session_scope = block.session_scope
 
 
 def configure(databases: Databases | None = None) -> None:

@@ -1,11 +1,9 @@
-"""deadline(): a bound on the time of a block; and the timer that bounds the time of a request."""
+"""deadline(): a bound on the time of a block."""
 
 from __future__ import annotations
 
-import errno
 import itertools
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +15,8 @@ from dbsession.errors import ConfigError
 from dbsession.green import ident
 from dbsession.green.hub import TIMEOUT_MAX, here, start_timer
 
-_numbers = itertools.count()  # the order in which deadlines began; one step of the interpreter each
+numbers = itertools.count()
+"""The order in which deadlines began; each takes the next one, in one step of the interpreter."""
 
 
 class DeadlineExceeded(gevent.Timeout):
@@ -36,14 +35,6 @@ class DeadlineExceeded(gevent.Timeout):
         return f"This was not over within its deadline of {self.seconds:g} s and was ended here. [{self.code}]"
 
 
-class ConnectionCut(ConnectionResetError):
-    """Tells a WSGI server, in the words it knows from a client that went away, to drop the connection."""
-
-    def __init__(self, seconds: float) -> None:
-        text = f"The request was not over within its deadline of {seconds:g} s [{DeadlineExceeded.code}]"
-        super().__init__(errno.ECONNRESET, text)
-
-
 def require_gevent() -> None:
     """Raise ConfigError where no timer can end anything: nothing is patched, and the calling thread has no hub."""
     if here() is None and not monkey.is_module_patched("socket"):
@@ -54,7 +45,7 @@ def require_gevent() -> None:
         )
 
 
-class _Timer:
+class HubTimer:
     """Calls `fired()` once, in the hub of the thread that made it, unless closed before."""
 
     __slots__ = ("_hub", "_timer")
@@ -69,10 +60,11 @@ class _Timer:
         if here() is self._hub:
             self._timer.close()
         else:
-            _call_in(self._hub, self._timer.close)
+            call_in(self._hub, self._timer.close)
 
 
-def _call_in(hub: Any, function: Callable[[], object]) -> None:
+def call_in(hub: Any, function: Callable[[], object]) -> None:
+    """Call `function` in `hub`, from another thread: with the next pass of its loop, unless that is destroyed."""
     loop = hub.loop
     try:
         if loop is not None:  # else destroyed with its thread
@@ -88,8 +80,8 @@ def deadline(seconds: float) -> Deadline:
             rows = session.execute(report).all()
 
     It is thrown into the greenlet that runs the block, while that waits; code that computes and never waits is not
-    interrupted. It is not swallowed at the end of the block. Deadlines nest. Not for round the `yield` of a generator
-    that others iterate: they would be hit.
+    interrupted. It is not swallowed at the end of the block. Deadlines nest. Do not wrap a `yield` in a generator that
+    other code iterates: that code would be interrupted.
 
     Args:
         seconds: above 0.
@@ -109,99 +101,14 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._timer: _Timer | None = None
+        self._timer: HubTimer | None = None
 
     def __enter__(self) -> None:
         if self._timer is not None:  # else the first block's timer would fire into whatever comes after it
             raise RuntimeError("This deadline is used already: call deadline() for each block.")
-        exceeded = DeadlineExceeded(self._seconds, next(_numbers))
-        self._timer = _Timer(self._seconds, ident.current().throw, exceeded)
+        exceeded = DeadlineExceeded(self._seconds, next(numbers))
+        self._timer = HubTimer(self._seconds, ident.current().throw, exceeded)
 
     def __exit__(self, *_: object) -> None:
         if self._timer is not None:
             self._timer.close()
-
-
-class RequestTimer:
-    """The deadline of one request. Lives until its scope ends, which closes it; it then throws nothing any more.
-
-    Inside `with timer:` code of the application runs, and what is thrown there is DeadlineExceeded. Outside, once
-    something was handed to the server, the same greenlet runs the server's code, which sends it: there a
-    ConnectionCut is thrown. Where nobody can be thrown at, `late` says that the time is over.
-
-    Written by whoever runs the request, and by the hub of the timer while that one waits or, where a body is read on
-    in another thread, between two of its steps: each attribute by one assignment, and read anew in the throwing
-    thread.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "_application",
-        "_closed",
-        "_target",
-        "_target_hub",
-        "_timer",
-        "late",
-        "number",
-        "seconds",
-    )
-
-    def __init__(self, seconds: float) -> None:
-        require_gevent()
-        self.seconds = seconds
-        self.number = next(_numbers)
-        self.late = False
-        self._closed = False
-        self._application = False
-        # Weak: a timer keeps no greenlet alive that has died with its request open.
-        self._target: weakref.ref[Any] | None = None
-        self._target_hub: Any = None
-        self._timer = _Timer(seconds, self._fired)
-
-    def __enter__(self) -> None:
-        self._target_hub = here()
-        self._target = weakref.ref(ident.current())
-        self._application = True
-
-    def __exit__(self, *_: object) -> None:
-        self._application = False
-
-    def hold(self) -> None:
-        """Throw nothing until the next `with timer:`: neither the application runs, nor is anything being sent."""
-        self._target = None
-
-    def check(self) -> None:
-        """Raise DeadlineExceeded if the time was over while the application could not be told."""
-        if self.late:
-            self.late = False
-            raise DeadlineExceeded(self.seconds, self.number)
-
-    def covers(self, exceeded: DeadlineExceeded) -> bool:
-        """Whether `exceeded` began with this request or inside it. An older one belongs to somebody outside, such as
-        the request that called this one in-process."""
-        return exceeded.number >= self.number
-
-    def close(self) -> None:
-        """Never waits; from any greenlet or thread. Idempotent."""
-        self._closed = True
-        self._target = None
-        self._timer.close()
-
-    def _fired(self) -> None:
-        if not self._closed:
-            self.late = True
-            self._throw()
-
-    def _throw(self) -> None:
-        """In the Hub."""
-        reference, hub = self._target, self._target_hub
-        target = reference() if reference is not None else None
-        if self._closed or not self.late or target is None or target.dead or hub is None:
-            return
-        if hub is not here():
-            _call_in(hub, self._throw)  # a greenlet takes throws from its own thread only
-        elif self._application:
-            self.late = False
-            target.throw(DeadlineExceeded(self.seconds, self.number))
-        else:
-            target.throw(ConnectionCut(self.seconds))

@@ -18,10 +18,10 @@ from dbsession.core.sources import Source
 from dbsession.errors import ConfigError
 from dbsession.green import ident, sqlite
 from dbsession.green.connections import ConnectionLinks
-from dbsession.green.factory import make_factory
 from dbsession.green.hub import Waiter
 from dbsession.green.mysql import connector
 from dbsession.green.pool import FairPool
+from dbsession.green.session import make_factory
 
 
 class ProcessDatabase(Database):

@@ -115,34 +115,33 @@ class Waiter:
 
 
 class BoundExceeded(BaseException):
-    """The time of a `Bound` is over."""
+    """The time of a `call_within()` is over."""
 
 
-class Bound:
-    """Throws BoundExceeded into the block that runs longer than it may. For a thread with a hub. What gevent.Timeout
-    does, at half its cost, since each close of a session in a transaction has one."""
+def call_within(seconds: float, work: Callable[[], object]) -> None:
+    """Call `work`, and throw BoundExceeded into it when it takes longer than `seconds`; where gevent's timers do not
+    run, it takes as long as it takes. What gevent.Timeout does, at half its cost, since each close of a session in a
+    transaction has one."""
+    hub = here()
+    if hub is None or not monkey.is_module_patched("socket"):  # timers_run(), of this hub
+        work()
+        return
+    timer = start_timer(hub, max(seconds, 0.001), greenlet.getcurrent().throw, BoundExceeded)
+    try:
+        work()
+    finally:
+        timer.close()
 
-    __slots__ = ("_seconds", "_timer")
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = max(seconds, 0.001)
-
-    def __enter__(self) -> None:
-        self._timer = start_timer(gevent.get_hub(), self._seconds, greenlet.getcurrent().throw, BoundExceeded)
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.close()
-
-
-def run_aside(work: Callable[[], object], home: gevent.hub.Hub | None = None) -> None:
-    """Run `work` soon, not here: in a greenlet of `home` (the hub whose sockets it will use) or else of this thread's
-    hub, or in a thread of ours where no hub is alive. Never waits, so it may be called by the Hub and by destructors.
-    """
+def run_aside(work: Callable[[], object], owner_hub: gevent.hub.Hub | None = None) -> None:
+    """Run `work` soon, not here: in a greenlet of `owner_hub` (the hub whose sockets it will use) or else of this
+    thread's hub, or in a thread of ours where no hub is alive. Never waits, so it may be called by the Hub and by
+    destructors."""
     if sys.is_finalizing():
         return  # there is no soon any more
     hub = here()
-    if home is not None and home is not hub and not home.dead:
-        home.loop.run_callback_threadsafe(gevent.spawn, work)
+    if owner_hub is not None and owner_hub is not hub and not owner_hub.dead:
+        owner_hub.loop.run_callback_threadsafe(gevent.spawn, work)
     elif hub is not None and not hub.dead:
         gevent.spawn(work)
     else:

@@ -12,12 +12,12 @@ from sqlalchemy.engine import Engine
 
 from dbsession.core import config, sources
 from dbsession.core import session as sessions
+from dbsession.core.teardown import Sessions
 from dbsession.errors import describe
-from dbsession.green import block, scope, teardown, transaction
 from dbsession.green import engine as engines
-from dbsession.green.block import SessionScope
+from dbsession.green import scope, teardown, transaction
 from dbsession.green.engine import EngineCache, ProcessDatabase
-from dbsession.green.scope import Scope
+from dbsession.green.scope import Scope, SessionScope
 from dbsession.green.session import ScopedSession
 
 logger = logging.getLogger("dbsession.manager")
@@ -47,7 +47,6 @@ class SessionManager:
         """Those of `_proxies` whose names were found right under the present configuration."""
         self._configured = False
         self._engines = EngineCache(sources.source_of(None), self)
-        self._units = transaction.Units(self)
         _managers.add(self)
         if databases is not None:
             self.configure(databases)
@@ -113,7 +112,7 @@ class SessionManager:
 
     def scope(self, label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope:
         """See `dbsession.session_scope`."""
-        return block.session_scope(label, read_timeout_s=read_timeout_s)
+        return scope.session_scope(label, read_timeout_s=read_timeout_s)
 
     def clear(self) -> None:
         """Close this manager's sessions in the current scope; see `dbsession.clear_dbsession`."""
@@ -126,7 +125,7 @@ class SessionManager:
             else:
                 teardown.close_all(current.sessions, current.label)
 
-    def _take(self, current: Scope) -> teardown.Sessions:
+    def _take(self, current: Scope) -> Sessions:
         mine = [database for database in list(current.sessions) if database.owner is self]
         return {database: current.sessions.pop(database) for database in mine}
 
@@ -163,11 +162,11 @@ class SessionManager:
         label: str | None = None,
     ) -> T:
         """Run and commit a whole unit of work; see `dbsession.run_in_transaction`."""
-        return self._units.run(fn, name=name, attempts=attempts, backoff_s=backoff_s, label=label)
+        return transaction.run(self, fn, name=name, attempts=attempts, backoff_s=backoff_s, label=label)
 
     def transactional(self, func: Callable[..., Any] | None = None, **options: Any) -> Any:
-        """The same as a decorator; see `dbsession.transactional`."""
-        return transaction.transactional(self._units.run, func, options)
+        """Decorate a function whose calls are whole units of work; see `dbsession.transactional`."""
+        return transaction.transactional(self, func, options)
 
     def dispose(self) -> None:
         """Close every engine's connections: the idle ones now, those in use when they are given back. The engines

@@ -13,25 +13,27 @@ reading one of them and writing it.
 
 from __future__ import annotations
 
-import logging
+import functools
 import sys
 import weakref
-from functools import lru_cache, partial
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
-from dbsession.core.scope import Unit
+from gevent.hub import Hub
+
+from dbsession.core.scope import BaseScope, BaseSessionScope, runs_later
 from dbsession.errors import ScopeEnded
 from dbsession.green import ident, teardown
 from dbsession.green.hub import run_aside, run_in_thread
 
-logger = logging.getLogger("dbsession.scope")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Scope(Unit):
+class Scope(BaseScope):
     """One unit of work: a request, a job, or the rest of a greenlet or thread. Ended by `end()`, by the end of its
     greenlet or thread (an implicit one), or when the last reference to it goes."""
 
-    __slots__ = ("_parked_in", "above", "home", "timer")
+    __slots__ = ("_parked_in", "above", "owner_hub", "timer")
 
     def __init__(self, label: str, kind: str = "block", read_timeout_s: float | None = None) -> None:
         super().__init__(label, kind, read_timeout_s)
@@ -39,8 +41,56 @@ class Scope(Unit):
         # not added to, since most scopes never have any.
         self.above: tuple[Scope, ...] = ()
         self.timer: Any = None  # a request's deadline: stopped when the scope ends
-        self.home: Any = None  # the hub whose sockets its sessions use, known with the first session
+        self.owner_hub: Any = None  # the hub whose sockets its sessions use, known with the first session
         self._parked_in: list[weakref.ref[Scope]] | None = None
+
+    def resume(self) -> None:
+        """Make it current on the calling ident, together with the scopes that were opened inside it and not closed
+        yet. From here until `suspend()` or `leave()` it is nobody's abandoned request."""
+        caller = ident.current()
+        try:
+            stack: list[Scope] = caller._dbsession_scopes
+        except AttributeError:
+            stack = caller._dbsession_scopes = []
+        stack.append(self)
+        if self._parked_in is not None:
+            self._unpark()
+        if self.above:
+            stack.extend(scope for scope in self.above if not scope.ended)
+            self.above = ()
+
+    def suspend(self, park: bool = False) -> None:
+        """Take it off the calling ident's stack, with what was opened inside it; `park` as by `park()`."""
+        stack = ident.current()._dbsession_scopes
+        for index in range(len(stack) - 1, -1, -1):
+            if stack[index] is self:
+                self.above = tuple(stack[index + 1 :])
+                del stack[index:]
+                break
+        if park and not self.ended:
+            self.park()
+
+    def park(self) -> None:
+        """Note on the calling ident that this request is suspended there, its body still to be read."""
+        caller = ident.current()
+        try:
+            self._parked_in = caller._dbsession_parked
+        except AttributeError:
+            self._parked_in = caller._dbsession_parked = []
+        self._parked_in.append(weakref.ref(self))
+
+    def leave(self) -> None:
+        """Suspend it for good, and end it. May switch greenlets; a kill passes."""
+        self.suspend()
+        self.end()
+
+    def _unpark(self) -> None:
+        parked, self._parked_in = self._parked_in, None
+        if parked is not None:
+            try:
+                parked.remove(weakref.ref(self))
+            except ValueError:
+                pass  # another thread ended it just now
 
     def clear(self) -> None:
         """Close every session of this scope, which stays usable and empty. May switch greenlets; a kill passes."""
@@ -53,26 +103,26 @@ class Scope(Unit):
         if self.timer is not None:
             self._stop_timer()
         if self._parked_in is not None:
-            self.unpark()
+            self._unpark()
         if self.sessions and not sys.is_finalizing():
-            if ident.in_hub():  # a generator collected there, say
+            if isinstance(ident.current(), Hub):  # a generator collected there, say
                 self.end_aside()
             else:
-                self.clear()
+                teardown.close_all(self.sessions, self.label)
 
     def end_aside(self, dying_thread: bool = False) -> None:
         """End it in a greenlet or thread of ours. Never waits, so destructors and the Hub may call it."""
         self.ended = True
         self._stop_timer()
         if self.sessions:
-            work = partial(teardown.close_all, self.sessions, self.label)
+            work = functools.partial(teardown.close_all, self.sessions, self.label)
             if dying_thread:
                 run_in_thread(work)
             else:
-                run_aside(work, self.home)
+                run_aside(work, self.owner_hub)
 
     def ident_ended(self, greenlet: object | None) -> None:
-        """What `ident.on_end` calls."""
+        """End an implicit scope: `ident.on_end` calls this when its greenlet or thread has ended."""
         self.end_aside(dying_thread=greenlet is None)
 
     def _stop_timer(self) -> None:
@@ -83,24 +133,6 @@ class Scope(Unit):
     def __del__(self) -> None:
         if self.sessions and not sys.is_finalizing():
             self.end_aside()
-
-    def park(self) -> None:
-        """Note on the calling ident that this request is suspended there, its body still to be read."""
-        caller = ident.current()
-        try:
-            self._parked_in = caller._dbsession_parked
-        except AttributeError:
-            self._parked_in = caller._dbsession_parked = []
-        self._parked_in.append(weakref.ref(self))
-
-    def unpark(self) -> None:
-        """It is read on, or over."""
-        if self._parked_in is not None:
-            try:
-                self._parked_in.remove(weakref.ref(self))
-            except ValueError:
-                pass  # another thread ended it just now
-            self._parked_in = None
 
 
 def stack_here() -> list[Scope]:
@@ -154,7 +186,7 @@ def current_or_implicit() -> Scope:
     return scope
 
 
-@lru_cache
+@functools.lru_cache
 def _implicit_label(kind: str) -> str:
     return f"the rest of a {kind}"  # one text for all of them, not one for each
 
@@ -168,51 +200,77 @@ def end_dead() -> None:
             stack[0].end_aside()
 
 
-class running:
-    """Makes `scope` current on the calling ident inside the block, and suspends it again at its end, together with the
-    scopes that were opened inside it and not closed yet."""
-
-    __slots__ = ("_scope", "_stack")
-
-    def __init__(self, scope: Scope) -> None:
-        self._scope = scope
-
-    def __enter__(self) -> None:
-        self._stack = stack = stack_here()
-        stack.append(self._scope)
-        if self._scope.above:
-            stack.extend(scope for scope in self._scope.above if not scope.ended)
-            self._scope.above = ()
-
-    def __exit__(self, *_: object) -> None:
-        stack = self._stack
-        for index in range(len(stack) - 1, -1, -1):
-            if stack[index] is self._scope:
-                self._scope.above = tuple(stack[index + 1 :])
-                del stack[index:]
-                return
-
-
 def begin_request(label: str) -> Scope:
-    """A new scope for a request; it is current only inside `running(scope)`.
-
-    When no request is running on this ident, the suspended ones that were left here were abandoned by the server
-    (PEP 3333 obliges it to call close()): they are ended now. May switch greenlets then.
-    """
-    stack = stack_here()
+    """Begin a request's scope, which is current on the calling ident from here on."""
+    caller = ident.current()
+    stack = getattr(caller, "_dbsession_scopes", None)
     if stack and stack[-1].ended:  # an exception between two lines of ours may have left it
         stack[:] = [scope for scope in stack if not scope.ended]
-    parked = getattr(ident.current(), "_dbsession_parked", ())
-    if parked and not any(scope.kind == "request" for scope in stack):
-        for reference in list(parked):
-            abandoned = reference()
-            if abandoned is not None and not abandoned.ended:
-                if abandoned.sessions:  # else nothing was lost: a test client, say, whose answers nobody closes
-                    logger.warning(
-                        "%s never had close() called on its body by the server; its sessions are closed now, as %s "
-                        "starts.",
-                        abandoned.label,
-                        label,
-                    )
-                abandoned.end()
-    return Scope(label, "request")
+    scope = Scope(label, "request")
+    scope.resume()
+    return scope
+
+
+def session_scope(label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope:
+    """Open a new scope nested in the current one: for a job, a script, a spawned greenlet, a thread pool's job.
+
+    Its sessions are its own; they are closed when the block ends, however it ends. Nothing is committed for you.
+    Also usable as a decorator of a function. Do not wrap a `yield` in a generator that other code iterates: that code
+    would run in your scope. Response bodies are the exception: the middleware suspends their scope between chunks.
+
+    Args:
+        label: what reports call this unit of work, for instance "nightly import".
+        read_timeout_s: seconds that its sessions wait for each piece of an answer of MySQL or MariaDB, in place of the
+            database's `read_timeout_s`: for a long report.
+
+    Returns:
+        A context manager that gives the Scope.
+
+    Raises:
+        UsedInHub: [DBS-HUB] opened in the gevent Hub.
+        ConfigError: [DBS-CONFIG] `read_timeout_s` is no number above 0.
+        TypeError: it decorates a generator or `async` function, whose body runs after the scope has ended.
+        BaseException: a kill or timeout that landed in the teardown. Switches greenlets there.
+    """
+    return SessionScope.checked(label, read_timeout_s)
+
+
+class SessionScope(BaseSessionScope):
+    """What `session_scope()` returns. Lives for one `with` block, or for the function that it decorates."""
+
+    def __call__(self, func: F) -> F:
+        if runs_later(func):
+            raise TypeError(
+                f"session_scope() cannot decorate {func.__name__}: its body runs after its call has returned, when the "
+                "scope is over. Use `with session_scope():` inside it."
+            )
+
+        @functools.wraps(func)
+        def scoped(*args: Any, **kwargs: Any) -> Any:
+            with self._another():
+                return func(*args, **kwargs)
+
+        return cast("F", scoped)
+
+    def __enter__(self) -> Scope:
+        ident.refuse_hub()
+        self._refuse_second_use()
+        self._stack = stack_here()  # the opener's: a generator may be closed in another greenlet
+        scope: Scope = Scope(self._label, self._kind, self._read_timeout_s)
+        self._scope = scope
+        self._stack.append(scope)
+        return scope
+
+    def __exit__(self, *_: object) -> None:
+        scope, self._scope = self._scope, None
+        if scope is None:
+            return
+        here = stack_here()
+        unlink(self._stack, scope)
+        if here is self._stack or scope in here:
+            unlink(here, scope)
+            scope.end()
+        else:
+            # A generator that somebody else closes, or that the collector found in somebody else's greenlet or in the
+            # Hub. Who it is cannot be told, so nobody is made to wait.
+            scope.end_aside()

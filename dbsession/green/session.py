@@ -1,17 +1,47 @@
-"""The scoped_session whose registry is the current scope."""
+"""A database's sessions: their sessionmaker, and the scoped_session whose registry is the current scope."""
 
 from __future__ import annotations
 
 import weakref
 from typing import Any
 
-from sqlalchemy.orm import scoped_session, sessionmaker
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
+from dbsession.core.config import DatabaseConfig
 from dbsession.core.engine import Database
+from dbsession.core.session import managed_class, refused, watch
 from dbsession.errors import ScopeEnded
 from dbsession.green import hub, ident, scope, teardown
-from dbsession.green.guard import Opened
+from dbsession.green.guard import Opened, guarded
+
+
+class SessionFactory(sessionmaker[Any]):
+    """A sessionmaker whose call without arguments, which every first use in a scope makes, copies none."""
+
+    def __call__(self, **arguments: Any) -> Any:
+        return super().__call__(**arguments) if arguments else self.class_(**self.kw)
+
+
+def make_factory(config: DatabaseConfig, engine: Engine) -> sessionmaker[Any]:
+    """The sessionmaker of one database, bound to its engine.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] an argument in `session` that the session class refuses.
+    """
+    arguments = {"autoflush": False, "close_resets_only": False, **config.session}
+    managed: type[Any] = managed_class(config.name, arguments.pop("class_", Session))
+    if config.guard != "off":
+        managed = guarded(managed, config.name, config.guard)
+    factory = SessionFactory(bind=engine, class_=managed, **arguments)
+    if config.session:
+        try:
+            factory().close()
+        except (TypeError, ValueError, LookupError) as error:
+            raise refused(config.name, error) from error
+    watch(factory)
+    return factory
 
 
 class ScopeRegistry(ScopedRegistry[Any]):
@@ -88,8 +118,8 @@ class ScopeRegistry(ScopedRegistry[Any]):
         session._scope = weakref.ref(current)  # last: a snapshot() looks at what has one
         if database.config.guard != "off":
             session._opened = Opened()
-        if current.home is None:
-            current.home = hub.here()
+        if current.owner_hub is None:
+            current.owner_hub = hub.here()
         current.sessions[database] = session
         if current.ended:  # by another thread, since we looked
             current.clear()

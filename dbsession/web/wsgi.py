@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from dbsession.core.config import positive_seconds
-from dbsession.errors import describe, plain
-from dbsession.green.deadline import ConnectionCut, DeadlineExceeded, RequestTimer, require_gevent
-from dbsession.green.hub import run_aside
-from dbsession.green.scope import Scope, begin_request, running
-from dbsession.web.reply import Reply
+from dbsession.errors import plain
+from dbsession.green import ident, scope
+from dbsession.green.deadline import DeadlineExceeded, require_gevent
+from dbsession.green.scope import Scope
+from dbsession.web.body import ReadyBody, ScopedBody, close_body
+from dbsession.web.request_deadline import Reply, RequestTimer, TimedBody, TimedRequest
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-logger = logging.getLogger("dbsession.wsgi")
+logger = logging.getLogger("dbsession.scope")
 
 
 class DBSessionMiddleware:
@@ -61,59 +62,67 @@ class DBSessionMiddleware:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         label = f"{environ.get('REQUEST_METHOD', '?')} {environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}"
-        # A client may send any character; a line end in a label would forge a log line.
-        scope = begin_request(plain(label))
-        environ["dbsession.scope"] = scope
+        if not label.isprintable():  # a client may send any character; a line end in a label would forge a log line
+            label = plain(label)
+        if getattr(ident.current(), "_dbsession_parked", None):
+            _end_abandoned(label)
+        current = environ["dbsession.scope"] = scope.begin_request(label)
         if self._deadline is not None:
-            return self._call_in_time(environ, start_response, scope, self._deadline)
+            return self._call_in_time(environ, start_response, current, self._deadline)
         try:
-            with running(scope):
-                body = self.app(environ, start_response)
+            body = self.app(environ, start_response)
+            ready = _is_ready(body, environ.get("wsgi.file_wrapper"))
         except BaseException:
-            scope.end()
+            current.leave()
             raise
-        if _complete(body, environ.get("wsgi.file_wrapper")):
+        if ready:
             try:
-                scope.end()
+                current.leave()
             except BaseException:  # a kill: the server never gets the body, so nobody else would close it
-                _close(body)
+                close_body(body)
                 raise
             return body
         complete = environ.get("dbsession.body_complete")
-        wrapped = ReadyBody(body, scope) if complete is type(body) else ScopedBody(body, scope)
-        if not isinstance(wrapped, ReadyBody):
-            scope.park()
+        if complete is type(body):
+            current.suspend()
+            wrapped: ScopedBody = ReadyBody(body, current)
+        else:
+            current.suspend(park=True)
+            wrapped = ScopedBody(body, current)
         if complete:
-            scope.clear()
+            current.clear()
         return wrapped
 
     def _call_in_time(
-        self, environ: WSGIEnvironment, start_response: StartResponse, scope: Scope, seconds: float
+        self, environ: WSGIEnvironment, start_response: StartResponse, current: Scope, seconds: float
     ) -> Iterable[bytes]:
         try:
-            timer = scope.timer = RequestTimer(seconds)
-            request = TimedRequest(scope, timer, Reply(environ, start_response))
-            with running(scope), timer:
-                body = self.app(environ, request.reply.start_response)
+            try:
+                timer = current.timer = RequestTimer(seconds)
+                request = TimedRequest(current, timer, Reply(environ, start_response))
+                with timer:
+                    body = self.app(environ, request.reply.start_response)
+            finally:
+                current.suspend()
         except DeadlineExceeded as exceeded:
             return request.give_up(exceeded)
         except BaseException:
-            scope.end()
+            current.end()
             raise
-        if _complete(body, environ.get("wsgi.file_wrapper")):
+        if _is_ready(body, environ.get("wsgi.file_wrapper")):
             try:
-                scope.end()
+                current.end()
                 request.reply.send()
             except BaseException:
-                _close(body)
+                close_body(body)
                 raise
             return body
         timer.hold()
-        scope.park()
+        current.park()
         wrapped = TimedBody(body, request)
         if environ.get("dbsession.body_complete"):
             timer.close()  # as for a list: it may be sent for as long as that takes
-            scope.clear()
+            current.clear()
         return wrapped
 
 
@@ -127,7 +136,7 @@ def check_deadlines() -> None:
         require_gevent()
 
 
-def _complete(body: object, file_wrapper: object) -> bool:
+def _is_ready(body: object, file_wrapper: object) -> bool:
     """Whether nothing of the application runs any more once it has returned `body`."""
     if isinstance(body, (list, tuple)):
         return True
@@ -136,146 +145,18 @@ def _complete(body: object, file_wrapper: object) -> bool:
     return not hasattr(body, "__iter__") and not hasattr(body, "__getitem__")
 
 
-class ScopedBody:
-    """A response body read inside its request's scope. Lives until `close()`, or until it is garbage collected."""
-
-    def __init__(self, body: Iterable[bytes], scope: Scope) -> None:
-        self._body = body
-        self._scope = scope
-        self._iterator: Iterator[bytes] | None = None
-        self._closed = False
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        # While it is read it is nobody's abandoned request; then it is parked where it was read last.
-        self._scope.unpark()
-        try:
-            with running(self._scope):
-                if self._iterator is None:
-                    self._iterator = iter(self._body)
-                return next(self._iterator)
-        finally:
-            if not self._scope.ended:
-                self._scope.park()
-
-    def close(self) -> None:
-        """Close the application's body, then every session. May switch greenlets."""
-        if self._closed:
-            return
-        self._closed = True
-        _end(self._body, self._scope)
-
-    def __del__(self) -> None:
-        # The server dropped it. Closing may wait, and this may be the Hub or somebody else's request.
-        if not getattr(self, "_closed", True):
-            self._closed = True
-            body, scope = self._body, self._scope
-            if scope.timer is not None:
-                scope.timer.close()
-            run_aside(lambda: _end_dropped(body, scope), scope.home)
-
-
-class ReadyBody(ScopedBody):
-    """A body in which nothing of the application runs but its `close()`."""
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._body)
-
-
-class TimedRequest:
-    """What a request with a deadline consists of. Lives as long as it."""
-
-    def __init__(self, scope: Scope, timer: RequestTimer, reply: Reply) -> None:
-        self.scope = scope
-        self.timer = timer
-        self.reply = reply
-
-    def give_up(self, exceeded: DeadlineExceeded) -> list[bytes]:
-        """End the scope, and start the 503 whose body is returned; or raise ConnectionCut if the application's own
-        answer has begun to leave. May switch greenlets."""
-        self.scope.end()
-        if not self.timer.covers(exceeded):
-            raise exceeded
-        self.report(exceeded.seconds)
-        if self.reply.sent:
-            # No DeadlineExceeded: for a BaseException gunicorn writes a 500 into the middle of the stream.
-            raise ConnectionCut(exceeded.seconds)
-        return self.reply.send_unavailable(exceeded.seconds)
-
-    def report(self, seconds: float) -> None:
-        logger.warning("%s was not over within its deadline of %s s; it was ended.", self.scope.label, f"{seconds:g}")
-
-
-class TimedBody(ScopedBody):
-    """A ScopedBody of a request with a deadline."""
-
-    def __init__(self, body: Iterable[bytes], request: TimedRequest) -> None:
-        super().__init__(body, request.scope)
-        self._request = request
-        self._instead: Iterator[bytes] | None = None
-
-    def __next__(self) -> bytes:
-        if self._instead is not None:
-            return next(self._instead)
-        timer, reply = self._request.timer, self._request.reply
-        try:
-            with timer:
-                timer.check()
-                chunk = self._next_to_send(reply)
-                reply.send()
-        except DeadlineExceeded as exceeded:
-            self._instead = iter(())
-            self._instead = iter(self._request.give_up(exceeded))
-            return next(self._instead)
-        if chunk is None:
-            raise StopIteration
-        return chunk
-
-    def _next_to_send(self, reply: Reply) -> bytes | None:
-        """The application's next chunk, or None after the last. Empty ones are left out while the reply is held back:
-        gunicorn sends the headers with them, too."""
-        while True:
-            try:
-                chunk = super().__next__()
-            except StopIteration:
-                return None
-            if chunk or reply.sent:
-                return chunk
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        request = self._request
-        try:
-            with request.timer:
-                super().close()
-        except DeadlineExceeded as exceeded:
-            if not request.timer.covers(exceeded):
-                raise
-            request.report(exceeded.seconds)
-            raise ConnectionCut(exceeded.seconds) from None
-        finally:
-            if request.timer.late:  # the server was told, and has come here for that
-                request.report(request.timer.seconds)
-
-
-def _end(body: Any, scope: Scope) -> None:
-    try:
-        with running(scope):
-            _close(body)
-    finally:
-        scope.end()
-
-
-def _end_dropped(body: Any, scope: Scope) -> None:
-    try:
-        _end(body, scope)
-    except Exception as error:  # nobody is there to be told; a Flask context cannot be left in another greenlet, say
-        logger.warning("%s: its body was dropped by the server and failed to close: %s.", scope.label, describe(error))
-
-
-def _close(body: Any) -> None:
-    if hasattr(body, "close"):
-        body.close()
+def _end_abandoned(label: str) -> None:
+    """End the requests that were suspended on the calling ident: as the request `label` starts here and none is
+    running, the server has abandoned them, though PEP 3333 obliges it to call close(). May switch greenlets."""
+    if any(each.kind == "request" and not each.ended for each in scope.stack_here()):
+        return  # one that calls another in-process
+    for reference in list(ident.current()._dbsession_parked):
+        abandoned: Scope | None = reference()
+        if abandoned is not None and not abandoned.ended:
+            if abandoned.sessions:  # else nothing was lost: a test client, say, whose answers nobody closes
+                logger.warning(
+                    "%s never had close() called on its body by the server; its sessions are closed now, as %s starts.",
+                    abandoned.label,
+                    label,
+                )
+            abandoned.end()

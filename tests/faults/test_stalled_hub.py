@@ -44,7 +44,7 @@ assert asked.get(timeout=10) == (0,)
 @pytest.mark.parametrize(
     "wait",
     [
-        "with hub.Bound(0.5): gevent.spawn(b.send, b'y'); a.recv(1)",
+        "hub.call_within(0.5, lambda: (gevent.spawn(b.send, b'y'), a.recv(1)))",
         "waiter = hub.Waiter(); gevent.spawn(lambda: (a.recv(1), waiter.wake())); gevent.spawn(b.send, b'y')\n"
         "assert waiter.wait(0.5)",
     ],

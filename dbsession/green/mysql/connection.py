@@ -19,7 +19,7 @@ from pymysql.constants import CR, SERVER_STATUS
 
 from dbsession.core import fork
 from dbsession.core.backends.mysql_errors import is_from_socket
-from dbsession.core.driver import KnownConnection
+from dbsession.core.connection_info import KnownConnection
 from dbsession.green.mysql.results import LAZY, Result
 from dbsession.green.mysql.wire import Wire
 
