@@ -19,6 +19,9 @@ from dbsession.core.pool.stats import BOUNDS_S, Histogram, Stats, quantile
 from dbsession.core.scope import BaseScope
 from dbsession.core.session import ManagedSession
 
+VERSION = 1
+"""Of the shape of `Snapshot.as_dict()`."""
+
 
 @dataclass(frozen=True, slots=True)
 class HistogramSnapshot:
@@ -91,8 +94,8 @@ class Snapshot:
     scopes: tuple[ScopeSnapshot, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as dicts, tuples, strings and numbers, for `json.dumps`; with the version of this shape."""
-        return {"version": 1, **asdict(self)}
+        """Return dicts, tuples, strings and numbers, ready for `json.dumps`; with the version of their shape."""
+        return {"version": VERSION, **asdict(self)}
 
 
 def snapshot() -> Snapshot:

@@ -6,15 +6,21 @@ import json
 import os
 import socket
 import stat
-import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import text
 
+from dbsession import SessionManager, snapshot
 from dbsession.errors import ConfigError
+from dbsession.watch.dashboard.history import History
 from dbsession.watch.inspection import sockets as folders
-from dbsession.watch.inspection.client import collect
+from dbsession.watch.inspection.client import Collected, Unreadable, Workers, collect, summary, understood
+from dbsession.watch.top.command import lines
 from support.processes import run_python, run_script
+from support.snapshots import HOSTILE, Served, database, worker
 
 START = """
 import json, os, socket, sys, threading
@@ -49,28 +55,6 @@ def left_behind(folder: Path, pid: int) -> Path:
         killed.bind(str(path))
         killed.listen()
     return path
-
-
-class Answers:
-    """A process's socket that sends `answer` to the first who connects."""
-
-    def __init__(self, folder: Path, pid: int, answer: bytes) -> None:
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(folders.make(folder) / f"{pid}.sock"))
-        self._listener.listen()
-        self._thread = threading.Thread(target=self._serve, args=[answer])
-
-    def _serve(self, answer: bytes) -> None:
-        client, _ = self._listener.accept()
-        with client:
-            client.sendall(answer)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.join(10)
-        self._listener.close()
 
 
 # -- serving ---------------------------------------------------------------------------------------------------
@@ -145,7 +129,8 @@ def test_socket_drops_the_clients_that_do_not_read_and_answers_the_next(mode, tm
         START
         + """
 from types import SimpleNamespace
-large = {"version": 1, "pid": os.getpid(), "databases": [], "holders": "x" * 8_000_000, "scopes": []}
+scope = {"label": "x" * 8_000_000, "kind": "block", "age_s": 0.0, "sessions": []}
+large = {"version": 1, "pid": os.getpid(), "time_s": 0.0, "databases": [], "holders": [], "scopes": [scope]}
 server.snapshot = lambda: SimpleNamespace(as_dict=lambda: large)
 dbsession.serve_snapshots(folder)
 lazy = [connect() for _ in range(server.CLIENTS)]
@@ -284,7 +269,7 @@ def test_folder_of_another_user_is_refused(folder):
 
 
 def test_folder_is_refused_when_a_socket_in_it_would_have_too_long_a_name(tmp_path):
-    with pytest.raises(ConfigError, match=r"has a name of \d+ bytes; a Unix socket's leaves it 90\. Choose a shorter"):
+    with pytest.raises(ConfigError, match=r"has a name of \d+ bytes; a Unix socket's leaves it 88\. Choose a shorter"):
         folders.make(tmp_path / ("x" * 90))
     assert list(tmp_path.iterdir()) == []
 
@@ -308,16 +293,8 @@ def test_collect_removes_the_sockets_of_killed_processes_and_nothing_else(folder
     (folder / "4000002.sock").write_text("no socket")
     (folder / "other.sock").symlink_to(folder)
     found = collect(folder)
-    assert (found.workers, found.silent) == ([], [])
+    assert (found.workers, found.silent, list(found.unreadable)) == ([], [], [4_000_002])
     assert sorted(path.name for path in folder.iterdir()) == ["4000002.sock", "other.sock"]
-
-
-@pytest.mark.parametrize("answer", [b"", b"{", b"[" * 100_000, b"null", b'{"version": 2, "pid": 1}', b"\xff"])
-def test_collect_counts_as_silent_who_gives_no_snapshot_and_hears_the_others(folder, answer):
-    good = json.dumps({"version": 1, "pid": 4_000_002}).encode()
-    with Answers(folder, 4_000_001, answer), Answers(folder, 4_000_002, good):
-        found = collect(folder, 30)
-    assert ([each["pid"] for each in found.workers], found.silent) == ([4_000_002], [4_000_001])
 
 
 def test_collect_does_not_wait_longer_for_a_silent_process_than_it_may(folder):
@@ -326,3 +303,131 @@ def test_collect_does_not_wait_longer_for_a_silent_process_than_it_may(folder):
         silent.listen()
         found = collect(folder, 0.05)
     assert (found.workers, found.silent) == ([], [4_000_001])
+
+
+# -- what cannot be read -----------------------------------------------------------------------------------------------
+
+
+def answered(snapshot: Any, **values: Any) -> bytes:
+    return json.dumps({**snapshot, **values}).encode()
+
+
+ODD: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"{", "no whole JSON"),
+    "nesting": (b"[" * 100_000, "no whole JSON"),
+    "bytes": (b"\xff\xfe\xff", "no whole JSON"),
+    "digits": (b'{"version": ' + b"1" * 10_000 + b"}", "no whole JSON"),
+    "null": (b"null", "no snapshot of version 1"),
+    "version": (answered(worker(7), version=2), "no snapshot of version 1"),
+    "pid": (answered(worker(8)), "is that of pid 8"),
+    "size": (b" " * (17 << 20), "has more than"),
+    "missing": (answered({"version": 1, "pid": 7}), "snapshot has no databases"),
+    "list": (answered(worker(7), databases={}), "databases is of another kind"),
+    "nan": (answered(worker(7), time_s=float("nan")), "time_s is out of range"),
+    "infinity": (answered(worker(7)).replace(b'"time_s": 0.0', b'"time_s": 1e999'), "time_s is out of range"),
+    "bounds": (
+        answered(worker(7, database(waits={"bounds_s": [1.0], "counts": [0, 0], "sum_s": 0.0}))),
+        "other bounds",
+    ),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_collect_says_what_is_odd_about_an_answer_and_hears_the_others(folder, odd):
+    answer, what = ODD[odd]
+    with Served(folder, worker(7), worker(8)) as served:
+        served.said[7] = answer
+        found = collect(folder, 30)
+    assert ([each["pid"] for each in found.workers], found.silent) == ([8], [])
+    assert "gave an answer that cannot be read (" in found.unreadable[7] and what in found.unreadable[7]
+    assert summary(found) == f"1 worker, pid 7 {found.unreadable[7]}"
+
+
+def test_collect_says_who_is_no_socket_and_whose_socket_is_another_users(folder):
+    with Served(folder, worker(1), worker(2)) as served:
+        (folder / "3.sock").write_text("a file")
+        (folder / "4.sock").symlink_to(folder / "1.sock")
+        wrong = [3, 4]
+        if os.geteuid() == 0:  # only root gives files away
+            os.chown(folder / "2.sock", 4321, -1)
+            wrong = [2, 3, 4]
+        found = collect(served.folder, 30)
+    assert list(found.unreadable) == wrong and found.workers[0]["pid"] == 1
+    assert all(what.startswith("cannot be asked (") for what in found.unreadable.values())
+
+
+LEAVES = (None, True, -1, 2**70, 1.5, float("nan"), "", HOSTILE, [], {}, [[[]]])
+
+
+def mutated(value: Any) -> Iterator[Any]:
+    """`value` with each part of it, one at a time, taken out, doubled, or something else."""
+    yield from LEAVES
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield {other: each for other, each in value.items() if other != key}
+            yield from ({**value, key: changed} for changed in mutated(part))
+        yield {**value, HOSTILE: HOSTILE}
+    elif isinstance(value, list) and value:
+        yield value + value
+        yield value[1:]
+        yield from ([changed, *value[1:]] for changed in mutated(value[0]))
+
+
+def test_whatever_a_snapshot_is_made_into_is_shown_or_refused(tmp_path):
+    """A real one, every part of it changed in every way: no face meets what it cannot show."""
+    manager = SessionManager({"default": f"sqlite:///{tmp_path}/a.db"})
+    with manager.scope("a job"):
+        manager.get().execute(text("SELECT 1"))
+        real = json.loads(json.dumps(snapshot().as_dict()))
+    manager.dispose()
+    assert real["databases"] and real["holders"] and real["scopes"]
+    before = understood(json.dumps(real).encode(), real["pid"])
+    shown = refused = 0
+    for changed in mutated(real):
+        try:
+            read = understood(json.dumps(changed).encode(), real["pid"])
+        except Unreadable as error:
+            refused += 1
+            assert str(error).isprintable()
+            continue
+        shown += 1
+        now, history = Collected(2.0, [read]), History()
+        assert all(line.isprintable() for line in lines(now))
+        for look in (Collected(1.0, [before]), now, Collected(3.0, [before])):
+            history.add(look)
+            assert json.dumps(history.answer("", 3.0), ensure_ascii=False, allow_nan=False).isprintable()
+    assert shown > 50 and refused > 500
+
+
+# -- who answers late --------------------------------------------------------------------------------------------------
+
+
+def test_late_worker_keeps_its_last_snapshot_until_it_answers_or_is_gone(folder):
+    with Served(folder, worker(1, database(in_use=3)), worker(2)) as served:
+        workers = Workers(folder)
+        assert workers.look(30).late == {}
+        served.said[1] = None
+        first, second = workers.look(0.3), workers.look(0.3)
+        for look in (first, second):
+            assert [each["pid"] for each in look.workers] == [1, 2] and look.silent == []
+            assert look.workers[0]["databases"][0]["in_use"] == 3
+        assert 0 < first.late[1] < second.late[1] and summary(second) == "2 workers"
+        served.said[1] = worker(1, database(in_use=4))
+        answered = workers.look(30)
+        assert answered.late == {} and answered.workers[0]["databases"][0]["in_use"] == 4
+        served.said[1] = None
+        assert list(workers.look(0.3).late) == [1]
+        served.end(1)
+        assert [each["pid"] for each in workers.look(30).workers] == [2]
+
+
+def test_worker_that_has_never_answered_or_answers_nonsense_has_no_last_snapshot(folder):
+    with Served(folder, worker(1), worker(2)) as served:
+        workers = Workers(folder)
+        served.said[1] = None
+        assert workers.look(0.3).silent == [1]
+        served.said[2] = b"{}"
+        look = workers.look(0.3)
+        assert (look.workers, look.silent, list(look.unreadable)) == ([], [1], [2])
+        served.said[2] = None
+        assert workers.look(0.3).silent == [1, 2]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
+import select
+import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,10 +22,10 @@ from playwright.sync_api import Browser, Page, Route, expect
 from support.dashboard import Dashboard, chromium
 from support.galera import fixed_ports
 from support.gunicorn import Gunicorn
+from support.processes import pause_process
 from support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-SECRET = "correct horse battery"
 SHOWN_S = 2  # within which the page shows what happens, on a machine that has nothing else to do
 STATE = "#state"
 PAUSED = re.compile(r"paused, as of (\d\d|[2-9]|\d+ min)")  # for two seconds or more
@@ -365,7 +369,7 @@ def test_page_goes_on_when_the_dashboard_was_started_anew(
 ) -> None:
     """It says that it is away, and then needs nobody to reload it."""
     (port,) = fixed_ports(1)  # nobody else's meanwhile
-    with Dashboard(module_folder / "sockets", port=port) as first:
+    with Dashboard(module_folder / "sockets", f"--port={port}") as first:
         page = open_page(first.url)
         expect(page.locator(STATE)).to_have_text("1 worker")
         wait_until(lambda: points_drawn(page) > 0, 30, "the worker's own check has made its engine")
@@ -373,7 +377,7 @@ def test_page_goes_on_when_the_dashboard_was_started_anew(
         expect(page.locator(STATE)).to_have_text("The dashboard does not answer")
         expect(page.locator("#notice")).to_be_visible()
         told = points_drawn(page)
-    with Dashboard(module_folder / "sockets", port=port):
+    with Dashboard(module_folder / "sockets", f"--port={port}"):
         expect(page.locator(STATE)).to_have_text("1 worker")
         expect(page.locator("#notice")).to_be_hidden()
         expect(page.locator(".card")).to_have_count(1)
@@ -396,24 +400,65 @@ def test_page_goes_on_when_gunicorn_was_started_anew(tmp_path: Path, open_page: 
         expect(page.locator(".card .use")).to_have_text("no worker has it")
 
 
-@pytest.mark.slow
-def test_login_lets_in_who_has_the_token(server: Gunicorn, module_folder: Path, open_page: Callable[..., Page]) -> None:
-    """And nobody else; the token is in no address, no cookie and no line of the log."""
-    env = {"DBSESSION_DASHBOARD_TOKEN": SECRET}
-    with Dashboard(module_folder / "sockets", env=env) as own:
-        page = open_page(own.url)
-        assert page.url == own.url
-        page.get_by_label("Token").fill("wrong horse battery..")
-        page.keyboard.press("Enter")
-        expect(page.get_by_role("alert")).to_have_text("That is not the token.")
-        page.get_by_label("Token").fill(SECRET)
-        page.get_by_role("button", name="Log in").click()
+def test_dashboard_on_its_socket_is_reached_by_a_tunnel_and_leaves_nothing(
+    server: Gunicorn, module_folder: Path, open_page: Callable[..., Page]
+) -> None:
+    """As by `ssh -L 8765:<socket>`. The log has no word of who asked."""
+    folder = module_folder / "sockets"
+    with Dashboard(folder, "--socket") as own, tunnel(own.url) as port:
+        assert own.url == str(folder / "dashboard.sock") and Path(own.url).stat().st_mode & 0o777 == 0o600
+        page = open_page(f"http://127.0.0.1:{port}/")
         expect(page.locator(STATE)).to_have_text("1 worker")
-        assert page.url == own.url
-        (cookie,) = page.context.cookies()
-        assert cookie["httpOnly"] and cookie["sameSite"] == "Strict" and SECRET not in cookie["value"]
-        assert page.evaluate("document.cookie") == ""
-        page.get_by_role("button", name="Log out").click()
-        page.wait_for_url(f"{own.url}login")
+        expect(page.locator("footer")).to_contain_text(f"ssh -L 8765:{own.url} HOST")
+        assert page.request.get(page.url, headers={"Host": "evil.example"}).status == 403
         assert own.end() == 0
-        assert SECRET not in own.logs() and "GET" not in own.logs()
+        assert "GET" not in own.logs() and not Path(own.url).exists()
+
+
+@contextmanager
+def tunnel(path: str) -> Iterator[int]:
+    """A port of loopback from which each connection goes on to the socket."""
+
+    def carry(client: socket.socket) -> None:
+        with suppress(OSError), client, socket.socket(socket.AF_UNIX) as server:
+            server.connect(path)
+            other = {client: server, server: client}
+            while True:
+                for end in select.select([client, server], [], [])[0]:
+                    piece = end.recv(65536)
+                    if not piece:
+                        return
+                    other[end].sendall(piece)
+
+    def accept() -> None:
+        carrying = []
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                carrying.append(threading.Thread(target=carry, args=[client]))
+                carrying[-1].start()
+        for each in carrying:
+            each.join(30)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(60)
+
+
+def test_paused_worker_is_shown_with_the_age_of_its_snapshot(
+    server: Gunicorn, dashboard: Dashboard, page: Page
+) -> None:
+    with holding(server, "late"):
+        expect(rows(page)).to_have_count(1)
+        (pid,) = server.worker_pids()
+        pause_process(pid)
+        try:
+            expect(page.locator("#age")).to_contain_text(re.compile(f"live, pid {pid} is late: [2-9] s old"))
+            expect(rows(page)).to_contain_text(re.compile(f"{pid}, [2-9] s old"))
+            expect(page.locator(STATE)).to_have_text("1 worker")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        expect(page.locator("#age")).to_have_text("live")

@@ -65,7 +65,7 @@ def told_of(folder, pids, silent=()):
 
     def text():
         text = top("--once", DBSESSION_INSPECT=str(folder)).stdout
-        said = text.partition(" (pid ")[0].partition(", silent: ")
+        said = text.partition("\n")[0].partition(", silent: ")
         found = said[0].split()[0], said[2]
         return text if found == (str(len(pids)), ", ".join(map(str, sorted(silent)))) else None
 
@@ -99,7 +99,7 @@ def test_paused_worker_is_silent_and_the_others_are_shown(tmp_path, folder):
         pause_process(paused)
         try:
             _, text = told_of(folder, [other], [paused])
-            assert f"1 worker, silent: {paused}" in text
+            assert text.startswith(f"1 worker (pid {other}), silent: {paused}\n")
         finally:
             os.kill(paused, signal.SIGCONT)
 
@@ -140,7 +140,7 @@ def test_nobody_answering_ends_with_1_and_a_sentence(folder):
     done = top("--once", "--folder", folder, status=1)
     assert done.stdout == "" and "No worker serves its snapshot in" in done.stderr
     done = top("--json", "--folder", folder, status=1)
-    assert json.loads(done.stdout) == {"workers": [], "silent": []}
+    assert json.loads(done.stdout) == {"workers": [], "silent": [], "unreadable": {}}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A real `dbsession dashboard` on a free loopback port, and a real browser."""
+"""A real `dbsession dashboard` on a free loopback port or on its socket, and a real browser."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ class Dashboard:
 
     Args:
         folder: the workers' sockets.
-        port: 0: any that is free.
-        env: added to the environment.
+        where: its own options; by default any port that is free.
     """
 
-    def __init__(self, folder: Path, *, port: int = 0, env: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, where: str = "--port=0") -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="dbs-"))
         self.log = self._folder / "log"
-        self._command = [sys.executable, "-m", "dbsession", "dashboard", f"--folder={folder}", f"--port={port}"]
-        self._env = script_env(env)
+        self._command = [sys.executable, "-m", "dbsession", "dashboard", f"--folder={folder}", where]
+        self._env = script_env({})
 
     def __enter__(self) -> Dashboard:
         self._process = Supervised(self._command, log=self.log, remove=self._folder, env=self._env)
@@ -42,14 +41,13 @@ class Dashboard:
             error.add_note(self.logs())
             self._process.close()
             raise
-        self.port = int(self.url.rstrip("/").rpartition(":")[2])
         return self
 
     def _said(self) -> str | None:
         status = self._process.poll()
         if status is not None:
             raise RuntimeError(f"the dashboard ended with status {status}")
-        found = re.search(r"is at (http://\S+) ", self.logs())
+        found = re.search(r"is at (\S+) ", self.logs())
         return found[1] if found else None
 
     def end(self) -> int:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
-from datetime import timedelta
 from typing import Any
 
-from flask import Flask, Response, abort, jsonify, redirect, render_template, request, session
+from flask import Flask, Response, jsonify, render_template, request
 from werkzeug.exceptions import HTTPException
 
-from dbsession.watch.dashboard.access import FailedLogins, Token, is_local_name
 from dbsession.watch.dashboard.history import History
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
@@ -24,66 +21,24 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 
-SESSION_S = 12 * 3600
-"""How long a login lasts, at most: the cookie ends with the browser."""
-
 ASSETS = {"app.js": "text/javascript", "chart.js": "text/javascript", "table.js": "text/javascript"}
 
 
-def create_app(history: History, folder: str, token: Token | None = None, cookie: str = "dbsession_dashboard") -> Flask:
-    """The dashboard as a WSGI application.
+def create_app(history: History, folder: str, tunnel: tuple[str, str]) -> Flask:
+    """The dashboard as a WSGI application, for whoever has asked for this machine by its local name or address.
 
     Args:
         history: what it shows; somebody else adds to it.
         folder: where the workers' sockets are, for the page to name it.
-        token: what a client has to know; None: it must have asked for this machine by name or loopback address.
-        cookie: the name of the cookie that a login sets. (Browsers do not tell ports apart, so two need two names.)
+        tunnel: how it is reached from another machine: the command, and the address to open then.
     """
     app = Flask(__name__, static_folder=None, template_folder="static")
-    app.config["MAX_CONTENT_LENGTH"] = 4096
-    failed = FailedLogins()
-    if token is not None:
-        app.secret_key = token.key()
-        app.config["SESSION_COOKIE_NAME"] = cookie
-        app.config["SESSION_COOKIE_HTTPONLY"] = True
-        app.config["SESSION_COOKIE_SAMESITE"] = "Strict"
-        app.config["SESSION_REFRESH_EACH_REQUEST"] = False
-        app.permanent_session_lifetime = timedelta(seconds=SESSION_S)
-
-    def try_token(given: str) -> bool:
-        """Whether it is the right one; 429 for an address that has tried too often."""
-        assert token is not None
-        address = request.remote_addr or ""
-        wait_s = failed.wait_s(address)
-        if wait_s > 0:
-            answer = plain(429, "Too many wrong tokens from this address: try again later.")
-            answer.headers["Retry-After"] = str(math.ceil(wait_s))
-            abort(answer)
-        if token.matches(given):
-            return True
-        failed.add(address)
-        return False
 
     @app.before_request
-    def check_access() -> Any:
-        if token is None:
-            if not is_local_name(request.headers.get("Host", "")):
-                return plain(403, "Without a token the dashboard answers to localhost, 127.0.0.1 and [::1] only.")
-            return None
-        if request.endpoint in ("login", "log_in", "style"):
-            return None
-        sent = request.authorization
-        if sent is not None and sent.type == "bearer":  # others are for a proxy in front of us
-            if sent.token and try_token(sent.token):
-                return None
-        elif session.get("in"):
-            return None
-        if request.endpoint == "index":  # a browser shows the form; whoever else asks sees the status
-            answer = Response(render_template("login.html", wrong=False), 401)
-        else:
-            answer = plain(401, "Log in, or send the token as `Authorization: Bearer`.")
-        answer.headers["WWW-Authenticate"] = 'Bearer realm="dbsession dashboard"'
-        return answer
+    def check_host() -> Any:
+        if not is_local_name(request.headers.get("Host", "")):
+            return plain(403, f"The dashboard answers to localhost, 127.0.0.1 and [::1] only: use `{tunnel[0]}`.")
+        return None
 
     @app.after_request
     def set_headers(response: Response) -> Response:
@@ -96,7 +51,7 @@ def create_app(history: History, folder: str, token: Token | None = None, cookie
 
     @app.get("/")
     def index() -> str:
-        return render_template("index.html", folder=folder, can_log_out=token is not None)
+        return render_template("index.html", folder=folder, tunnel=tunnel)
 
     @app.get("/style.css")
     def style() -> Response:
@@ -110,28 +65,16 @@ def create_app(history: History, folder: str, token: Token | None = None, cookie
     def state() -> Response:
         return jsonify(history.answer(request.args.get("since", ""), time.time()))
 
-    @app.get("/login")
-    def login() -> Any:
-        if token is None or session.get("in"):
-            return redirect("./", 303)
-        return render_template("login.html", wrong=False)
-
-    @app.post("/login")
-    def log_in() -> Any:
-        if token is None:
-            return redirect("./", 303)
-        if not try_token(request.form.get("token", "")):
-            return render_template("login.html", wrong=True), 401
-        session.clear()
-        session["in"] = True
-        return redirect("./", 303)
-
-    @app.post("/logout")
-    def log_out() -> Any:
-        session.clear()
-        return redirect("login", 303)
-
     return app
+
+
+def is_local_name(host_header: str) -> bool:
+    """Whether a browser that sends this `Host` was asked for this machine. A page of somebody else's may give its own
+    name the address 127.0.0.1 and read what is served there (DNS rebinding); the name gives it away."""
+    name, colon, port = host_header.rpartition(":")
+    if not colon or "]" in port:
+        name, port = host_header, "0"
+    return name.lower() in ("localhost", "127.0.0.1", "[::1]") and port.isascii() and port.isdecimal()
 
 
 def plain(status: int, sentence: str) -> Response:

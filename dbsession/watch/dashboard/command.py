@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -17,13 +18,13 @@ import gevent.socket
 from gevent.pool import Pool
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
-from dbsession.errors import ConfigError
-from dbsession.watch.dashboard.access import LEAST_TOKEN, Token, is_loopback
+from dbsession.errors import ConfigError, plain
 from dbsession.watch.dashboard.history import INTERVAL_S, History
 from dbsession.watch.inspection import sockets as folders
-from dbsession.watch.inspection.client import Collected, collect
+from dbsession.watch.inspection.client import Collected, Workers
 
-TOKEN_VARIABLE = "DBSESSION_DASHBOARD_TOKEN"
+PORT = 8765
+LOOPBACK = ("127.0.0.1", "::1")
 
 CLIENTS = 100
 """Connections served at a time; the others wait in the kernel."""
@@ -39,45 +40,19 @@ def add_dashboard(commands: Any) -> None:
     parser = commands.add_parser(
         "dashboard",
         help="the same in a browser, with the last minutes",
-        description="Serves until Ctrl-C. Exit status: 0; 2 when it cannot start as it is asked to.",
+        description="Serves until Ctrl-C, and to this machine only: it asks nobody who they are. From another machine "
+        f"come by SSH: ssh -L {PORT}:127.0.0.1:{PORT} HOST. Exit status: 0; 2 when it cannot start as it is asked to.",
     )
     folders.add_option(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=_port, default=8765, help="the port; 0: any that is free (default: 8765)")
+    parser.add_argument("--host", help="the address to listen on: 127.0.0.1 (the default) or ::1")
+    parser.add_argument("--port", type=_port, help=f"the port; 0: any that is free (default: {PORT})")
     parser.add_argument(
-        "--token",
-        help=f"what a browser has to know, best {LEAST_TOKEN} characters or more; needed to listen on anything but "
-        f"loopback, and to keep other users of this machine out. Better in the environment, as {TOKEN_VARIABLE}: they "
-        "can read command lines, too",
+        "--socket",
+        action="store_true",
+        help=f"instead of a port listen on the Unix socket {folders.DASHBOARD} in the folder, where no other user of "
+        "this machine gets in",
     )
     parser.set_defaults(run=_run)
-
-
-def _run(options: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM; return the exit status: 0, or 2 if it cannot start as it was asked to."""
-    folder = options.folder
-    token = options.token if options.token is not None else os.environ.get(TOKEN_VARIABLE)
-    problem = _problem(folder, options.host, token)
-    if problem is not None:
-        return _refuse(problem)
-    try:
-        listener = _listen(options.host, options.port)
-    except OSError as error:
-        return _refuse(
-            f"{_address(options.host, options.port)} cannot be listened on ({error.strerror}): choose another --host "
-            "or --port."
-        )
-    history = History()
-    try:
-        history.add(collect(folder, WORKER_TIMEOUT_S))
-    except ConfigError as error:
-        listener.close()
-        return _refuse(str(error))
-    if token is not None and len(token) < LEAST_TOKEN:
-        warning = f"The token has {len(token)} characters, which may be guessed: use {LEAST_TOKEN} or more."
-        print(f"dbsession dashboard: {warning}", file=sys.stderr, flush=True)
-    _serve(listener, history, folder, Token(token) if token is not None else None)
-    return 0
 
 
 def _port(text: str) -> int:
@@ -86,20 +61,47 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _problem(folder: str, host: str, token: str | None) -> str | None:
+def _run(options: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM; return the exit status: 0, or 2 if it cannot start as it was asked to."""
+    problem = _problem(options)
+    if problem is not None:
+        return _refuse(problem)
+    history, workers, path = History(), Workers(options.folder), None
+    host, port = options.host or LOOPBACK[0], PORT if options.port is None else options.port
+    try:
+        history.add(workers.look(WORKER_TIMEOUT_S))
+        if options.socket:
+            path = _free_path(options.folder)
+            listener = folders.listen(path, gevent.socket.socket)
+        else:
+            listener = _listen(host, port)
+    except ConfigError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        return _refuse(f"{_address(host, port)} cannot be listened on ({error.strerror}): choose another --port.")
+    try:
+        _serve(listener, path, history, workers, options.folder)
+    finally:
+        if path is not None:
+            path.unlink(missing_ok=True)
+    return 0
+
+
+def _problem(options: argparse.Namespace) -> str | None:
     """Why it cannot be started so, as a sentence."""
-    if not folder:
+    if not options.folder:
         return folders.UNNAMED
-    if not Path(folder).is_dir():
-        return f"The folder {folder!r} does not exist: name the one that {folders.VARIABLE} names to the workers."
-    if not host:
-        return "--host is empty: name an address, such as 127.0.0.1."
-    if token == "":
-        return f"The token is empty: use {LEAST_TOKEN} characters or more, chosen at random."
-    if token is None and not is_loopback(host):
+    if not Path(options.folder).is_dir():
         return (
-            f"--host {host} can be reached from other machines, so a token is needed: set {TOKEN_VARIABLE}, or leave "
-            "--host out and use an SSH tunnel."
+            f"The folder {options.folder!r} does not exist: name the one that {folders.VARIABLE} names to the workers."
+        )
+    if options.socket and (options.host, options.port) != (None, None):
+        return "--socket stands in place of --host and --port: leave them out."
+    if options.host not in (None, *LOOPBACK):
+        return (
+            f"--host {plain(options.host)} is refused: the dashboard asks nobody who they are, so it listens on "
+            f"{' or '.join(LOOPBACK)} only. From another machine say `ssh -L {PORT}:127.0.0.1:{PORT} HOST` and open "
+            f"http://127.0.0.1:{PORT}/ there."
         )
     if importlib.util.find_spec("flask") is None:
         return "The dashboard needs Flask: pip install 'dbsession[dashboard]'."
@@ -112,16 +114,33 @@ def _refuse(sentence: str) -> int:
 
 
 def _listen(host: str, port: int) -> Any:
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = gevent.socket.socket(family, socket.SOCK_STREAM)
+    listener = gevent.socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        listener.bind((host, port))
         listener.listen(CLIENTS)
     except BaseException:
         listener.close()
         raise
     return listener
+
+
+def _free_path(folder: str) -> Path:
+    """Where the dashboard's socket may be made: in the folder of the inspection sockets.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] other users get into that, or a dashboard listens there already.
+    """
+    # Root may look at a service of another user.
+    path = folders.closed(Path(os.path.abspath(folder)), anybodys=os.geteuid() == 0) / folders.DASHBOARD
+    try:
+        used = folders.connect(path)  # removes what a dashboard that was killed has left
+    except (folders.NoSocketOfOurs, OSError) as error:
+        raise ConfigError(f"{str(path)!r} cannot be listened on: {error}.") from None
+    if used is not None:
+        used.close()
+        raise ConfigError(f"A dashboard listens on {str(path)!r} already: use that one, or end it first.")
+    return path
 
 
 def _address(host: str, port: int) -> str:
@@ -149,44 +168,42 @@ class _Handler(WSGIHandler):
             super().handle_error(kind, error, trace)
 
 
-def _serve(listener: Any, history: History, folder: str, token: Token | None) -> None:
+def _serve(listener: Any, path: Path | None, history: History, workers: Workers, folder: str) -> None:
     from dbsession.watch.dashboard.app import create_app  # Flask is an extra
 
-    host, port = listener.getsockname()[:2]
-    app = create_app(history, os.path.abspath(folder), token, f"dbsession_dashboard_{port}")
+    if path is not None:
+        where, there, port = str(path), shlex.quote(str(path)), PORT
+    else:
+        host, port = listener.getsockname()[:2]
+        there = _address(host, port)
+        where = f"http://{there}/"
+    tunnel = f"ssh -L {port}:{plain(there)} HOST", f"http://127.0.0.1:{port}/"
+    app = create_app(history, os.path.abspath(folder), tunnel)
     # No access log: one line for each poll of each page says nothing.
     server = WSGIServer(listener, app, spawn=Pool(CLIENTS), handler_class=_Handler, log=None)
     for signum in (signal.SIGINT, signal.SIGTERM):
         gevent.signal_handler(signum, server.close)
-    poller = gevent.spawn(_poll, history, folder)
-    url = f"http://{_address(host, port)}/"
-    print(f"The dashboard of {folder} is at {url} (Ctrl-C ends it).", flush=True)
+    poller = gevent.spawn(_poll, history, workers)
+    print(f"The dashboard of {plain(folder)} is at {plain(where)} (Ctrl-C ends it).")
+    print(f"From another machine: {tunnel[0]}, and there {tunnel[1]}", flush=True)
     try:
         server.serve_forever(stop_timeout=1)
     finally:
         poller.kill()
 
 
-def _poll(history: History, folder: str) -> None:
-    """One poller, however many pages there are."""
+def _poll(history: History, workers: Workers) -> None:
+    """Look again and again: one poller, however many pages there are."""
     threads = gevent.get_hub().threadpool
     said = ""
     while True:
         gevent.sleep(INTERVAL_S)
         try:
             # In a native thread: it may wait for silent workers, and the pages are answered meanwhile.
-            collected = threads.apply(collect, (folder, WORKER_TIMEOUT_S))
+            look = threads.apply(workers.look, (WORKER_TIMEOUT_S,))
         except ConfigError as error:
             if said != str(error):
                 said = str(error)
                 print(said, file=sys.stderr, flush=True)
-            collected = Collected(time.time(), [], [])
-        _add(history, collected)
-
-
-def _add(history: History, collected: Collected) -> None:
-    try:
-        history.add(collected)
-    except (AttributeError, KeyError, TypeError, ValueError):  # one of them sent what is no snapshot
-        pids = [worker["pid"] for worker in collected.workers]
-        history.add(Collected(collected.time_s, [], sorted({*collected.silent, *pids})))
+            look = Collected(time.time(), [])
+        history.add(look)

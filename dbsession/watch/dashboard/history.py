@@ -7,9 +7,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from dbsession.core.pool.stats import Stats
-from dbsession.watch.inspection.client import Collected
-from dbsession.watch.inspection.usage import holders, usage
+from dbsession.watch.inspection.client import Collected, summary
+from dbsession.watch.inspection.usage import Usage, holders, scopes, usage
 
 KEPT_S = 300
 INTERVAL_S = 0.5
@@ -39,6 +38,7 @@ class _Series:
 
     def __init__(self) -> None:
         self.points: deque[tuple[int, Point]] = deque(maxlen=int(KEPT_S / INTERVAL_S))
+        self.usage: Usage | None = None  # at the last look; None: no worker has it
         self.timed_out_s: float | None = None  # when somebody last waited in vain, in seconds since 1970
 
 
@@ -64,15 +64,15 @@ class History:
         found = {each.database: each for each in usage(now, self._looks[0] if self._looks else now)}
         for name in found.keys() | self._series.keys():
             each, series = found.get(name), self._series.setdefault(name, _Series())
-            point = Point(now.time_s)
+            series.usage, point = each, Point(now.time_s)
             if each is not None:
+                if each.timed_out:
+                    series.timed_out_s = now.time_s
                 told = each.in_use, each.limit, each.waiting
                 point = Point(now.time_s, *told, each.checkouts_per_s, each.wait_p50_s, each.wait_p99_s)
             series.points.append((self._number, point))
             if all(point.in_use is None for _, point in series.points):
                 del self._series[name]
-        for name in _timed_out(now, self._looks[-1]) if self._looks else ():
-            self._series[name].timed_out_s = now.time_s
         self._looks.append(now)
 
     def answer(self, cursor: str, now_s: float) -> dict[str, Any]:
@@ -83,23 +83,25 @@ class History:
         """
         id_, _, number = cursor.partition("-")
         seen = int(number) if id_ == self._id and number.isascii() and number.isdecimal() and len(number) < 16 else 0
-        now = self._looks[-1] if self._looks else Collected(now_s, [], [])
-        held = holders(now)
-        scopes = [{"pid": worker["pid"], **scope} for worker in now.workers for scope in worker["scopes"]]
-        scopes.sort(key=lambda scope: -float(scope["age_s"]))
+        now = self._looks[-1] if self._looks else Collected(now_s, [])
+        held, open_scopes = holders(now), scopes(now)
+        missing = now.silent or now.late or now.unreadable
         return {
             "cursor": f"{self._id}-{self._number}",
             "interval_s": INTERVAL_S,
             "kept_s": KEPT_S,
             "time_s": now.time_s,
             "age_s": max(0.0, now_s - now.time_s),
-            "workers": [worker["pid"] for worker in now.workers],
-            "silent": now.silent,
+            "workers": len(now.workers),
+            "summary": summary(now),
+            "level": "bad" if not now.workers else "waiting" if missing else "fine",
+            "late": list(now.late.items()),
             "point": Point._fields,
             "databases": [
                 {
                     "name": name,
-                    "counts": _counts(now, name),
+                    "backend": series.usage and series.usage.backend,
+                    "counts": series.usage and {"idle": series.usage.idle, **series.usage.counts},
                     "timed_out_s": series.timed_out_s,
                     "points": _after(series.points, seen),
                 }
@@ -107,29 +109,9 @@ class History:
             ],
             "holders": held[:SHOWN_ROWS],
             "more_holders": max(0, len(held) - SHOWN_ROWS),
-            "scopes": scopes[:SHOWN_ROWS],
-            "more_scopes": max(0, len(scopes) - SHOWN_ROWS),
+            "scopes": open_scopes[:SHOWN_ROWS],
+            "more_scopes": max(0, len(open_scopes) - SHOWN_ROWS),
         }
-
-
-def _timed_out(now: Collected, earlier: Collected) -> Iterable[str]:
-    """The databases for which somebody has waited in vain since `earlier`."""
-    before = {
-        (worker["pid"], each["name"]): each["timeouts"] for worker in earlier.workers for each in worker["databases"]
-    }
-    for worker in now.workers:
-        for each in worker["databases"]:
-            if each["timeouts"] > before.get((worker["pid"], each["name"]), each["timeouts"]):
-                yield each["name"]
-
-
-def _counts(now: Collected, name: str) -> dict[str, Any] | None:
-    """What the workers have counted of a database since they began, and what kind it is; None: no worker has it."""
-    found = [each for worker in now.workers for each in worker["databases"] if each["name"] == name]
-    if not found:
-        return None
-    counts = {key: sum(each[key] for each in found) for key in ("idle", *Stats.COUNTS)}
-    return {"backend": found[-1]["backend"], **counts}
 
 
 def _after(points: Iterable[tuple[int, Point]], seen: int) -> list[Point]:

@@ -25,7 +25,6 @@ from gevent.pool import Pool
 
 from dbsession.core import fork
 from dbsession.core.snapshot import snapshot
-from dbsession.errors import ConfigError
 from dbsession.green import hub
 from dbsession.watch.inspection import sockets as folders
 
@@ -53,7 +52,7 @@ class _Server:
         self._path = path
         self._over = False
         self._clients: set[Any] = set()
-        self._listener: Any = _listen(path)
+        self._listener: Any = folders.listen(path, _Socket)
         if hub.lasts():
             self._listener.setblocking(False)
             gevent.spawn(self._serve_in_hub)
@@ -139,23 +138,6 @@ class _Server:
         self._over = True
         for inherited in (self._listener, *self._clients):
             fork.cut(inherited)
-
-
-def _listen(path: Path) -> socket.socket:
-    """A listening socket at `path`, complete from the moment it can be seen there: who finds one that refuses takes it
-    for a dead process's."""
-    listener = _Socket(socket.AF_UNIX)
-    unfinished = path.with_name(path.name + ".new")
-    try:
-        unfinished.unlink(missing_ok=True)
-        listener.bind(str(unfinished))
-        unfinished.chmod(0o600)
-        listener.listen()
-        unfinished.rename(path)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"The inspection socket {str(path)!r} cannot be made: {error.strerror}.") from error
-    return listener
 
 
 def serve_snapshots(folder: str | os.PathLike[str]) -> None:

@@ -9,6 +9,7 @@ import socket
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from dbsession.errors import ConfigError
 
@@ -21,7 +22,8 @@ UNNAMED = (
 """What a command says that knows of none."""
 
 PATH_BYTES = 107  # of a Unix socket's name, on Linux
-LONGEST_NAME = "4194304.sock.new"  # Linux's largest pid
+DASHBOARD = "dashboard.sock"
+LONGEST_NAME = f"{DASHBOARD}.new"  # longer than that of Linux's largest pid
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
@@ -41,22 +43,42 @@ def make(folder: str | os.PathLike[str]) -> Path:
         ConfigError: [DBS-CONFIG] it cannot be made, its name is too long, or others might look into it.
     """
     path = Path(os.path.abspath(folder))
+    _check_length(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            path.mkdir(0o700)
+    except OSError as error:
+        raise _unusable(path, error.strerror) from error
+    return closed(path)
+
+
+def _check_length(path: Path) -> None:
     most = PATH_BYTES - len(LONGEST_NAME) - 1
     if len(os.fsencode(path)) > most:
         raise ConfigError(
             f"The folder for inspection sockets, {str(path)!r}, has a name of {len(os.fsencode(path))} bytes; a Unix "
             f"socket's leaves it {most}. Choose a shorter one, such as /run/<name of the service>."
         )
+
+
+def closed(path: Path, anybodys: bool = False) -> Path:
+    """The folder, in which a socket may be made, because others do not get in.
+
+    Args:
+        anybodys: it may belong to another user.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] its name is too long, or others might look into it.
+    """
+    _check_length(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            path.mkdir(0o700)
         found = path.lstat()
     except OSError as error:
         raise _unusable(path, error.strerror) from error
     if not stat.S_ISDIR(found.st_mode):
         raise _unusable(path, "it is there, and is no folder (nor may it be a symbolic link to one)")
-    if found.st_uid != os.geteuid():
+    if not anybodys and found.st_uid != os.geteuid():
         raise _unusable(path, f"it belongs to the user number {found.st_uid} and this process is {os.geteuid()}")
     if found.st_mode & 0o077:
         raise ConfigError(
@@ -67,7 +89,7 @@ def make(folder: str | os.PathLike[str]) -> Path:
 
 
 def sockets(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
-    """(pid, path) of each socket in the folder, by pid; none where there is no folder (yet).
+    """(pid, path) of what is named as a process's socket, by pid; none where there is no folder (yet).
 
     Raises:
         ConfigError: [DBS-CONFIG] it cannot be read.
@@ -78,16 +100,27 @@ def sockets(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
         return []
     except OSError as error:
         raise _unusable(Path(folder), error.strerror) from error
-    found = [(int(path.name.removesuffix(".sock")), path) for path in paths if re.fullmatch(r"\d+\.sock", path.name)]
-    return sorted(each for each in found if each[1].is_socket())
+    return sorted((int(path.stem), path) for path in paths if re.fullmatch(r"[1-9][0-9]{0,8}\.sock", path.name))
+
+
+class NoSocketOfOurs(Exception):
+    """What stands where a process's socket should be. Its text says what it is."""
 
 
 def connect(path: Path) -> socket.socket | None:
     """A connection to a process's socket, not blocking; None where nobody listens any more, and the socket is removed.
 
     Raises:
+        NoSocketOfOurs: it is no socket, or not of the user to whom the folder belongs.
         OSError: somebody may listen, and did not take the connection.
     """
+    try:
+        found, owner = path.lstat(), path.parent.stat().st_uid
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISSOCK(found.st_mode):
+        raise NoSocketOfOurs("there is no socket, but something else of its name")
+    foreign = f"its socket belongs to the user number {found.st_uid}, the folder to {owner}"
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.setblocking(False)  # a Unix socket connects at once or not at all
@@ -99,16 +132,43 @@ def connect(path: Path) -> socket.socket | None:
     except FileNotFoundError:
         connection.close()
         return None
-    except BaseException:
+    except OSError:
         connection.close()
+        if found.st_uid != owner:
+            raise NoSocketOfOurs(foreign) from None
         raise
+    if found.st_uid != owner:
+        connection.close()
+        raise NoSocketOfOurs(foreign)
     return connection
+
+
+def listen(path: Path, kind: type[Any]) -> Any:
+    """A listening socket of `kind` at `path`, complete and of mode 0600 from the moment it can be seen there: who finds
+    one that refuses takes it for a dead process's.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] it cannot be made.
+    """
+    listener = kind(socket.AF_UNIX)
+    unfinished = path.with_name(path.name + ".new")
+    try:
+        unfinished.unlink(missing_ok=True)
+        # Before it has a name: chmod() of a name would follow a link that stands there meanwhile.
+        os.fchmod(listener.fileno(), 0o600)
+        listener.bind(str(unfinished))
+        listener.listen()
+        unfinished.rename(path)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"The socket {str(path)!r} cannot be made: {error.strerror}.") from error
+    return listener
 
 
 def remove_stale(folder: Path) -> None:
     """Remove the sockets of processes that are gone."""
     for _, path in sockets(folder):
-        with suppress(OSError):
+        with suppress(OSError, NoSocketOfOurs):
             connection = connect(path)
             if connection is not None:
                 connection.close()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dbsession.core.pool import stats
+from dbsession.core.pool.stats import BOUNDS_S, Stats, quantile
 from dbsession.watch.inspection.client import Collected
 
 
@@ -14,19 +14,20 @@ from dbsession.watch.inspection.client import Collected
 class Usage:
     """One database, in the process `pid` or (None) in all of them.
 
-    `checkouts` and `timeouts` are of the engines that there are. `wait_p50_s` and `wait_p99_s` are of the checkouts
-    since the earlier look, where there is one, else of all; None: there were none. `checkouts_per_s` needs an earlier
-    look.
+    `counts` are those of `Stats.COUNTS`, of the engines that there are. `timed_out` is how many have waited in vain
+    since the earlier look; `wait_p50_s` and `wait_p99_s` are of the checkouts since then, where there is one, else of
+    all; None: there were none. `checkouts_per_s` needs an earlier look.
     """
 
     database: str
     pid: int | None
+    backend: str
     in_use: int
     limit: int | None
     idle: int
     waiting: int
-    checkouts: int
-    timeouts: int
+    counts: dict[str, int]
+    timed_out: int
     checkouts_per_s: float | None
     wait_p50_s: float | None
     wait_p99_s: float | None
@@ -35,81 +36,86 @@ class Usage:
 def usage(now: Collected, earlier: Collected | None = None, *, by_process: bool = False) -> list[Usage]:
     """The databases by name (and pid), at `now`; with what happened since `earlier`, in the processes that were
     there then."""
-    entries: dict[tuple[str, int | None], list[tuple[int, dict[str, Any]]]] = {}
-    for worker in now.workers:
-        for database in worker["databases"]:
-            key = database["name"], worker["pid"] if by_process else None
-            entries.setdefault(key, []).append((worker["pid"], database))
-    before: dict[tuple[int, str], list[dict[str, Any]]] | None = None
-    if earlier is not None:
-        before = {}
-        for worker in earlier.workers:
-            for database in worker["databases"]:
-                before.setdefault((worker["pid"], database["name"]), []).append(database)
+    present = _by_name_and_process(now)
+    before = None if earlier is None else _by_name_and_process(earlier)
     seconds = now.time_s - earlier.time_s if earlier is not None else 0.0
-    return [
-        _usage(name, pid, entries[name, pid], before, seconds)
-        for name, pid in sorted(entries, key=lambda key: (key[0], key[1] or 0))
-    ]
+    groups: dict[tuple[str, int | None], list[tuple[str, int]]] = {}
+    for name, pid in sorted(present):
+        groups.setdefault((name, pid if by_process else None), []).append((name, pid))
+    return [_usage(*group, keys, present, before, seconds) for group, keys in groups.items()]
+
+
+_Databases = dict[tuple[str, int], list[dict[str, Any]]]
+"""By name and pid: a process may have several of a name, of managers or event loops, and nobody says which is which."""
+
+
+def _by_name_and_process(look: Collected) -> _Databases:
+    found: _Databases = {}
+    for worker in look.workers:
+        for database in worker["databases"]:
+            found.setdefault((database["name"], worker["pid"]), []).append(database)
+    return found
 
 
 def _usage(
     name: str,
     pid: int | None,
-    entries: list[tuple[int, dict[str, Any]]],
-    before: dict[tuple[int, str], list[dict[str, Any]]] | None,
+    keys: list[tuple[str, int]],
+    present: _Databases,
+    before: _Databases | None,
     seconds: float,
 ) -> Usage:
-    databases = [database for _, database in entries]
+    databases = [database for key in keys for database in present[key]]
     limits = [database["limit"] for database in databases]
-    waits = [0] * (len(stats.BOUNDS_S) + 1)
-    lent = 0
     if before is None:
-        waits = _waits(databases)
+        waits, lent, timed_out = _waits(databases), 0, 0
     else:
-        # By process: one may have several of a name, of managers or event loops, and nobody says which was which.
-        for process in {process for process, _ in entries}:
-            ours = [database for of, database in entries if of == process]
-            then = before.get((process, name))
-            if then is not None:
-                waits = _sum(waits, _risen(_waits(ours), _waits(then)))
-                lent += max(0, _checkouts(ours) - _checkouts(then))
+        waits, lent, timed_out = [0] * (len(BOUNDS_S) + 1), 0, 0
+        for key in keys:
+            if key in before:
+                # One that was configured anew has begun at 0, and counts as not risen.
+                pairs = zip(_waits(present[key]), _waits(before[key]), waits, strict=True)
+                waits = [sum_ + max(0, after - earlier) for after, earlier, sum_ in pairs]
+                lent += max(0, _sum(present[key], "checkouts") - _sum(before[key], "checkouts"))
+                timed_out += max(0, _sum(present[key], "timeouts") - _sum(before[key], "timeouts"))
     return Usage(
         database=name,
         pid=pid,
-        in_use=sum(database["in_use"] for database in databases),
+        backend=databases[-1]["backend"],
+        in_use=_sum(databases, "in_use"),
         limit=None if None in limits else sum(limits),
-        idle=sum(database["idle"] for database in databases),
-        waiting=sum(database["waiting"] for database in databases),
-        checkouts=_checkouts(databases),
-        timeouts=sum(database["timeouts"] for database in databases),
+        idle=_sum(databases, "idle"),
+        waiting=_sum(databases, "waiting"),
+        counts={count: _sum(databases, count) for count in Stats.COUNTS},
+        timed_out=timed_out,
         checkouts_per_s=lent / seconds if before is not None and seconds > 0 else None,
-        wait_p50_s=stats.quantile(waits, 0.5),
-        wait_p99_s=stats.quantile(waits, 0.99),
+        wait_p50_s=quantile(waits, 0.5),
+        wait_p99_s=quantile(waits, 0.99),
     )
 
 
+def _sum(databases: Iterable[dict[str, Any]], count: str) -> int:
+    return sum(database[count] for database in databases)
+
+
 def _waits(databases: list[dict[str, Any]]) -> list[int]:
-    counts = [0] * (len(stats.BOUNDS_S) + 1)
-    for database in databases:
-        counts = _sum(counts, database["waits"]["counts"])
-    return counts
-
-
-def _checkouts(databases: list[dict[str, Any]]) -> int:
-    return sum(database["checkouts"] for database in databases)
-
-
-def _sum(left: Sequence[int], right: Sequence[int]) -> list[int]:
-    return [a + b for a, b in zip(left, right, strict=True)]
-
-
-def _risen(now: Sequence[int], then: Sequence[int]) -> list[int]:
-    """By how much; a database configured anew has begun at 0, and counts as not risen."""
-    return [max(0, a - b) for a, b in zip(now, then, strict=True)]
+    return [sum(bucket) for bucket in zip(*(database["waits"]["counts"] for database in databases), strict=True)]
 
 
 def holders(now: Collected) -> list[dict[str, Any]]:
-    """The holders of all processes, each with its `pid`; the longest first."""
-    found = [{"pid": worker["pid"], **holder} for worker in now.workers for holder in worker["holders"]]
-    return sorted(found, key=lambda holder: -holder["held_s"])
+    """The holders of all processes, the longest first; each with its `pid`, and `late_s`, how old this is."""
+    return _rows(now, "holders", "held_s")
+
+
+def scopes(now: Collected) -> list[dict[str, Any]]:
+    """The scopes of all processes, the oldest first; each with its `pid`, and `late_s`, how old this is."""
+    return _rows(now, "scopes", "age_s")
+
+
+def _rows(now: Collected, kind: str, order: str) -> list[dict[str, Any]]:
+    rows = [
+        {"pid": worker["pid"], "late_s": now.late.get(worker["pid"], 0.0), **row}
+        for worker in now.workers
+        for row in worker[kind]
+    ]
+    return sorted(rows, key=lambda row: -row[order])

@@ -10,7 +10,7 @@ from typing import Any
 
 from dbsession.errors import ConfigError, plain
 from dbsession.watch.inspection import sockets as folders
-from dbsession.watch.inspection.client import Collected, collect, none_answers, workers_of
+from dbsession.watch.inspection.client import Collected, collect, none_answers, summary
 from dbsession.watch.inspection.usage import Usage, holders, usage
 from dbsession.watch.top.text import duration, table
 
@@ -48,11 +48,11 @@ def _run(options: argparse.Namespace) -> int:
     if not (options.once or options.json):
         return _live(options)
     try:
-        now = collect(options.folder)
+        now = collect(options.folder, text=str if options.json else plain)  # JSON has escapes of its own
     except ConfigError as error:
         return _refuse(str(error))
     if options.json:
-        print(json.dumps({"workers": now.workers, "silent": now.silent}))
+        print(json.dumps({"workers": now.workers, "silent": now.silent, "unreadable": now.unreadable}))
     elif now.workers:
         print("\n".join(lines(now)))
     if not now.workers:
@@ -78,22 +78,21 @@ def _live(options: argparse.Namespace) -> int:
 
 
 def lines(now: Collected) -> list[str]:
-    """The same as the screen shows, as text."""
-    pids = ", ".join(str(worker["pid"]) for worker in now.workers)
+    """Write what the screen shows, as text."""
     titles = "database", "in use", "limit", "idle", "waiting", "checkouts", "timeouts", "wait p50", "wait p99"
     databases = [titles, *map(_database, usage(now))]
-    text = [f"{workers_of(now)} (pid {pids})", "", *table(databases, "lrrrrrrrr"), ""]
+    text = [summary(now, pids=True), "", *table(databases, "lrrrrrrrr"), ""]
     held = [("held", "state", "for", "scope", "database", "pid", "checked out at", "last statement")]
     held += [
         (
             duration(each["held_s"]),
             each["state"],
             duration(each["state_s"]),
-            plain(each["scope"]),
-            plain(each["database"]),
+            each["scope"],
+            each["database"],
             str(each["pid"]),
-            plain(each["place"]),
-            plain(each["statement"] or "-"),
+            each["place"],
+            each["statement"] or "-",
         )
         for each in holders(now)
     ]
@@ -102,6 +101,6 @@ def lines(now: Collected) -> list[str]:
 
 def _database(each: Usage) -> tuple[str, ...]:
     limit = "-" if each.limit is None else str(each.limit)
-    counts = each.idle, each.waiting, each.checkouts, each.timeouts
+    counts = each.idle, each.waiting, each.counts["checkouts"], each.counts["timeouts"]
     waits = duration(each.wait_p50_s), duration(each.wait_p99_s)
-    return plain(each.database), str(each.in_use), limit, *map(str, counts), *waits
+    return each.database, str(each.in_use), limit, *map(str, counts), *waits

@@ -1,4 +1,5 @@
-"""The screen of `dbsession top`. Everything that comes from a snapshot is put into rich.Text: data, never markup."""
+"""The screen of `dbsession top`. What comes from a snapshot has no control characters any more, and is put into
+rich.Text: data, never markup."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Footer, Input, Static
 
 from dbsession.errors import ConfigError, plain
-from dbsession.watch.inspection.client import Collected, collect, none_answers, workers_of
+from dbsession.watch.inspection.client import Collected, Workers, none_answers, summary
 from dbsession.watch.inspection.usage import Usage, holders, usage
 from dbsession.watch.top.text import duration, short_place
 
@@ -60,6 +61,7 @@ class Top(App[None]):
     def __init__(self, folder: str, interval_s: float = 1.0) -> None:
         super().__init__()
         self._folder = folder
+        self._processes = Workers(folder)
         self._interval_s = interval_s
         self._looks: deque[Collected] = deque()  # those of the window, newest last
         self._failure = ""
@@ -100,7 +102,7 @@ class Top(App[None]):
     async def look(self) -> None:
         """Ask the workers, and show what they say."""
         try:
-            now = await asyncio.to_thread(collect, self._folder)
+            now = await asyncio.to_thread(self._processes.look)
             self._failure = ""
         except ConfigError as error:
             self._failure = str(error)
@@ -129,8 +131,10 @@ class Top(App[None]):
             text.append("asking ...", "not bold")
         else:
             now = self._looks[-1]
-            answered = workers_of(now) if now.workers else none_answers(self._folder, now)
-            text.append(answered, "not bold" if now.workers and not now.silent else "bold red")
+            answered = summary(now) if now.workers else none_answers(self._folder, now)
+            late = "".join(f", pid {pid} is late: {age_s:.0f} s old" for pid, age_s in now.late.items())
+            all_well = now.workers and not (now.silent or now.unreadable or now.late)
+            text.append(answered + late, "not bold" if all_well else "bold red")
             text.append(f", {max(0.0, time.time() - now.time_s):.0f} s old", "not bold")
         if self._paused:
             text.append("  PAUSED", "reverse")
@@ -146,10 +150,14 @@ class Top(App[None]):
         for each in found:
             limit = "" if each.limit is None else f"/{each.limit}"
             per_s = "-" if each.checkouts_per_s is None else f"{each.checkouts_per_s:.1f}"
-            cells = [Text(plain(each.database)), *([_right(each.pid)] if self._by_process else [])]
+            cells = [Text(each.database), *([_right(each.pid)] if self._by_process else [])]
             cells += [_right(f"{each.in_use}{limit}"), _bar(each)]
             cells += [_right(each.idle), _alarming(each.waiting), _right(per_s)]
-            cells += [_alarming(each.timeouts), _right(duration(each.wait_p50_s)), _right(duration(each.wait_p99_s))]
+            cells += [
+                _alarming(each.counts["timeouts"]),
+                _right(duration(each.wait_p50_s)),
+                _right(duration(each.wait_p99_s)),
+            ]
             rows.append(cells)
         names += ["checkouts/s", "timeouts", "wait p50", "wait p99"]
         _fill(self.query_one("#databases", DataTable), names, rows)
@@ -181,9 +189,9 @@ class Top(App[None]):
             text.append("No connection is in use." if not self._filter else "No holder matches the filter.", "dim")
         else:
             holder = chosen[1]
-            text.append(plain(holder["scope"]), "bold").append(f" in {plain(holder['greenlet'])}\n")
-            text.append("\n".join(plain(short_place(each)) for each in holder["stack"][:SHOWN_FRAMES]), "dim")
-            text.append(f"\n{plain(holder['statement'] or '-')}")
+            text.append(holder["scope"], "bold").append(f" in {holder['greenlet']}\n")
+            text.append("\n".join(short_place(each) for each in holder["stack"][:SHOWN_FRAMES]), "dim")
+            text.append(f"\n{holder['statement'] or '-'}")
         self.query_one("#details", Static).update(text)
 
     # -- keys ------------------------------------------------------------------------------------------------------
@@ -235,16 +243,16 @@ def _searched(holder: dict[str, Any]) -> str:
 
 
 def _cells(holder: dict[str, Any]) -> list[Text]:
-    state = plain(holder["state"])
+    state = holder["state"]
     return [
         _right(duration(holder["held_s"])),
         Text(state, style="yellow" if state == "idle in transaction" else ""),
         _right(duration(holder["state_s"])),
-        Text(plain(holder["scope"]), no_wrap=True),
-        Text(plain(holder["database"])),
-        _right(holder["pid"]),
-        Text(plain(short_place(holder["place"])), no_wrap=True),
-        Text(plain(holder["statement"] or "-"), no_wrap=True),
+        Text(holder["scope"], no_wrap=True),
+        Text(holder["database"]),
+        _right(f"{holder['pid']}, {holder['late_s']:.0f} s old" if holder["late_s"] else holder["pid"]),
+        Text(short_place(holder["place"]), no_wrap=True),
+        Text(holder["statement"] or "-", no_wrap=True),
     ]
 
 

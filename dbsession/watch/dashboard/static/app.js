@@ -70,7 +70,7 @@ class Card {
     return element("div", {}, element("dt", {}, label), value);
   }
 
-  update({ counts, timed_out_s: timedOutS, points }, fields, nowS) {
+  update({ backend, counts, timed_out_s: timedOutS, points }, fields, nowS) {
     for (const values of points) this.points.push(Object.fromEntries(fields.map((field, index) => [field, values[index]])));
     this.points = this.points.filter((point) => nowS - point.time_s <= this.keptS);
     for (const chart of this.charts) chart.update(this.points, nowS);
@@ -81,7 +81,7 @@ class Card {
       return;
     }
     const { in_use: inUse, limit } = now;
-    setText(this.backend, counts.backend);
+    setText(this.backend, backend);
     setText(this.use, limit === null ? `${inUse} in use, no limit` : `${inUse} of ${limit} in use`);
     const part = limit ? Math.min(1, inUse / limit) : 0;
     this.fill.style.width = `${100 * part}%`;
@@ -134,6 +134,10 @@ function stackOf(row) {
   return row.stack.length > 0 ? row.stack : [row.place];
 }
 
+function pid(row) {
+  return row.late_s > 0 ? `${row.pid}, ${Math.round(row.late_s)} s old` : String(row.pid);
+}
+
 const holders = new Table(get("holders"), {
   label: "Who holds a connection",
   sortBy: "held_s",
@@ -148,7 +152,7 @@ const holders = new Table(get("holders"), {
     { key: "place", label: "taken at", text: (row) => row.place, short: shortPlace, stack: stackOf, className: "code" },
     { key: "statement", label: "last statement", text: (row) => row.statement ?? "–", className: "code" },
     { key: "database", label: "database", text: (row) => row.database },
-    { key: "pid", label: "pid", text: (row) => String(row.pid), sort: (row) => row.pid, className: "number" },
+    { key: "pid", label: "pid", text: pid, sort: (row) => row.pid, className: "number" },
   ],
 });
 
@@ -167,23 +171,19 @@ const scopes = new Table(get("scopes"), {
     { key: "label", label: "scope", text: (row) => row.label, className: "strong" },
     { key: "kind", label: "kind", text: (row) => row.kind },
     { key: "sessions", label: "sessions", text: sessions },
-    { key: "pid", label: "pid", text: (row) => String(row.pid), sort: (row) => row.pid, className: "number" },
+    { key: "pid", label: "pid", text: pid, sort: (row) => row.pid, className: "number" },
   ],
 });
 
 // -- the state line ---------------------------------------------------------------------------------------------
 
-let received = null; // the age of the last answer's data, and when that came
+let received = null; // the age of the last answer's data, of which workers it is older, and when it came
 let lost = false;
 let paused = false;
 
-function showState(answer) {
-  const workers = answer.workers.length;
-  const silent = answer.silent.length;
-  let text = workers === 0 ? "No worker answers" : plural(workers, "worker", "workers");
-  if (silent > 0) text += workers > 0 ? `, ${silent} silent (pid ${answer.silent.join(", ")})` : ` (${silent} silent)`;
-  setText(get("state"), text);
-  get("light").dataset.level = workers === 0 ? "bad" : silent > 0 ? "waiting" : "fine";
+function showState({ workers, summary, level }) {
+  setText(get("state"), summary);
+  get("light").dataset.level = level;
   const folder = get("notice").dataset.folder;
   notice(workers > 0 ? "" : `No worker answers in ${folder}. Is the application running, with DBSESSION_INSPECT set to that folder? ` +
     "This page goes on by itself when one does.");
@@ -198,7 +198,9 @@ function showAge() {
   if (received === null) return;
   const ageS = received.ageS + (performance.now() - received.at) / 1000;
   const old = ageS >= OLD_S;
-  setText(get("age"), paused ? `paused, as of ${duration(ageS)} ago` : old ? `as of ${duration(ageS)} ago` : "live");
+  const age = paused ? `paused, as of ${duration(ageS)} ago` : old ? `as of ${duration(ageS)} ago` : "live";
+  const late = received.late.map(([pid, lateS]) => `, pid ${pid} is late: ${Math.round(lateS)} s old`);
+  setText(get("age"), age + late.join(""));
   document.body.classList.toggle("old", lost || (old && !paused));
 }
 
@@ -219,14 +221,14 @@ let turn = 0; // counts what was scheduled: an answer to an earlier turn's quest
 
 async function ask() {
   const response = await fetch(`state?since=${encodeURIComponent(cursor)}`, { signal: AbortSignal.timeout(5000) });
-  if (response.status !== 401 && !response.ok) throw new Error(`status ${response.status}`);
-  return response.status === 401 ? null : response.json();
+  if (!response.ok) throw new Error(`status ${response.status}`);
+  return response.json();
 }
 
 function show(answer) {
   cursor = answer.cursor;
   lost = false;
-  received = { ageS: answer.age_s, at: performance.now() };
+  received = { ageS: answer.age_s, late: answer.late, at: performance.now() };
   showState(answer);
   showDatabases(answer);
   holders.update(answer.holders, answer.more_holders);
@@ -239,12 +241,8 @@ async function poll() {
   try {
     const answer = await ask();
     if (mine !== turn) return;
-    if (answer === null) {
-      location.assign("login");
-    } else {
-      show(answer);
-      pauseMs = answer.interval_s * 1000;
-    }
+    show(answer);
+    pauseMs = answer.interval_s * 1000;
   } catch (error) {
     if (mine !== turn) return;
     console.debug(error);

@@ -11,27 +11,11 @@ from dbsession.core.pool.stats import BOUNDS_S
 from dbsession.watch.dashboard import history as history_module
 from dbsession.watch.dashboard.history import INTERVAL_S, KEPT_S, SHOWN_ROWS, WINDOW_S, History, Point
 from dbsession.watch.inspection.client import Collected
+from support.snapshots import database, holder, scope, worker
 
 
-def histogram(bucket: int = 0, count: int = 0) -> dict[str, Any]:
-    counts = [0] * (len(BOUNDS_S) + 1)
-    counts[bucket] = count
-    return {"bounds_s": list(BOUNDS_S), "counts": counts, "sum_s": 0.0}
-
-
-def database(name: str = "default", **values: Any) -> dict[str, Any]:
-    zero = dict.fromkeys(("in_use", "idle", "waiting", "checkouts", "connects", "invalidated", "timeouts", "kills"), 0)
-    zero |= {"teardown_failures": 0, "retries": 0}
-    fixed = {"name": name, "backend": "sqlite", "size": 20, "limit": 20, "waits": histogram(), "holds": histogram()}
-    return {**zero, **fixed, **values}
-
-
-def worker(pid: int = 1, *databases: dict[str, Any], **values: Any) -> dict[str, Any]:
-    return {"version": 1, "pid": pid, "databases": databases, "holders": [], "scopes": [], **values}
-
-
-def look(time_s: float, *workers: dict[str, Any], silent: tuple[int, ...] = ()) -> Collected:
-    return Collected(time_s, list(workers), list(silent))
+def look(time_s: float, *workers: dict[str, Any], **others: Any) -> Collected:
+    return Collected(time_s, list(workers), **others)
 
 
 def points(history: History, cursor: str = "", name: str = "default") -> list[Point]:
@@ -47,7 +31,7 @@ def test_history_adds_up_all_workers() -> None:
     history.add(look(10, worker(1, database(in_use=3, kills=1)), worker(2, database(in_use=4, waiting=2, kills=5))))
     assert points(history) == [Point(10, in_use=7, limit=40, waiting=2)]
     (found,) = history.answer("", 10.0)["databases"]
-    assert found["counts"]["kills"] == 6 and found["counts"]["backend"] == "sqlite"
+    assert found["counts"]["kills"] == 6 and found["backend"] == "sqlite"
 
 
 def test_history_has_no_limit_when_one_worker_has_none() -> None:
@@ -59,16 +43,14 @@ def test_history_has_no_limit_when_one_worker_has_none() -> None:
 def test_history_tells_rate_and_quantiles_of_the_last_seconds_only() -> None:
     """Not of all that was counted before."""
     history = History()
-    slow, bound_s = BOUNDS_S.index(1.0), 1.0
-    history.add(look(10, worker(1, database(checkouts=1000, waits=histogram(slow, 1000)))))
+    history.add(look(10, worker(1, database(checkouts=1000, slow=1000))))
     assert points(history)[0][4:] == (None, None, None)
-    waits = histogram(slow, 1000)
-    waits["counts"][0] = 10
-    history.add(look(12, worker(1, database(checkouts=1010, waits=waits))))
+    later = worker(1, database(checkouts=1010, slow=1000))
+    history.add(look(12, later))
     last = points(history)[-1]
     assert last.checkouts_per_s == 5
-    assert last.wait_p99_s is not None and last.wait_p99_s < BOUNDS_S[0] < bound_s
-    history.add(look(12 + WINDOW_S, worker(1, database(checkouts=1010, waits=waits))))
+    assert last.wait_p99_s is not None and last.wait_p99_s < BOUNDS_S[0]
+    history.add(look(12 + WINDOW_S, later))
     assert points(history)[-1][4:] == (0, None, None)
 
 
@@ -123,26 +105,45 @@ def test_history_shows_a_gap_while_no_worker_answers_and_forgets_what_is_only_ga
 
 
 def test_history_tells_when_somebody_last_waited_in_vain() -> None:
-    """Not when a worker with timeouts behind it appears."""
+    """Within the window; not when a worker with timeouts behind it appears."""
     history = History()
     history.add(look(10, worker(1, database(timeouts=3))))
     history.add(look(11, worker(1, database(timeouts=3)), worker(2, database(timeouts=9))))
     assert history.answer("", 11.0)["databases"][0]["timed_out_s"] is None
     history.add(look(12, worker(1, database(timeouts=4))))
-    history.add(look(13, worker(1, database(timeouts=4))))
-    assert history.answer("", 13.0)["databases"][0]["timed_out_s"] == 12
+    for time_s in (13, 13 + WINDOW_S):
+        history.add(look(time_s, worker(1, database(timeouts=4))))
+    assert history.answer("", 13.0)["databases"][0]["timed_out_s"] == 13
 
 
 def test_history_puts_the_longest_first_and_bounds_the_answer() -> None:
     """Each row with its worker."""
-    held = [{"held_s": float(number)} for number in range(SHOWN_ROWS)]
-    scopes = [{"age_s": float(number)} for number in range(SHOWN_ROWS)]
-    parts = {"holders": held, "scopes": scopes}
+    held = [holder(held_s=float(number)) for number in range(SHOWN_ROWS)]
+    scopes = [scope(age_s=float(number)) for number in range(SHOWN_ROWS)]
+    workers = [worker(pid, holders=held, scopes=scopes) for pid in (1, 2)]
     history = History()
-    history.add(look(10, worker(1, **parts), worker(2, **parts), silent=(3,)))
+    history.add(look(10, *workers, silent=[3]))
     answer = history.answer("", 12.5)
     assert [row["held_s"] for row in answer["holders"][:3]] == [SHOWN_ROWS - 1, SHOWN_ROWS - 1, SHOWN_ROWS - 2]
     assert {row["pid"] for row in answer["scopes"]} == {1, 2}
     assert len(answer["holders"]) == len(answer["scopes"]) == SHOWN_ROWS
     assert answer["more_holders"] == answer["more_scopes"] == SHOWN_ROWS
-    assert (answer["workers"], answer["silent"], answer["age_s"]) == ([1, 2], [3], 2.5)
+    assert (answer["workers"], answer["summary"], answer["level"]) == (2, "2 workers, silent: 3", "waiting")
+    assert answer["age_s"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("others", "summary", "level"),
+    [
+        ({}, "1 worker", "fine"),
+        ({"late": {1: 4.2}}, "1 worker", "waiting"),
+        ({"unreadable": {7: "is odd"}}, "1 worker, pid 7 is odd", "waiting"),
+    ],
+)
+def test_history_says_who_did_not_answer_well(others: dict[str, Any], summary: str, level: str) -> None:
+    history = History()
+    history.add(look(10, worker(1, holders=[holder()]), **others))
+    answer = history.answer("", 10.0)
+    assert (answer["summary"], answer["level"]) == (summary, level)
+    assert answer["late"] == list(others.get("late", {}).items())
+    assert answer["holders"][0]["late_s"] == others.get("late", {}).get(1, 0.0)

@@ -3,95 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
-import threading
+import re
 import time
-from functools import partial
+from contextlib import ExitStack
+from functools import partialmethod
 from unittest.mock import patch
 
 import pytest
 from textual.widgets import DataTable, Input, Static
 
-from dbsession.core.pool.stats import BOUNDS_S
-from dbsession.watch.inspection import sockets as folders
-from dbsession.watch.inspection.client import collect
+from dbsession.watch.inspection.client import Workers
 from dbsession.watch.top.screen import Top
+from support.snapshots import HARMLESS, HOSTILE, Served, database, holder, worker
 
 BAR_OF_ONE = "█" + "░" * 19
-NASTY = "GET /[bold red]x[/bold red][link=file:///etc]"
-
-
-def holder(scope, held_s=1.0, **values):
-    return {
-        "database": "default",
-        "scope": scope,
-        "greenlet": "a greenlet",
-        "held_s": held_s,
-        "state": "idle in transaction",
-        "state_s": held_s,
-        "place": "/srv/shop/orders.py:12 in get_order",
-        "stack": ["/srv/shop/orders.py:12 in get_order"],
-        "statement": "SELECT ?",
-        **values,
-    }
 
 
 def snapshot(pid, *holders):
-    waits = {"counts": [0] * (len(BOUNDS_S) + 1)}
-    counts = {"limit": 20, "in_use": len(holders), "idle": 1, "waiting": 0, "checkouts": 5, "timeouts": 0}
-    database = {"name": "default", "waits": waits, **counts}
-    return {"version": 1, "pid": pid, "databases": [database], "holders": [*holders]}
-
-
-class Workers:
-    """The sockets of workers; `said` (pid -> snapshot) may be changed meanwhile."""
-
-    def __init__(self, folder, *snapshots):
-        self.folder = folders.make(folder)
-        self.said = {each["pid"]: each for each in snapshots}
-        self._listeners = {pid: socket.socket(socket.AF_UNIX) for pid in self.said}
-        self._threads = [threading.Thread(target=self._serve, args=each) for each in self._listeners.items()]
-        for pid, listener in self._listeners.items():
-            listener.bind(str(self.folder / f"{pid}.sock"))
-            listener.listen()
-        for thread in self._threads:
-            thread.start()
-
-    def _serve(self, pid, listener):
-        while True:
-            try:
-                client, _ = listener.accept()
-            except OSError:
-                return
-            with client:
-                try:
-                    client.sendall(json.dumps(self.said[pid]).encode())
-                except OSError:  # it has what it wanted
-                    pass
-
-    def close(self):
-        for listener in self._listeners.values():
-            listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
-        for thread in self._threads:
-            thread.join(10)
+    return worker(pid, database(in_use=len(holders), idle=1, checkouts=5), holders=[*holders])
 
 
 @pytest.fixture
 def workers(tmp_path):
-    made = []
-
-    def make(*snapshots):
-        made.append(Workers(tmp_path / "sockets", *snapshots))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
+    with ExitStack() as stack:
+        yield lambda *snapshots: stack.enter_context(Served(tmp_path / "sockets", *snapshots))
 
 
-def drive(folder, *steps, size=(160, 40)):
+def drive(folder, *steps, size=(160, 40), timeout_s=20):
     """Run the screen: it looks once; then each step is a key to press, or a function of the screen to call, and to
     await if it says so."""
 
@@ -109,7 +47,7 @@ def drive(folder, *steps, size=(160, 40)):
             await pilot.press("q")
 
     # In a second all workers answer, but on a busy machine.
-    with patch("dbsession.watch.top.screen.collect", partial(collect, timeout_s=20)):
+    with patch.object(Workers, "look", partialmethod(Workers.look, timeout_s)):
         asyncio.run(asyncio.wait_for(run(), 200))
 
 
@@ -263,20 +201,35 @@ def test_cursor_stays_with_its_holder_when_others_come_and_go(workers):
 
 
 def test_markup_and_control_characters_of_a_snapshot_are_shown_as_they_are(workers):
-    bad = holder(NASTY, greenlet="[red]g", statement="SELECT '[blink]\x1b]0;title\x07'", place="[i]x", stack=["[i]x"])
-    bad |= {"database": "[u]d", "state": "[red]idle[/red]"}
-    folder = workers(snapshot(1, bad)).folder
+    texts = ("scope", "greenlet", "database", "state", "place", "statement")
+    bad = holder(**dict.fromkeys(texts, HOSTILE))
+    folder = workers(worker(1, database(HOSTILE), holders=[bad])).folder
 
     def check(screen):
         [row] = cells(screen)
-        assert row[1] == "[red]idle[/red]" and row[3] == NASTY
-        assert row[4:] == ["[u]d", "1", "[i]x", r"SELECT '[blink]\x1b]0;title\x07'"]
-        assert said(screen, "details").startswith(f"{NASTY} in [red]g\n[i]x\n")
+        assert [row[1], *row[3:5], *row[6:]] == [HARMLESS] * 5
+        assert said(screen, "details").startswith(f"{HARMLESS} in {HARMLESS}\n{HARMLESS}\n")
+        assert cells(screen, "databases")[0][0] == HARMLESS
         drawn = "\n".join(strip.text for strip in screen.screen._compositor.render_strips())
-        assert drawn.count(NASTY) == 2  # the table and the details
-        assert "\x1b" not in drawn and "\x07" not in drawn
+        assert HARMLESS in drawn and all(each.isprintable() for each in drawn.splitlines())
 
     drive(folder, shown(check))
+
+
+def test_late_worker_is_shown_with_its_age_and_an_unreadable_one_is_named(workers):
+    running = workers(snapshot(1, holder("GET /a")), snapshot(2))
+
+    def change(screen):
+        running.said[1] = None
+        running.said[2] = b"{}"
+
+    def check(screen):
+        assert scopes(screen) == ["GET /a"] and re.fullmatch(r"1, \d+ s old", cells(screen)[0][5])
+        state = said(screen, "state")
+        assert "1 worker, pid 2 gave an answer that cannot be read (" in state
+        assert re.search(r", pid 1 is late: \d+ s old, \d+ s old", state)
+
+    drive(running.folder, expect(scopes, ["GET /a"]), change, look, shown(check), size=(300, 40), timeout_s=0.5)
 
 
 def test_columns_have_room_for_their_cells_when_they_are_drawn_at_once(workers):
@@ -295,8 +248,8 @@ def test_columns_have_room_for_their_cells_when_they_are_drawn_at_once(workers):
 def test_screen_says_when_nobody_answers_and_who_is_silent(workers, tmp_path):
     drive(tmp_path / "none", expect(lambda s: "No worker serves its snapshot in" in said(s, "state"), True))
     running = workers(snapshot(1, holder("GET /a")))
-    running.said[1] = {}
-    drive(running.folder, expect(lambda s: "No worker answers; silent: 1." in said(s, "state"), True))
+    running.said[1] = b""
+    drive(running.folder, expect(lambda s: "No worker answers, silent: 1." in said(s, "state"), True))
     (tmp_path / "file").write_text("")
     drive(tmp_path / "file", expect(lambda s: "[DBS-CONFIG]" in said(s, "state"), True))
 
