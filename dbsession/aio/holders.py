@@ -1,39 +1,41 @@
-"""Which task holds a connection: see `dbsession.holders`.
+"""Which task holds a connection, and what it is doing: see `core.pool.holders`.
+
+    task ── get_coro() ──> coroutine ── cr_await ──> ... ── cr_await ──> greenlet_spawn() ── cr_await ──> the driver's
+                                                                           └── its greenlet's frames: SQLAlchemy's,
+                                                                               and those of a run_sync() function
 
 SQLAlchemy takes a connection in a greenlet of its own, whose parent is the one of the caller's coroutines, suspended
-meanwhile: so their frames hang on the parent, and those of a `run_sync()` function or of a listener on the greenlet.
+meanwhile. So a task that waits is read along the chain of what it awaits; one that runs just now, from the frames of
+its thread, where Python tells nothing of what its coroutines await.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
+import gc
 import sys
 import weakref
+from collections.abc import Iterator
 from time import monotonic
-from types import FrameType
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
 from typing import Any
 
 import greenlet
 from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import greenlet_spawn
 
+from dbsession.aio.leaks import this_thread
 from dbsession.core.connection_info import CHECKOUT
 from dbsession.core.pool import callsites
-from dbsession.core.pool.holders import STACK_FRAMES, Checkout, HeldConnections
+from dbsession.core.pool.checkout import Checkout
+from dbsession.core.pool.holders import HeldConnections
+from dbsession.core.scope import BaseScope
 from dbsession.errors import plain
 
-_ASYNCIO = os.path.dirname(os.path.abspath(asyncio.__file__)) + os.sep
-
-# Files of code that stands between the user's and the pool, and of the user's: a lookup in place of a call. Written by
-# any thread, a step each; they grow no further than the program's files.
-_between: set[str] = set()
-_users: set[str] = set()
-
-_FIRST = 4  # in _noted(): below it there is only the pool
-
-_here = greenlet.getcurrent
 _running_loop = asyncio.get_running_loop
 _current_task = asyncio.current_task
+
+_SUSPENDABLE = (CoroutineType, GeneratorType, AsyncGeneratorType)
 
 
 class HeldByTasks(HeldConnections):
@@ -49,20 +51,22 @@ class HeldByTasks(HeldConnections):
             note: Checkout = info[CHECKOUT]
         except KeyError:
             note = self.new_note(record)
+            note.thread = this_thread()  # the loop's
         try:
             task: Any = _current_task(_running_loop())
         except RuntimeError:  # no loop runs here
             task = None
-        note.stack = _noted(task, self.frames)
         note.taker = None if task is None else weakref.ref(task)  # None: in a callback of the loop
-        try:
-            scope = task._dbsession_aio.scopes[-1]
-            note.label = None if scope.kind == "implicit" else scope.label
-        except (AttributeError, IndexError):
-            note.label = None
         note.since = note.changed = monotonic()
+        if self.recording:
+            self._record_call_site(note, task)
         note.in_use = True
         self.stats.checkouts += 1
+
+    def _record_call_site(self, note: Checkout, task: Any) -> None:
+        scopes = self.scopes_of(note)
+        note.label = scopes[-1].label if scopes and scopes[-1].kind != "implicit" else None
+        note.taken_at = callsites.users(_running_here(sys._getframe(1), _outermost(task)))
 
     def name_of(self, note: Checkout) -> str:
         if note.taker is None:
@@ -73,43 +77,73 @@ class HeldByTasks(HeldConnections):
         function = getattr(task.get_coro(), "__qualname__", None)
         return plain(f"{function} in {task.get_name()}" if function else task.get_name())
 
+    def scopes_of(self, note: Checkout) -> list[BaseScope]:
+        task = None if note.taker is None else note.taker()
+        stack = getattr(task, "_dbsession_aio", None)
+        return [] if stack is None else list(stack.scopes)
 
-def _noted(task: Any, count: int) -> callsites.Noted:
-    """The user's places in this task, `count` at most, for what is called two calls below SQLAlchemy's
-    `_ConnectionFairy._checkout()`.
+    def stack_of(self, note: Checkout) -> list[callsites.CallSite] | str:
+        if note.taker is None:
+            return []
+        task: Any = note.taker()
+        if task is None or task.done():
+            return "its task has ended"
+        if not getattr(task.get_coro(), "cr_running", False):
+            return callsites.users(reversed(list(_suspended(task.get_coro()))))
+        if note.thread == this_thread():
+            return callsites.users(_running_here(sys._getframe(), _outermost(task)))
+        return callsites.users(_running_elsewhere(note.thread, _outermost(task)))
 
-    Each frame that is looked at costs as much as all else, so those in the greenlet are left out where nothing of the
-    user's is in it but a listener, if anything: its place is then the line that awaits. (Not of whole stacks.)
-    """
-    parent = _here().parent
-    spawn = None if parent is None else parent.gr_frame  # SQLAlchemy's greenlet_spawn(), for whom the next one waits
-    frame: FrameType | None = None if spawn is None else spawn.f_back
-    if frame is None:
-        return callsites.noted(sys._getframe(_FIRST), count)
-    stack: callsites.Noted = []
-    code = frame.f_code
-    if count > STACK_FRAMES or code.co_name == "run_sync" or code.co_filename not in _between:
-        stack = callsites.noted(sys._getframe(_FIRST), count)
-        count -= len(stack) // 2
-    # Beyond the task's own coroutine there is only the event loop, and whoever runs it.
-    last: FrameType | None = None if task is None else getattr(task.get_coro(), "cr_frame", None)
-    while frame is not None and (
-        (file := frame.f_code.co_filename) in _between or (file not in _users and _is_between(file))
-    ):
-        if frame is last:
-            return stack
-        frame = frame.f_back
-    while frame is not None and count:
-        stack += (frame.f_code, frame.f_lasti)
-        if frame is last:
+
+def _outermost(task: Any) -> FrameType | None:
+    """The frame of the task's own coroutine: beyond it there is only the event loop, and whoever runs it."""
+    return None if task is None else getattr(task.get_coro(), "cr_frame", None)
+
+
+def _suspended(coroutine: Any) -> Iterator[FrameType]:
+    """The frames of a coroutine that waits, and of what it awaits, outermost first."""
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
+        frame = frame or getattr(coroutine, "ag_frame", None)
+        if frame is not None:
+            yield frame
+            if frame.f_code is greenlet_spawn.__code__:
+                yield from _inside_greenlet(coroutine)
+        awaited = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
+        awaited = awaited or getattr(coroutine, "ag_await", None)
+        # What stands between, such as the __anext__() of an asynchronous generator, tells it to the collector alone.
+        coroutine = awaited if isinstance(awaited, _SUSPENDABLE) else _referred(awaited, _SUSPENDABLE)
+
+
+def _inside_greenlet(spawning: Any) -> list[FrameType]:
+    """The frames of the greenlet in which a greenlet_spawn() runs its function, outermost first."""
+    inner = _referred(spawning, greenlet.greenlet)
+    return [] if inner is None else list(callsites.outwards(inner.gr_frame))[::-1]
+
+
+def _referred(one: Any, kind: Any) -> Any:
+    return next((each for each in gc.get_referents(one) if isinstance(each, kind)), None)
+
+
+def _running_here(frame: FrameType, outermost: FrameType | None) -> Iterator[FrameType]:
+    """`frame`, of the calling greenlet, and its callers in this and its parents, innermost first, to `outermost`."""
+    within: Any = greenlet.getcurrent()
+    inner: FrameType | None = frame
+    while within is not None:
+        for each in callsites.outwards(inner):
+            yield each
+            if each is outermost:
+                return
+        within = within.parent
+        inner = None if within is None else within.gr_frame
+
+
+def _running_elsewhere(thread: int, outermost: FrameType | None) -> Iterator[FrameType]:
+    """The frames that run just now in another thread, innermost first, to `outermost`; of those between a greenlet of
+    SQLAlchemy's and that one, nobody tells."""
+    for each in callsites.outwards(sys._current_frames().get(thread)):
+        if each is outermost:
             break
-        frame = frame.f_back
-        count -= 1
-    return stack
-
-
-def _is_between(file: str) -> bool:
-    """Whether it is SQLAlchemy's or ours, or what asyncio itself awaits, as in `wait_for()`."""
-    between = callsites.is_inside(file) or file.startswith(_ASYNCIO)
-    (_between if between else _users).add(file)
-    return between
+        yield each
+    if outermost is not None:
+        yield outermost

@@ -29,6 +29,9 @@ def _own(module: ModuleType, name: str) -> Any:
 _start_thread: Callable[[Callable[[], object], tuple[()]], int] = _own(_thread, "start_new_thread")
 _sleep: Callable[[float], None] = _own(time, "sleep")
 
+this_thread: Callable[[], int] = _own(_thread, "get_ident")
+"""The number of the native thread, whatever gevent has patched."""
+
 
 def run_in_thread(work: Callable[[], object]) -> None:
     """Run `work` soon in a thread of its own, which keeps no process running. Never waits: it is called in the middle

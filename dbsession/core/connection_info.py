@@ -23,7 +23,7 @@ WIRE = "dbsession.wire"
 not."""
 
 CHECKOUT = "dbsession.checkout"
-"""In `record_info`: the `holders.Checkout` of whoever uses it."""
+"""In `record_info`: the `core.pool.checkout.Checkout` of whoever uses it."""
 
 
 class KnownConnection:

@@ -31,11 +31,12 @@ class Opened:
     def __init__(self) -> None:
         self._greenlet = weakref.ref(ident.current())
         self._thread = ident.thread()
-        self._stack = callsites.noted(sys._getframe(1), 1)
+        self._stack = callsites.users(callsites.outwards(sys._getframe(1)), 1)
         self.told = False
 
     def __str__(self) -> str:
-        return f"{ident.name_of(self._greenlet(), self._thread)} at {callsites.written(self._stack)[0]}"
+        (place,) = callsites.written(self._stack) or (callsites.UNKNOWN,)
+        return f"{ident.name_of(self._greenlet(), self._thread)} at {place}"
 
 
 def guarded(session_class: type[Any], database: str, mode: str) -> type[Any]:

@@ -1,7 +1,8 @@
-"""Which greenlet holds a connection: see `holders`."""
+"""Which greenlet holds a connection, and what it is doing: see `core.pool.holders`."""
 
 from __future__ import annotations
 
+import sys
 import weakref
 from time import monotonic
 from typing import Any
@@ -10,7 +11,9 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from dbsession.core.connection_info import CHECKOUT
 from dbsession.core.pool import callsites
-from dbsession.core.pool.holders import Checkout, HeldConnections
+from dbsession.core.pool.checkout import Checkout
+from dbsession.core.pool.holders import HeldConnections
+from dbsession.core.scope import BaseScope
 from dbsession.green import ident
 
 
@@ -24,19 +27,38 @@ class HeldByGreenlets(HeldConnections):
             note: Checkout = info[CHECKOUT]
         except KeyError:
             note = self.new_note(record)
-        note.stack = callsites.noted_from_pool(self.frames)
         note.thread = ident.thread()
         try:
-            caller = ident.current()
-            note.taker = weakref.ref(caller)
-            note.label = caller._dbsession_scopes[-1].label
+            note.taker = weakref.ref(ident.current())
         except RuntimeError:  # the interpreter is shutting down
-            note.taker = note.label = None
-        except (AttributeError, IndexError):
-            note.label = None
+            note.taker = None
         note.since = note.changed = monotonic()
+        if self.recording:
+            self._record_call_site(note)
         note.in_use = True
         self.stats.checkouts += 1
 
+    def _record_call_site(self, note: Checkout) -> None:
+        scopes = self.scopes_of(note)
+        note.label = scopes[-1].label if scopes and scopes[-1].kind != "implicit" else None
+        note.taken_at = callsites.users(callsites.outwards(sys._getframe(1)))
+
     def name_of(self, note: Checkout) -> str:
-        return ident.name_of(note.taker() if note.taker is not None else None, note.thread)
+        return ident.name_of(_taker(note), note.thread)
+
+    def scopes_of(self, note: Checkout) -> list[BaseScope]:
+        return list(getattr(_taker(note), "_dbsession_scopes", ()))
+
+    def stack_of(self, note: Checkout) -> list[callsites.CallSite] | str:
+        taker = _taker(note)
+        if taker is None or taker.dead:
+            return "its greenlet has ended"
+        frame = taker.gr_frame
+        if frame is None:  # it runs just now: here, or in another thread
+            frame = sys._getframe() if taker is ident.current() else sys._current_frames().get(note.thread)
+            frame = taker.gr_frame or frame  # unless it has stopped meanwhile, and another one runs there
+        return callsites.users(callsites.outwards(frame))
+
+
+def _taker(note: Checkout) -> Any:
+    return None if note.taker is None else note.taker()

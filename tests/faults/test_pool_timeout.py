@@ -70,7 +70,8 @@ def test_pool_timeout_names_every_holder_and_what_it_is_busy_with(with_server, m
     assert statements == [
         "SELECT 1", "INSERT INTO t VALUES (?, ?)", "SELECT * FROM t WHERE note = %(note)s", "SELECT SLEEP(?), %(x)s"
     ], statements
-    places = [re.search(r"script\\.py:\\d+ in (\\w+)$", holder.place)[1] for holder in error.holders]
+    sites = [re.findall(r"script\\.py:\\d+ in (\\w+)$", "\\n".join(holder.stack), re.M) for holder in error.holders]
+    places = [found[0] for found in sites]
     assert places == ["hold", "hold", "reader", "sleeper"]
     assert error.in_use == error.size == 4 and error.waiting == 0
     said = str(error)

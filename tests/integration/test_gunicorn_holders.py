@@ -62,8 +62,8 @@ def test_request_that_holds_the_connection_is_named_with_route_and_line(tmp_path
         finally:
             (tmp_path / "end").touch()
             holding.join(20)
-    line = APP.splitlines().index("""    session.execute(text("SELECT 'hidden'"))""") + 1
+    line = APP.splitlines().index("        time.sleep(0.01)") + 1
     for told in (said, logged):
-        assert "GET /hold/7 (" in told and f"checked out at {tmp_path}/own.py:{line} in hold" in told
+        assert "GET /hold/7 (" in told and f"now at {tmp_path}/own.py:{line} in hold" in told
         assert "last statement: SELECT ?" in told and "hidden" not in told
     assert said.endswith("[DBS-POOL-TIMEOUT]")

@@ -19,6 +19,8 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import gevent
+import gevent.event
+from sqlalchemy.util import greenlet_spawn
 
 import dbsession
 import dbsession.aio.scope
@@ -86,6 +88,24 @@ class GeventHalf:
         """The same, from a test."""
         return self.run(work)
 
+    def spawn(self, work: Work[Any], name: str | None = None) -> gevent.Greenlet:
+        """Begin `work()` in a greenlet of its own; `join()` waits for it."""
+        job = gevent.Greenlet(_step, work())
+        if name is not None:
+            job.name = name
+        job.start()
+        return job
+
+    async def join(self, job: Any) -> Any:
+        return job.get(timeout=BOUND_S)
+
+    def event(self) -> Any:
+        return gevent.event.Event()
+
+    async def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Run what is written for SQLAlchemy's synchronous classes."""
+        return function(*args)
+
     async def until(self, predicate: Callable[[], Any]) -> None:
         """Wait for what happens a little later."""
         end = gevent.Timeout.start_new(BOUND_S)
@@ -117,6 +137,20 @@ class AioHalf:
             return await work()
 
         return await asyncio.create_task(job())
+
+    def spawn(self, work: Work[Any], name: str | None = None) -> asyncio.Task[Any]:
+        """Begin `work()` in a task of its own; `join()` waits for it."""
+        return asyncio.create_task(work(), name=name)
+
+    async def join(self, job: Any) -> Any:
+        return await job
+
+    def event(self) -> Any:
+        return asyncio.Event()
+
+    async def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Run what is written for SQLAlchemy's synchronous classes, in a greenlet where it may await."""
+        return await greenlet_spawn(function, *args)
 
     async def until(self, predicate: Callable[[], Any]) -> None:
         """Wait for what happens a little later."""

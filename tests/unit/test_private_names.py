@@ -197,26 +197,23 @@ def test_sqlalchemys_generated_frames_say_whose_they_are():
     assert file.startswith("<sqlalchemy generated") and "sqlalchemy.orm.session" in file
 
 
-def test_checkout_of_sqlalchemys_pool_stands_two_calls_above_the_note(tmp_path):
-    """callsites.noted_from_pool() begins there: below it there may be nobody else's frame."""
-    import sys
+def test_greenlet_spawns_coroutine_refers_to_the_greenlet_that_it_waits_for():
+    """aio.holders finds there where a run_sync() function is."""
+    import asyncio
+    import gc
 
-    from dbsession import SessionManager
-    from dbsession.core.pool import callsites
+    import greenlet
+    from sqlalchemy.util import await_, greenlet_spawn
 
-    manager = SessionManager({"default": f"sqlite:///{tmp_path}/a.db"})
-    held = manager.engine().pool.held
-    seen = []
-    original = held.taken
+    async def main():
+        waiting = greenlet_spawn(lambda: inside.append(greenlet.getcurrent()) or await_(asyncio.sleep(0)))
+        task = asyncio.ensure_future(waiting)
+        await asyncio.sleep(0)
+        assert [each for each in gc.get_referents(waiting) if isinstance(each, greenlet.greenlet)] == inside
+        await task
 
-    def taken(record):
-        seen.append(sys._getframe(callsites._FIRST - 1).f_code.co_name)  # this one is a call nearer
-        original(record)
-
-    held.taken = taken
-    manager.engine().connect().close()
-    assert seen == ["_checkout"]
-    manager.dispose()
+    inside = []
+    asyncio.run(main())
 
 
 def test_prometheus_histogram_keeps_one_value_for_each_bucket_and_the_sum():

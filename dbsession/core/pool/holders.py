@@ -1,35 +1,34 @@
-"""Who holds the connections: since when, in which unit of work, taken at which line, and with what they are busy.
+"""Who holds the connections: since when, in which unit of work, and what the holder is doing now.
 
-    HeldConnections ── _held ──> {pool record: Checkout}      what is in use now
-    Checkout, the note made at the checkout ──> Holder, the picture of it for people and programs
+    HeldConnections ── _notes ──> {Checkout}                  one for each pool record, also of those that are idle
+    Checkout, the note made at the checkout ──> Holder, what people and programs are shown of it
 
-Most notes are never read, so a note costs little and keeps nothing alive: code objects with an offset in place of
-frames, a weak reference to the greenlet or task, the text of the statement that SQLAlchemy has anyway. Who takes a
-connection is found out by `greenlet_holders`, and by `aio.holders`.
+Most notes are never read, so a note costs little and keeps nothing alive: a weak reference to the greenlet or task, the
+time, the text of the statement that SQLAlchemy has anyway. Where the holder is, and in which scope, is found when
+somebody asks, from its present stack (`green.holders`, `aio.holders`). Once a database has had a leak or a PoolTimeout,
+each of its checkouts records its call site and scope as well.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine, ExecutionContext
+from sqlalchemy.engine import Engine, ExecutionContext
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
-from dbsession.core.connection_info import CHECKOUT, COMMITTING, SCOPE, WIRE
+from dbsession.core.connection_info import CHECKOUT, SCOPE
 from dbsession.core.pool import callsites
+from dbsession.core.pool.checkout import Checkout
 from dbsession.core.pool.stats import Stats
+from dbsession.core.scope import BaseScope
 from dbsession.core.sql import masked
 from dbsession.errors import PoolTimeout
-
-STACK_FRAMES = 3
-"""How many frames of the user's own are noted at a checkout: all of them would cost more than the rest of it."""
-
-_WHOLE_STACK = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +39,11 @@ class Holder:
     `greenlet` who; in asyncio that is the task. `state` is "executing", "committing", "idle in transaction"
     (SQLAlchemy's: it lasts from a statement to the commit or rollback, with autocommit there is none) or "idle", and on
     MySQL and MariaDB "pinging" (the server has not answered yet whether the connection lives) or "streaming" (a
-    server-side cursor is not read to its end); `state_s` how long no statement began or ended. `place` is `file:line in
-    function` of the innermost frame outside SQLAlchemy and dbsession at the checkout; in asyncio, of this task and
-    outside of asyncio itself, too, and where a listener took the connection, the line that awaits. `stack` begins with
-    it and goes outwards. `statement` is the last one, its literals masked, cut at 120 characters.
+    server-side cursor is not read to its end); `state_s` how long no statement began or ended. `place` is where the
+    holder is now, as `file:line in function`: the innermost frame outside the standard library, gevent, SQLAlchemy, the
+    drivers and dbsession. `stack` begins with it and goes outwards; empty where the greenlet, task or thread has ended,
+    as `place` says then. `statement` is the last one, its literals masked, cut at 120 characters. `taken_at` is the
+    stack of the checkout; empty before the first leak or PoolTimeout of the database, as none is recorded till then.
     """
 
     database: str
@@ -55,69 +55,14 @@ class Holder:
     place: str
     stack: tuple[str, ...]
     statement: str | None
+    taken_at: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         who = self.scope if self.scope == self.greenlet else f"{self.scope} ({self.greenlet})"
+        where = f"now at {self.place}" if self.stack else self.place
+        taken = f", checked out at {self.taken_at[0]}" if self.taken_at else ""
         last = f", last statement: {self.statement}" if self.statement else ""
-        return (
-            f"{who} for {self.held_s:.1f} s, {self.state} for {self.state_s:.1f} s, checked out at {self.place}{last}"
-        )
-
-
-class Checkout:
-    """The note of one checkout, used again for the next one of the same pool record. Lives as long as the record;
-    written by whoever uses the connection. It keeps nothing alive but code objects and texts."""
-
-    __slots__ = (
-        "__weakref__",
-        "changed",
-        "connection",
-        "executing",
-        "in_use",
-        "label",
-        "record",
-        "reported",
-        "reported_as",
-        "reported_since",
-        "since",
-        "stack",
-        "statement",
-        "taker",
-        "thread",
-    )
-
-    record: weakref.ref[ConnectionPoolEntry]
-    in_use: bool  # what else is here is of the last checkout; whether it goes on
-    stack: callsites.Noted
-    taker: weakref.ref[Any] | None  # the greenlet or task; another one may use the connection meanwhile
-    thread: int  # the native one of a greenlet
-    label: str | None  # of the scope in which it was checked out
-    statement: str | None
-    connection: weakref.ref[Connection] | None  # SQLAlchemy's, that has executed something
-    executing: bool
-    since: float  # by time.monotonic(), as `changed`: when `executing` became what it is
-    changed: float
-    # By the leak watch, perhaps in a thread of its own; it counts for the checkout that began at `reported_since`.
-    reported: tuple[str, ...]  # what was said of it
-    reported_as: str  # whose it was then
-    reported_since: float
-
-    def state(self) -> str:
-        """What it is busy with: see `Holder`."""
-        if self.executing:
-            return "executing"
-        record = self.record()
-        if record is None or record.dbapi_connection is None:
-            return "idle"
-        if COMMITTING in record.info:
-            return "committing"
-        wire = record.info.get(WIRE, record.dbapi_connection)
-        if getattr(wire, "pinging", False):
-            return "pinging"
-        if getattr(wire, "unread", False):
-            return "streaming"
-        user = None if self.connection is None else self.connection()
-        return "idle in transaction" if _in_transaction(record.dbapi_connection, user) else "idle"
+        return f"{who} for {self.held_s:.1f} s, {self.state} for {self.state_s:.1f} s, {where}{taken}{last}"
 
 
 class HeldConnections:
@@ -132,8 +77,8 @@ class HeldConnections:
         self._backend = backend
         self.stats = stats or Stats()
         self._notes: weakref.WeakSet[Checkout] = weakref.WeakSet()
-        self.frames = STACK_FRAMES
-        """How many are noted from now on."""
+        self.recording = False
+        """Whether checkouts record their call site. Set once, by whoever sees the first leak or PoolTimeout."""
         self.tell: Callable[[Checkout], None] | None = None
         """Called with the note of a connection that comes back after it was reported. Must not wait."""
 
@@ -145,13 +90,22 @@ class HeldConnections:
         """What people call who took it."""
         raise NotImplementedError
 
+    def stack_of(self, note: Checkout) -> list[callsites.CallSite] | str:
+        """The present stack of who took it, innermost first; or a text that says what has become of them."""
+        raise NotImplementedError
+
+    def scopes_of(self, note: Checkout) -> list[BaseScope]:
+        """The scopes that are open now where it was taken, innermost last."""
+        raise NotImplementedError
+
     def new_note(self, record: ConnectionPoolEntry) -> Checkout:
         """The note of this record, at its first checkout."""
         info: Any = record.record_info
         note = info[CHECKOUT] = Checkout()
         note.record = weakref.ref(record)
         note.in_use = note.executing = False  # until the rest is there, too
-        note.statement = note.connection = None
+        note.statement = note.connection = note.label = None
+        note.taken_at = []
         note.reported, note.reported_since = (), 0.0
         self._notes.add(note)
         return note
@@ -172,15 +126,9 @@ class HeldConnections:
 
     def listen(self, engine: Engine) -> None:
         """Follow a pool that does not call `taken` and `returned` itself."""
-        event.listen(engine, "checkout", self._checked_out)
-        event.listen(engine, "checkin", self._checked_in)
-        event.listen(engine, "detach", self._checked_in)
-
-    def _checked_out(self, _: Any, record: ConnectionPoolEntry, __: Any) -> None:
-        self.taken(record)
-
-    def _checked_in(self, _: Any, record: ConnectionPoolEntry) -> None:
-        self.returned(record)
+        event.listen(engine, "checkout", lambda _, record, __: self.taken(record))
+        event.listen(engine, "checkin", lambda _, record: self.returned(record))
+        event.listen(engine, "detach", lambda _, record: self.returned(record))
 
     def waited(self, seconds: float, in_vain: bool) -> None:
         """Somebody has waited for a connection."""
@@ -194,12 +142,9 @@ class HeldConnections:
 
     def timeout(self, pool: QueuePool, waiting: int, waited_s: float) -> PoolTimeout:
         """The error for whoever has waited in vain."""
+        self.recording = True
         sizes = pool.size(), pool.overflow(), pool.checkedout()
         return PoolTimeout(self.name, *sizes, waiting, waited_s, self.holders())
-
-    def note_whole_stacks(self) -> None:
-        """From now on: after a leak was seen, it is worth its time."""
-        self.frames = _WHOLE_STACK
 
     def forget(self) -> None:
         """In a forked child: what was in use belongs to the parent."""
@@ -210,10 +155,8 @@ class HeldConnections:
     def notes(self) -> list[Checkout]:
         """Those in use now, longest first."""
         while True:
-            try:
+            with suppress(RuntimeError):  # another thread opened a connection meanwhile
                 return sorted((note for note in list(self._notes) if note.in_use), key=lambda note: note.since)
-            except RuntimeError:  # another thread opened a connection meanwhile
-                continue
 
     def holders(self) -> tuple[Holder, ...]:
         """The same, as pictures."""
@@ -222,50 +165,36 @@ class HeldConnections:
 
     def picture(self, note: Checkout, now: float) -> Holder:
         """`note` for people and programs, at `now` by time.monotonic()."""
-        stack = callsites.written(note.stack)
         taker = self.name_of(note)
-        record = note.record()
-        home = None if record is None else record.info.get(SCOPE, _nobody)()
-        label = note.label if home is None else home.label
-        implicit = label is None or (home is not None and home.kind == "implicit")
+        stack = self.stack_of(note)
+        sites = () if isinstance(stack, str) else callsites.written(stack) or (callsites.UNKNOWN,)
         return Holder(
             database=self.name or "?",
-            scope=taker if implicit or label is None else label,
+            scope=self._label_of(note) or taker,
             greenlet=taker,
             held_s=max(0.0, now - note.since),
             state=note.state(),
             state_s=max(0.0, now - note.changed),
-            place=stack[0],
-            stack=stack,
+            place=stack if isinstance(stack, str) else sites[0],
+            stack=sites,
             statement=None if note.statement is None else masked(note.statement, self._backend),
+            taken_at=callsites.written(note.taken_at),
         )
+
+    def _label_of(self, note: Checkout) -> str | None:
+        """The scope of the session that uses it; else the one in which it was checked out, if that is recorded or still
+        open. None: an implicit one, or none that is known."""
+        record = note.record()
+        scope: BaseScope | None = None if record is None else record.info.get(SCOPE, _nobody)()
+        if scope is None and note.label is None:
+            scope = next((each for each in reversed(self.scopes_of(note)) if each.since <= note.since), None)
+        if scope is None:
+            return note.label
+        return None if scope.kind == "implicit" else scope.label
 
 
 def _nobody() -> Any:
     return None
-
-
-def _in_transaction(connection: Any, user: Connection | None) -> bool:
-    """Whether a transaction is open on this DBAPI connection: for SQLAlchemy, as `Session.in_transaction()` has it,
-    since a SELECT alone may begin none at the server, and holds the connection all the same; or as far as the driver
-    tells, else probably."""
-    driver = getattr(connection, "driver_connection", connection)  # below SQLAlchemy's adapter of one for asyncio
-    try:
-        if user is not None and user.in_transaction() and not _autocommits(user, connection):
-            return True
-        known = getattr(driver, "in_transaction", None)
-        if known is None and hasattr(driver, "get_transaction_status"):  # asyncmy, aiomysql
-            known = driver.get_transaction_status()
-        return bool(known) if known is not None else getattr(connection, "autocommit", False) is not True
-    except Exception:  # closed just now
-        return False
-
-
-def _autocommits(user: Connection, connection: Any) -> bool:
-    try:
-        return user.dialect.detect_autocommit_setting(connection)
-    except NotImplementedError:  # not every dialect can tell
-        return False
 
 
 def watched(execute: Callable[..., Any]) -> Callable[..., Any]:

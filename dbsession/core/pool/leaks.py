@@ -9,7 +9,8 @@ from collections.abc import Callable
 from functools import partial
 
 from dbsession.core.config import DatabaseConfig
-from dbsession.core.pool.holders import Checkout, HeldConnections
+from dbsession.core.pool.checkout import Checkout
+from dbsession.core.pool.holders import HeldConnections
 
 logger = logging.getLogger("dbsession.leaks")
 
@@ -93,15 +94,18 @@ class LeakWatch:
                 )
             )
             return
-        self._held.note_whole_stacks()
+        self._held.recording = True
+        lines = [f"    {site}" for site in holder.stack or (holder.place,)]
+        if holder.taken_at:
+            lines += [" The stack of its checkout, innermost first:", *(f"    {site}" for site in holder.taken_at)]
         self._aside(
             lambda: logger.warning(
-                "Database %r: a connection has been held for more than leak_after_s=%g s: %s. The stack of its "
-                "checkout, innermost first:\n%s",
+                "Database %r: a connection has been held for more than leak_after_s=%g s: %s. Its stack now, innermost "
+                "first:\n%s",
                 holder.database,
                 self._config.leak_after_s,
                 holder,
-                "\n".join(f"    {place}" for place in holder.stack),
+                "\n".join(lines),
             )
         )
 

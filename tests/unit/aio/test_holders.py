@@ -1,23 +1,17 @@
-"""Which task holds a connection: noted at its checkout, forgotten at its return, and told of in PoolTimeout."""
+"""Which task holds a connection, and where it is; what both halves have is in core/pool."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
-import weakref
 from pathlib import Path
 
 import pytest
-from sqlalchemy import event, exc, pool, text
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util import await_, greenlet_spawn
 
 from dbsession import aio
-from dbsession.aio import holders
-from dbsession.core.connection_info import CHECKOUT
-from dbsession.core.pool import callsites
-from dbsession.core.pool.holders import STACK_FRAMES, Holder
 from dbsession.errors import PoolTimeout
 from support.loops import LOOPS, in_loop
 from support.proxy import Proxy
@@ -66,47 +60,6 @@ def nothing_left(manager):
 # -- PoolTimeout -------------------------------------------------------------------------------------------------------
 
 
-def test_pool_timeout_names_the_tasks_that_hold_the_connections(run, managed):
-    manager = managed()
-    ready, end = asyncio.Semaphore(0), asyncio.Event()
-
-    async def labelled():
-        async with manager.scope("import"):
-            await manager.get().execute(text("SELECT :p, 'in the text'"), {"p": "a parameter"})  # labelled
-            ready.release()
-            await end.wait()
-
-    async def unlabelled():
-        await manager.get().execute(text("INSERT INTO t VALUES (4711)"))
-        ready.release()
-        await end.wait()
-
-    async def main():
-        async with manager.engine().begin() as connection:
-            await connection.execute(text("CREATE TABLE t (n INTEGER)"))
-        first = asyncio.create_task(labelled())
-        await ready.acquire()
-        second = asyncio.create_task(unlabelled(), name="the export")
-        await ready.acquire()
-        with pytest.raises(exc.TimeoutError) as caught:
-            await manager.engine().connect()
-        end.set()
-        await asyncio.gather(first, second)
-        return caught.value
-
-    error = run(main)
-    assert type(error) is PoolTimeout and [type(each) for each in error.holders] == [Holder] * 2
-    said = str(error).splitlines()
-    assert said[0].endswith("with 2 in use and 0 others waiting. Held, longest first:")
-    assert said[1].startswith("  import (") and ".labelled in Task-" in said[1]
-    assert "checked out at " + line_of("labelled") in said[1]
-    assert "in full" not in said[1] and said[1].endswith("last statement: SELECT ?, ?")
-    assert said[2].startswith("  test_pool_timeout_names_") and ".unlabelled in the export for " in said[2]
-    assert "idle in transaction for " in said[2] and said[2].endswith("INSERT INTO t VALUES (?)")
-    assert len(said) == 4 and "more being opened" not in str(error)
-    assert "a parameter" not in repr(error) and "in the text" not in repr(error.holders) and "4711" not in str(error)
-
-
 def test_pool_timeout_says_how_many_are_being_opened(run, managed):
     """They are in use, and nobody holds them yet."""
     manager = managed(options={"pool_size": 1})
@@ -139,266 +92,158 @@ def test_pool_timeout_says_how_many_are_being_opened(run, managed):
 # -- the place ---------------------------------------------------------------------------------------------------------
 
 
-async def by_proxy(manager):
-    await manager.get().execute(text("SELECT 1"))  # by_proxy
+async def sleeps(manager):
+    async with manager.engine().connect():
+        await asyncio.sleep(DEADLINE_S)  # sleeps
 
 
-async def by_session(manager):
-    await manager.get()().connection()  # by_session
+async def waits_within_a_bound(manager):
+    async with manager.engine().connect(), asyncio.timeout(DEADLINE_S):
+        await asyncio.wait_for(asyncio.Event().wait(), DEADLINE_S)  # waits_within_a_bound
 
 
-async def by_own_function(manager):
-    async def query():
-        return await manager.get().scalar(text("SELECT 1"))  # by_own_function
+async def own_function(manager):
+    async def inner():
+        await asyncio.sleep(DEADLINE_S)  # own_function
 
-    await query()
-
-
-async def by_engine(manager):
-    return await manager.engine().connect()  # by_engine
+    async with manager.scope("a job"):
+        await manager.get().execute(text("SELECT 1"))
+        await inner()
 
 
-async def by_begin(manager):
-    async with manager.engine().begin():  # by_begin
-        return held(manager)[0]
-
-
-async def by_raw_connection(manager):
-    return await manager.engine().raw_connection()  # by_raw_connection
-
-
-async def by_stream(manager):
-    async for _ in await manager.get().stream(text("SELECT 1")):  # by_stream
-        return held(manager)[0]
-
-
-async def by_generator(manager):
+async def generator(manager):
     async def rows():
-        yield await manager.get().scalar(text("SELECT 1"))  # by_generator
+        async with manager.engine().connect():
+            yield 1
+            await asyncio.sleep(DEADLINE_S)  # generator
 
     async for _ in rows():
-        return held(manager)[0]
+        pass
 
 
-async def by_timeout(manager):
-    async with asyncio.timeout(10):
-        await manager.get().execute(text("SELECT 1"))  # by_timeout
+async def executes(manager):
+    async with manager.engine().connect() as connection:
+        raw = await connection.get_raw_connection()
+        await raw.driver_connection.create_function("pause", 0, manager.paused.wait)
+        manager.paused.begun = True
+        await connection.execute(text("SELECT pause()"))  # executes
 
 
-async def by_run_sync(manager):
+async def run_sync(manager):
     def work(session):
-        session.execute(text("SELECT 1"))  # by_run_sync
+        session.execute(text("SELECT 1"))
+        await_(asyncio.sleep(DEADLINE_S))  # run_sync
 
-    await manager.get()().run_sync(work)
-
-
-async def by_listener(manager):
-    session = manager.get()()
-    found = []
-
-    @event.listens_for(session.sync_session, "before_flush")
-    def listener(sync_session, *_):
-        sync_session.connection()  # by_listener
-        found.append(held(manager)[0])
-
-    session.sync_session.info["flush"] = True
-    await session.run_sync(lambda sync_session: sync_session.dispatch.before_flush(sync_session, None, None))
-    return found[0]
+    async with AsyncSession(manager.engine()) as session:
+        await session.run_sync(work)
 
 
-async def by_other_session(manager):
-    session = AsyncSession(manager.engine())
-    await session.execute(text("SELECT 1"))  # by_other_session
-    return session
-
-
-async def by_transaction(manager):
-    found = []
-
-    async def work(session):
-        await session.execute(text("SELECT 1"))  # by_transaction
-        found.append(held(manager)[0])
-
-    await manager.run_in_transaction(work)
-    return found[0]
-
-
-async def by_middleware(manager):
-    found = []
-
+async def middleware(manager):
     async def app(scope, receive, send):
-        await manager.get().execute(text("SELECT 1"))  # by_middleware
-        found.append(held(manager)[0])
+        await manager.get().execute(text("SELECT 1"))
+        await asyncio.sleep(DEADLINE_S)  # middleware
 
     await aio.DBSessionMiddleware(app)({"type": "http", "method": "GET", "path": "/orders/7"}, None, None)
-    assert found[0].scope == "GET /orders/7"
-    return found[0]
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        *(by_proxy, by_session, by_own_function, by_engine, by_begin, by_raw_connection, by_stream, by_generator),
-        *(by_timeout, by_run_sync, by_listener, by_other_session, by_transaction, by_middleware),
-    ],
-    ids=lambda use: use.__name__,
-)
-@pytest.mark.parametrize("poolclass", [None, pool.NullPool, pool.StaticPool])
-def test_place_is_the_line_outside_sqlalchemy_and_dbsession(run, managed, use, poolclass):
-    """Also the second time, when what is between is known."""
-    manager = managed(options={"poolclass": poolclass, "pool_size": 2, "pool_timeout": 1} if poolclass is None else {})
-    if poolclass is not None:
-        manager = managed_with(manager, poolclass)
+WAITS = (sleeps, waits_within_a_bound, own_function, generator, executes, run_sync, middleware)
+
+
+@pytest.mark.parametrize("use", WAITS, ids=lambda use: use.__name__)
+def test_place_is_the_users_line_at_which_the_task_waits(run, managed, use):
+    manager = managed()
+    manager.paused = threading.Event()
 
     async def main():
-        for _ in range(2):
-            async with manager.scope():
-                given = await use(manager)
-                holder = given if isinstance(given, Holder) else held(manager)[0]
-                assert holder.place.startswith(line_of(use.__name__)), holder
-                assert holder.stack[0] == holder.place and 1 <= len(holder.stack) <= STACK_FRAMES
-                assert all("/asyncio/" not in place for place in holder.stack), "the loop's own"
-                if given is not holder and given is not None:
-                    closed = given.close()
-                    if closed is not None:
-                        await closed
-        nothing = manager.database("default").held.notes()
-        assert not nothing or poolclass is pool.StaticPool
+        task = asyncio.create_task(use(manager))
+        while not held(manager) or not held(manager)[0].place.startswith(line_of(use.__name__)):
+            assert not task.done(), held(manager)
+            await asyncio.sleep(0.001)  # SQLite answers in a thread
+        (holder,) = held(manager)
+        assert holder.stack[0] == holder.place and holder.stack[-1].endswith(f" in {use.__name__}")
+        assert not any("/asyncio/" in site or "sqlalchemy" in site for site in holder.stack)
+        manager.paused.set()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
     run(main)
 
 
-def managed_with(manager, poolclass):
-    url = str(manager.present().lookup("default").url)
-    return aio.SessionManager({"default": {"url": url, "options": {"poolclass": poolclass}}})
+def test_place_of_a_task_that_runs_is_where_it_asks(run, managed):
+    """In its own coroutines, and in a greenlet of SQLAlchemy's."""
+    manager, found = managed(), []
+
+    def ask():
+        found.append(held(manager)[0])  # asks
+
+    def work(_):
+        ask()  # in a run_sync() function
+
+    async def main():
+        async with manager.scope():
+            await manager.get().execute(text("SELECT 1"))
+            ask()  # in a coroutine
+            await manager.get()().run_sync(work)  # awaits the run_sync() function
+
+    run(main)
+    one, other = ([line_of(part) for part in parts] for parts in PARTS)
+    for holder, lines in zip(found, (one, other), strict=True):
+        assert len(holder.stack) == len(lines) + 2, "to the task's own coroutine, and not on to whoever runs the loop"
+        assert all(site.startswith(line) for site, line in zip(holder.stack[1:], lines, strict=False)), holder.stack
 
 
-def test_place_is_unknown_where_the_task_is_sqlalchemys_alone(run, managed):
+PARTS = (("asks", "in a coroutine"), ("asks", "in a run_sync() function", "awaits the run_sync() function"))
+
+
+@pytest.mark.parametrize("where", ["in a coroutine", "in a greenlet of SQLAlchemy's"])
+def test_place_of_a_task_that_blocks_its_loop_is_told_from_another_thread(run, managed, where):
+    manager, found = managed(), []
+
+    def block(database):
+        seen = threading.Event()
+
+        def look():
+            while not found or not found[-1].place.startswith(line_of("blocks")):  # start() waits, too
+                found[:] = database.held.holders()
+            seen.set()
+
+        threading.Thread(target=look).start()
+        assert seen.wait(DEADLINE_S)  # blocks
+
+    async def main():
+        await asyncio.create_task(blocks())
+
+    async def blocks():
+        async with manager.scope():
+            await manager.get().execute(text("SELECT 1"))
+            database = manager.database("default")
+            if where == "in a coroutine":
+                block(database)
+            else:
+                await manager.get()().run_sync(lambda _: block(database))
+
+    run(main)
+    (holder,) = found
+    assert holder.stack[-1].endswith(".blocks")
+
+
+def test_call_site_is_unknown_where_the_task_is_sqlalchemys_alone(run, managed):
     """As `asyncio.create_task(connection.start())`: who made the task, nobody can tell; the lines of whoever runs the
     loop are not those of the checkout."""
     manager = managed()
 
     async def main():
+        manager.get()
+        manager.database("default").held.recording = True
         connection = await asyncio.create_task(manager.engine().connect().start())
         (holder,) = held(manager)
-        assert holder.stack == ("an unknown place",) and holder.scope.startswith("AsyncConnection.start in Task-")
+        assert holder.taken_at == () and holder.scope.startswith("AsyncConnection.start in Task-")
         await connection.close()
-
-    run(main)
-
-
-def test_whole_stack_ends_with_the_task(run, managed):
-    manager = managed()
-
-    async def outer():
-        return await inner()
-
-    async def inner():
-        return await manager.engine().connect()
-
-    async def main():
-        manager.database("default").held.note_whole_stacks()
-        connection = await asyncio.create_task(outer())
-        (holder,) = held(manager)
-        assert [place.rpartition(".")[2] for place in holder.stack] == ["inner", "outer"]
-        await connection.close()
-
-    run(main)
-
-
-def test_place_of_a_listeners_checkout_is_the_line_that_awaits_until_whole_stacks_are_noted(run, managed):
-    """The frames inside SQLAlchemy's greenlet would cost each checkout as much as all of the note."""
-    manager = managed()
-
-    async def main():
-        engine, found = manager.engine(), []
-
-        @event.listens_for(engine.sync_engine, "engine_connect")
-        def listener(connection):
-            if not found:
-                found.append(None)
-                with engine.sync_engine.connect():  # nested
-                    found.append(held(manager)[1])
-
-        async with engine.connect():  # awaits
-            pass
-        assert found[1].place.startswith(line_of("awaits"))
-        manager.database("default").held.note_whole_stacks()
-        found.clear()
-        async with engine.connect():
-            pass
-        assert found[1].place.startswith(line_of("nested"))
 
     run(main)
 
 
 # -- who ---------------------------------------------------------------------------------------------------------------
-
-
-def test_scope_is_that_of_the_session_or_else_of_the_checkout(run, managed):
-    manager = managed()
-
-    async def main():
-        async with manager.scope("outer"):
-            session = manager.get()()
-            async with manager.scope("inner"):
-                await session.execute(text("SELECT 1"))  # the outer one's
-                async with manager.engine().connect():
-                    assert [each.scope for each in held(manager)] == ["outer", "inner"]
-            await session.commit()
-            async with manager.engine().connect():
-                assert held(manager)[0].scope == "outer"
-        async with manager.engine().connect():  # the same connection: no session of an earlier one's is said of it
-            (holder,) = held(manager)
-            assert holder.scope == holder.greenlet and ".bounded in Task-" in holder.scope
-
-    run(main)
-
-
-def test_connection_that_another_task_uses_is_said_of_who_took_it(run, managed):
-    manager = managed()
-
-    async def main():
-        async def take():
-            async with manager.scope("the taker"):
-                return await manager.engine().connect()
-
-        taker = asyncio.create_task(take(), name="taker")
-        connection = await taker
-
-        async def use():
-            async with manager.scope("the user"):
-                await connection.execute(text("SELECT 'x'"))
-
-        await asyncio.create_task(use())
-        (holder,) = held(manager)
-        assert holder.scope == "the taker" and holder.greenlet.endswith("take in taker")
-        assert holder.statement == "SELECT ?"
-        await connection.close()
-        nothing_left(manager)
-
-    run(main)
-
-
-def test_task_that_is_gone_is_said_so_and_not_kept(run, managed):
-    manager = managed()
-
-    async def main():
-        async def take():
-            return await manager.engine().connect()
-
-        task = asyncio.create_task(take())
-        connection = await task
-        gone = weakref.ref(task)
-        del task
-        await asyncio.sleep(0)
-        gc.collect()
-        assert gone() is None
-        assert held(manager)[0].greenlet == "a task that is gone"
-        await connection.close()
-        nothing_left(manager)
-
-    run(main)
 
 
 def test_checkout_in_a_callback_is_held_by_no_task(run, managed):
@@ -421,61 +266,14 @@ def test_checkout_in_a_callback_is_held_by_no_task(run, managed):
         asyncio.get_running_loop().call_soon(step)
         connection = await stepped
         (holder,) = held(manager)
-        assert holder.scope == holder.greenlet == "no task" and holder.place.endswith("step")
+        assert holder.scope == holder.greenlet == "no task" and holder.place == "an unknown place"
         await greenlet_spawn(connection.close)
         nothing_left(manager)
 
     run(main)
 
 
-def test_name_of_a_task_cannot_forge_a_line(run, managed):
-    manager = managed()
-
-    async def main():
-        connection = await asyncio.create_task(manager.engine().connect().start(), name="a\nERROR forged")
-        assert held(manager)[0].greenlet.isprintable() and "ERROR forged" in held(manager)[0].greenlet
-        await connection.close()
-
-    run(main)
-
-
 # -- the state ---------------------------------------------------------------------------------------------------------
-
-
-def test_state_follows_the_statements(run, managed):
-    manager = managed()
-    inside, go_on = threading.Event(), threading.Event()
-
-    def wait():
-        inside.set()
-        assert go_on.wait(DEADLINE_S)
-
-    async def main():
-        loop = asyncio.get_running_loop()
-        async with manager.engine().connect() as connection:
-            assert held(manager)[0].state == "idle"
-            raw = await connection.get_raw_connection()
-            await raw.driver_connection.create_function("wait", 0, wait)
-            running = asyncio.create_task(connection.execute(text("SELECT wait()")))
-            await loop.run_in_executor(None, inside.wait, DEADLINE_S)
-            (holder,) = held(manager)
-            assert (holder.state, holder.statement) == ("executing", "SELECT wait()")
-            go_on.set()
-            await running
-            assert held(manager)[0].state == "idle in transaction"  # SQLAlchemy's
-            await connection.rollback()
-            assert held(manager)[0].state == "idle"
-            await connection.execute(text("CREATE TABLE t (n INTEGER)"))
-            await connection.execute(text("INSERT INTO t VALUES (1)"))
-            assert held(manager)[0].state == "idle in transaction"
-            await connection.commit()
-            assert held(manager)[0].state == "idle"
-            with pytest.raises(exc.OperationalError):
-                await connection.execute(text("SELECT nothing FROM nowhere"))
-            assert held(manager)[0].state != "executing"
-        nothing_left(manager)
-
-    run(main)
 
 
 @pytest.mark.parametrize("driver", ["asyncmy", "aiomysql"])
@@ -531,109 +329,3 @@ def test_state_on_mariadb(run, mariadb, mariadb_url, proxy, driver):
 
     run(main)
     assert states == ["idle", "executing", "idle in transaction", "committing", "idle", "streaming", "pinging"]
-
-
-# -- the note goes with the checkout -----------------------------------------------------------------------------------
-
-
-async def detach(connection):
-    await greenlet_spawn(connection.sync_connection.detach)
-    await connection.close()
-
-
-async def invalidate(connection):
-    await connection.invalidate()
-    await connection.close()
-
-
-async def invalidate_and_reconnect(connection):
-    await connection.execute(text("SELECT 1"))
-    await connection.rollback()
-    await connection.invalidate()
-    await connection.execute(text("SELECT 1"))
-    await connection.close()
-
-
-async def dispose_first(connection):
-    await connection.engine.dispose()
-    await connection.close()
-
-
-@pytest.mark.parametrize("end", [detach, invalidate, invalidate_and_reconnect, dispose_first])
-@pytest.mark.parametrize("poolclass", [None, pool.NullPool])
-def test_note_ends_with_the_checkout(run, managed, end, poolclass):
-    manager = managed() if poolclass is None else managed_with(managed(), poolclass)
-
-    async def main():
-        connection = await manager.engine().connect()
-        assert len(held(manager)) == 1
-        await end(connection)
-        assert held(manager) == ()
-        stats = manager.database("default").stats
-        assert sum(stats.holds.counts) == stats.checkouts >= 1
-
-    run(main)
-
-
-def test_place_in_the_pool_is_kept_when_the_note_fails(run, managed, monkeypatch):
-    """A signal, or the stack's end."""
-    manager = managed(options={"pool_size": 1})
-
-    async def main():
-        await (await manager.engine().connect()).close()
-
-        def fail(*_):
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patched:
-            patched.setattr(callsites, "noted", fail)
-            patched.setattr(holders, "_noted", fail)
-            with pytest.raises(KeyboardInterrupt):
-                await manager.engine().connect()
-        nothing_left(manager)
-        async with manager.engine().connect():
-            assert len(held(manager)) == 1
-
-    run(main)
-
-
-def test_note_keeps_no_frame(run, managed):
-    """Nor anything that one uses, whether the way to the pool is known or not."""
-    manager = managed()
-
-    class Used:
-        pass
-
-    async def main():
-        for _ in range(2):
-            used = Used()
-            gone = weakref.ref(used)
-            connection = await manager.engine().connect()
-            gc.disable()
-            try:
-                del used
-                assert gone() is None
-                fairy = weakref.ref(await connection.get_raw_connection())
-                await connection.close()
-                del connection
-                assert fairy() is None
-            finally:
-                gc.enable()
-
-    run(main)
-
-
-def test_statement_is_not_kept_after_the_return(run, managed):
-    manager = managed(options={"pool_size": 1})
-
-    async def main():
-        async with manager.engine().connect() as connection:
-            await connection.execute(text("SELECT 1"))
-            record = (await connection.get_raw_connection())._connection_record
-            note = record.record_info[CHECKOUT]
-            assert note.statement == "SELECT 1"
-        assert note.statement is None and not note.in_use
-        async with manager.engine().connect():
-            assert held(manager)[0].statement is None
-
-    run(main)

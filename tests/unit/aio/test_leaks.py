@@ -85,7 +85,7 @@ def test_leak_is_told_once_with_holder_and_stack_and_its_return(run, managed, he
         said = await heard.told("WARNING", "the import")
         assert "Database 'default'" in said and "leak_after_s=0.2 s" in said
         assert "secret" not in said and "last statement: SELECT ?" in said and ".hold in Task-" in said
-        (place,) = said.partition("innermost first:\n")[2].splitlines()
+        (place,) = said.partition(" Its stack now, innermost first:\n")[2].splitlines()
         assert place.startswith(f"    {__file__}:") and place.endswith(".hold")
         await heard.told("WARNING", "the export")
         for _ in range(20):
