@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from dbsession.aio import engine
-from dbsession.aio.scope import SessionScope
+from dbsession.aio.scope import begin
 from dbsession.errors import plain
 
 ASGIScope = MutableMapping[str, Any]
@@ -60,21 +60,28 @@ class DBSessionMiddleware:
         else:
             await self.app(scope, receive, send)
             return
-        # A client may send any character; a line end in a label would forge a log line.
-        async with SessionScope(plain(label), "request") as unit:
+        if not label.isprintable():  # a client may send any character; a line end in a label would forge a log line
+            label = plain(label)
+        current = begin(label, "request")
+        try:
             # A copy: the caller may be a request itself that passes its own ASGI scope on.
-            await self.app({**scope, "dbsession.scope": unit}, receive, send)
+            await self.app({**scope, "dbsession.scope": current}, receive, send)
+        finally:
+            await current.leave()
 
     async def _lifespan(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         async def send_when_closed(message: MutableMapping[str, Any]) -> None:
-            await unit.clear()
+            await current.clear()
             if message["type"] != "lifespan.startup.complete":
                 await engine.dispose_here()
             await send(message)
 
+        # Without it the first query at the startup would hold its connection until the server ends.
+        current = begin("the application's lifespan", "block")
         try:
-            # Without it the first query at the startup would hold its connection until the server ends.
-            async with SessionScope("the application's lifespan") as unit:
+            try:
                 await self.app(scope, receive, send_when_closed)
+            finally:
+                await current.leave()
         finally:
             await engine.dispose_here()  # it has been cancelled, or has no lifespan

@@ -50,11 +50,7 @@ class LoopDatabase(Database):
         super().__init__(config, owner, engine, factory, links.held)
         self.source = source
         self.links = links
-        self._loop = asyncio.get_running_loop()
-
-    def serves(self, loop: asyncio.AbstractEventLoop | None) -> bool:
-        """Whether it is still what `SessionManager.database` finds in `loop`: quicker than to look."""
-        return loop is self._loop and self.source is self.owner.present() and not (self.retired or self.inherited)
+        self.loop = asyncio.get_running_loop()
 
     def retire(self) -> None:
         """From now on what comes back is closed."""

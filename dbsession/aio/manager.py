@@ -17,8 +17,7 @@ from dbsession.aio.engine import LoopDatabase, check, of_this_loop
 from dbsession.aio.scope import SessionScope
 from dbsession.aio.session import AsyncScopedSession
 from dbsession.core import config, sources
-from dbsession.core.session import refuse_unsaved
-from dbsession.errors import describe
+from dbsession.core.manager import BaseSessionManager, report_release
 
 logger = logging.getLogger("dbsession.aio.manager")
 
@@ -27,21 +26,18 @@ logger = logging.getLogger("dbsession.aio.manager")
 _managers: set[weakref.ref[SessionManager]] = set()
 
 
-class SessionManager:
+class SessionManager(BaseSessionManager[AsyncScopedSession]):
     """Named databases and their sessions, in every event loop of the process. Lives as long as the last reference to
     it, or as the last loop that used it.
 
-    Who writes: `_source`, and after it `ready`, are replaced by configure() in one step each; `_proxies` grows by
-    `setdefault`, one step; `ready` by get(), which may write to the one that was replaced meanwhile.
+    Who writes: `_source`, and after it `ready`, are replaced by configure() in one step each.
 
     Args:
         databases: see `configure`.
     """
 
     def __init__(self, databases: config.Databases | None = None) -> None:
-        self._proxies: dict[str, AsyncScopedSession] = {}
-        self.ready: dict[str, AsyncScopedSession] = {}
-        """Those of `_proxies` whose names were found right under the present configuration."""
+        super().__init__(AsyncScopedSession)
         self._source: TwinSource | None = None
         self._of_process: TwinSource | None = None
         _managers.add(weakref.ref(self, _managers.discard))
@@ -69,11 +65,6 @@ class SessionManager:
         self.ready = {}
         self.forget()
 
-    def forget(self) -> None:
-        """Resolve every name anew at its next use: after a configure(), after a fork. From any thread."""
-        for proxy in list(self._proxies.values()):
-            proxy.registry.database = None
-
     def present(self) -> TwinSource:
         """The configuration in force: our own, or the process's."""
         if self._source is not None:
@@ -88,9 +79,7 @@ class SessionManager:
         ready = self.ready
         if self._source is not None:
             self._source.lookup(name)  # raises UnknownDatabase
-        proxy = self._proxies.get(name) or self._proxies.setdefault(name, AsyncScopedSession(self, name))
-        ready[name] = proxy
-        return proxy
+        return self._proxy(ready, name)
 
     def database(self, name: str) -> LoopDatabase:
         """The named database in the running loop, built on first use. Raises UnknownDatabase, ConfigError,
@@ -109,31 +98,17 @@ class SessionManager:
         """Close this manager's sessions in the current scope; see `dbsession.aio.clear_dbsession`."""
         current = scope.current()
         if current is not None:
-            mine = [database for database in current.sessions if database.owner is self]
-            await teardown.close_all({each: current.sessions.pop(each) for each in mine}, current.label)
+            await teardown.close_all(self._take(current), current.label)
 
     async def release(self, *names: str) -> None:
         """Give this scope's connections back; see `dbsession.aio.release_dbsession`."""
         for name in names:
             self.database(name)
-        current = scope.current()
-        held = [
-            (database, session)
-            for database, session in (current.sessions.items() if current else ())
-            if database.owner is self and (not names or database.name in names) and session.in_transaction()
-        ]
-        for database, session in held:
-            refuse_unsaved(database.name, session.sync_session)
-        for database, session in held:
+        for database, session in self._to_release(scope.current(), names):
             try:
                 await session.rollback()  # expires every object, and keeps it attached
             except Exception as error:
-                logger.warning(
-                    "Database %r: the transaction ended with %s when its connection was released; the connection was "
-                    "discarded.",
-                    database.name,
-                    describe(error),
-                )
+                report_release(logger, database, error)
 
     async def run_in_transaction(self, fn: Callable[..., Any], **options: Any) -> Any:
         """Run and commit a whole unit of work; see `dbsession.aio.run_in_transaction`."""

@@ -42,13 +42,21 @@ class Scope(BaseScope):
     """One unit of work: a request, a job, or the rest of a task. Ended by `end()`, by the end of its task (an implicit
     one), or when the last reference to it goes."""
 
-    __slots__ = ("loop",)
+    __slots__ = ("_stack", "loop")
+    _stack: Stack  # on which it was opened, since a generator may be closed by another task
     loop: asyncio.AbstractEventLoop | None  # its stack's
 
     async def clear(self) -> None:
         """Close every session of this scope, which stays usable and empty. Waits for the server where a transaction is
         open."""
         await teardown.close_all(self.sessions, self.label)
+
+    async def leave(self) -> None:
+        """Take it off the stack on which it was opened, and end it. A cancellation passes."""
+        self._stack.unlink(self)
+        self.ended = True
+        if self.sessions:
+            await teardown.close_all(self.sessions, self.label)
 
     async def end(self) -> None:
         """Close every session and refuse new ones. Idempotent. A cancellation that lands on the way is raised after
@@ -84,6 +92,7 @@ class Stack:
 
     def push(self, scope: Scope) -> None:
         """Make `scope` the current one."""
+        scope._stack = self
         scope.loop = self.loop
         self.scopes.append(scope)
         self.sessions = scope.sessions
@@ -171,6 +180,18 @@ def current_or_implicit() -> Scope:
     return scope
 
 
+def begin(label: str, kind: str, read_timeout_s: float | None = None) -> Scope:
+    """Open a scope, which is the calling task's current one until its `leave()`.
+
+    Raises:
+        ScopeRequired: [DBS-SCOPE-REQUIRED] no task runs here.
+    """
+    stack = stack_here()
+    scope = Scope(label, kind, read_timeout_s)
+    stack.push(scope)
+    return scope
+
+
 def session_scope(label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope:
     """Open a new scope nested in the task's current one: for a job, a step, a part of a request.
 
@@ -213,17 +234,14 @@ class SessionScope(BaseSessionScope):
 
     async def __aenter__(self) -> Scope:
         self._refuse_second_use()
-        self._stack = stack_here()  # the opener's: a generator may be closed by another task
-        scope: Scope = Scope(self._label, self._kind, self._read_timeout_s)
+        scope: Scope = begin(self._label, self._kind, self._read_timeout_s)
         self._scope = scope
-        self._stack.push(scope)
         return scope
 
     async def __aexit__(self, *_: object) -> None:
         scope, self._scope = self._scope, None
         if scope is not None:
-            self._stack.unlink(scope)
-            await scope.end()
+            await scope.leave()
 
 
 def _after_fork_in_child() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import Session
-from sqlalchemy.util import ScopedRegistry
 
 from dbsession.aio import scope, teardown
 from dbsession.aio.scope import current_task, here
 from dbsession.core import teardown as core_teardown
 from dbsession.core.config import DatabaseConfig
+from dbsession.core.registry import BaseScopeRegistry
 from dbsession.core.session import ManagedSession, managed_class, refused, watch
 from dbsession.errors import ConfigError
 
@@ -89,24 +89,17 @@ def make_factory(config: DatabaseConfig, engine: AsyncEngine) -> async_sessionma
     return factory
 
 
-class ScopeRegistry(ScopedRegistry[Any]):
+class ScopeRegistry(BaseScopeRegistry):
     """Finds and opens the session of one database in the task's current scope. Lives as long as its proxy."""
 
-    __slots__ = ("_name", "_owner", "database")
-
-    def __init__(self, owner: Any, name: str) -> None:
-        self._owner = owner
-        self._name = name
-        # The key of this name's sessions in the loop that asked last. Another loop's finds nothing under it, and looks
-        # for its own. Another configuration, or a fork, empties it, so that the name is resolved anew.
-        self.database: Any = None  # a LoopDatabase
+    __slots__ = ()
 
     def __call__(self) -> Any:
         """The current scope's session. No I/O, no await."""
-        return self.open()
+        return self.open(None)
 
-    def has(self) -> bool:
-        return self._find(scope.current()) is not None
+    def _current(self) -> scope.Scope | None:
+        return scope.current()
 
     def set(self, obj: Any) -> None:
         """Make `obj`, a session of `session_factory`, the current scope's; an earlier one is closed aside."""
@@ -117,20 +110,10 @@ class ScopeRegistry(ScopedRegistry[Any]):
             teardown.close_aside(dict([earlier]), current.label)
         self._store(current, database, obj)
 
-    def clear(self) -> None:
-        self.take()
-
-    def take(self) -> tuple[Any, Any] | None:
-        """Take the session out of the current scope, if it is there; it is then the caller's to close."""
-        current = scope.current()
-        database = self._find(current)
-        if current is None or database is None:
-            return None
-        return database, current.sessions.pop(database)
-
-    def open(self) -> Any:
-        """The current scope's session, opened here unless it has one. As a call of the proxy, only slower."""
-        current = scope.current_or_implicit()
+    def open(self, current: scope.Scope | None) -> Any:
+        """The session of the current scope, which may be `current`; opened here unless it has one."""
+        if current is None or current.ended:
+            current = scope.current_or_implicit()
         earlier = self._find(current) if current.sessions else None
         if earlier is not None and not earlier.inherited:
             session = current.sessions[earlier]
@@ -140,20 +123,12 @@ class ScopeRegistry(ScopedRegistry[Any]):
             if session.in_transaction():
                 return session  # finished where it began; not remembered, since the next one opens elsewhere
         database = self.database
-        if database is None or not database.serves(current.loop):
+        if database is None or database.loop is not current.loop or database.retired or database.inherited:
             database = self._owner.database(self._name)
             self._remember(database)
         if earlier is not None:
             teardown.close_aside({earlier: current.sessions.pop(earlier)}, current.label)
         return self._store(current, database, database.factory())
-
-    def _find(self, current: scope.Scope | None) -> Any:
-        """The database of this name that has a session in `current`, or None."""
-        if current is not None:
-            for database in current.sessions:
-                if database.name == self._name and database.owner is self._owner:
-                    return database
-        return None
 
     def _store(self, current: scope.Scope, database: Any, session: Any) -> Any:
         sync = session.sync_session
@@ -190,11 +165,12 @@ class AsyncScopedSession(async_scoped_session[Any]):
         if kw:
             return super().__call__(**kw)
         stack = here()  # as scope.current(), without its calls
-        if stack is not None and stack.thread == get_ident() and current_task(stack.loop) is stack.task:
-            session = stack.sessions.get(self.registry.database)
-            if session is not None:
-                return session
-        return self.registry.open()
+        if stack is None or stack.thread != get_ident() or current_task(stack.loop) is not stack.task:
+            return self.registry.open(None)
+        session = stack.sessions.get(self.registry.database)
+        if session is not None:
+            return session
+        return self.registry.open(stack.scopes[-1] if stack.scopes else None)
 
     @property
     def _proxied(self) -> Any:

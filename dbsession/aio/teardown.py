@@ -1,4 +1,4 @@
-"""Close every session of a unit of work, whatever fails on the way; a cancellation passes through at the end.
+"""Close every session of a scope, whatever fails on the way; a cancellation passes through at the end.
 
 A session without a connection in use is closed on the spot. The others need the server, for at most BOUND_S seconds;
 what is not closed by then, or is cancelled in the middle, has its connections thrown away without waiting for anybody.
@@ -13,11 +13,9 @@ from functools import partial
 from typing import Any
 
 from dbsession.core import teardown as core_teardown
-from dbsession.errors import describe
+from dbsession.core.teardown import Sessions
 
 logger = logging.getLogger("dbsession.aio.closing")
-
-Sessions = dict[Any, Any]  # databases.Database -> sessions.AsyncSession, the used set of one scope
 
 # The closing tasks under way: a loop keeps only weak references to its tasks. Each is added when it starts and taken
 # out when it is done, in the thread of its loop; one set operation each.
@@ -76,7 +74,7 @@ async def _failure_of(session: Any, end: float) -> BaseException | None:
             await session.close()
         return None
     except TimeoutError:
-        return TimeoutError(f"not closed within {core_teardown.BOUND_S:g} s")
+        return core_teardown.not_in_time()
     except BaseException as error:
         return error
 
@@ -85,20 +83,12 @@ def _give_up(database: Any, session: Any, label: str, failure: BaseException | N
     database.stats.teardown_failures += 1
     session.discard()
     if failure is not None:
-        try:
-            logger.warning(
-                "Database %r: a session of %s failed to close with %s; its connection was discarded.",
-                database.name,
-                label,
-                describe(failure),
-            )
-        except Exception:
-            pass  # a log handler of the user's; the other sessions are still to be closed
+        core_teardown.report(logger, database, label, failure)
 
 
 def close_aside(sessions: Sessions, label: str) -> None:
-    """Close them without waiting: those that need the server by a task of ours, which nobody has to wait for. In the
-    loop's thread. Raises a kill as `close_all` does."""
+    """Close the sessions without waiting: those that need the server by a task of ours, which nobody has to wait for.
+    In the loop's thread. Raises a kill as `close_all` does."""
     kill: BaseException | None = None
     left = {}
     while sessions:
@@ -151,7 +141,7 @@ def close_dropped(sessions: Sessions, label: str, loop: asyncio.AbstractEventLoo
 
 
 def discard_all(sessions: Sessions, label: str) -> None:
-    """Throw their connections away. Waits for nobody."""
+    """Throw the connections of the sessions away. Waits for nobody."""
     while sessions:
         database, session = sessions.popitem()
         if not database.inherited:

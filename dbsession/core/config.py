@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeGuard
 
 from sqlalchemy.engine import URL, make_url
@@ -71,7 +72,7 @@ class DatabaseConfig:
     idle_in_transaction_s: float = 0.0
     guard: str = "off"
 
-    @property
+    @cached_property  # asked at the end of each transaction
     def isolation_level(self) -> str | None:
         """Of its engine; None: the server's."""
         return "AUTOCOMMIT" if self.readonly else self.options.get("isolation_level")

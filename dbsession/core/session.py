@@ -54,26 +54,26 @@ class ManagedSession(Session):
             self._close_state = _CLOSED
 
     def reset(self) -> None:
-        """As `Session.reset`; if that fails, its connections are discarded before the error goes on."""
+        """Reset it as `Session.reset` does; if that fails, its connections are discarded before the error goes on."""
         self._close_or_discard(super().reset)
 
     def invalidate(self) -> None:
-        """As `close()`, and discard its connections."""
+        """Close it as `close()` does, and discard its connections."""
         self._leave_scope()
         self._close_or_discard(super().invalidate)
 
     def _leave_scope(self) -> None:
         if self._close_state is _CLOSE_IS_RESET:
             return  # it is as good as new afterwards
-        home = self._scope() if self._scope is not None else None
-        if home is not None:
-            held = home.sessions.get(self._database)
+        scope = self._scope() if self._scope is not None else None
+        if scope is not None:
+            held = scope.sessions.get(self._database)
             if held is self or getattr(held, "sync_session", None) is self:  # the AsyncSession round it, in asyncio
-                del home.sessions[self._database]
+                del scope.sessions[self._database]
 
     def _close_or_discard(self, close: Callable[[], None]) -> None:
         # SQLAlchemy forgets its connections before it closes them (SessionTransaction.close has no try/finally), so a
-        # second close() would do nothing, and the pool's places would be gone.
+        # second close() would do nothing, and the pool's slots would be gone.
         connections = self._open_connections
         for held in connections:
             driver = _known_connection(held)
@@ -91,7 +91,7 @@ class ManagedSession(Session):
 
 
 def managed_class(name: str, base: Any) -> type[ManagedSession]:
-    """The session class `base` of the database `name`, as one that lives in scopes.
+    """Make the session class `base` of the database `name` one that lives in scopes.
 
     Raises:
         ConfigError: [DBS-CONFIG] it is no session class.
@@ -107,7 +107,7 @@ def managed_class(name: str, base: Any) -> type[ManagedSession]:
 
 
 def refused(name: str, error: Exception) -> ConfigError:
-    """The error for an argument in `session` that the session class refuses."""
+    """Make the error for an argument in `session` that the session class refuses."""
     return ConfigError(f"Database {name!r}: the session class refuses what `session` says: {error}.")
 
 
@@ -149,14 +149,14 @@ def _connection_in_use(session: ManagedSession, _: SessionTransaction, connectio
         session._open_connections += (connection,)
         session._committed = False
         wrote.discard(connection)  # it may be the user's own, from an earlier transaction
-        home = session._scope() if session._scope is not None else None
-        if home is not None:
+        scope = session._scope() if session._scope is not None else None
+        if scope is not None:
             _pinned.add(connection)
             connection.info[SCOPE] = session._scope
-            if home.read_timeout_s is not None:
+            if scope.read_timeout_s is not None:
                 driver = _known_connection(connection)
                 if driver is not None:
-                    before = driver.read_within(home.read_timeout_s)
+                    before = driver.read_within(scope.read_timeout_s)
                     connection.info.setdefault(READ_TIMEOUT, before)
 
 
@@ -175,15 +175,18 @@ def _committed(session: ManagedSession) -> None:
 
 
 def _note_outcome(session: ManagedSession, outcome: str) -> None:
-    home = session._scope() if session._scope is not None else None
-    if home is None or not session._open_connections:
+    scope = session._scope() if session._scope is not None else None
+    if scope is None or not session._open_connections:
         return
     lasting = False
     for held in session._open_connections:
         if is_autocommit(held, session._database.config):
             return
         lasting = lasting or held in wrote
-    home.note_outcome(session._database.name, outcome, lasting)
+    if scope.outcomes:
+        scope.note_outcome(session._database.name, outcome, lasting)
+    else:  # as note_outcome() does for a scope's first transaction, without its call
+        scope.outcomes = {session._database.name: outcome}
 
 
 def _connections_returned(session: ManagedSession, transaction: SessionTransaction) -> None:

@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 from sqlalchemy.engine import Engine
 
 from dbsession.core import config, sources
-from dbsession.core import session as sessions
-from dbsession.core.teardown import Sessions
+from dbsession.core.manager import BaseSessionManager, report_release
 from dbsession.errors import describe
 from dbsession.green import engine as engines
 from dbsession.green import scope, teardown, transaction
 from dbsession.green.engine import EngineCache, ProcessDatabase
-from dbsession.green.scope import Scope, SessionScope
+from dbsession.green.scope import SessionScope
 from dbsession.green.session import ScopedSession
 
 logger = logging.getLogger("dbsession.manager")
@@ -28,23 +27,20 @@ T = TypeVar("T")
 _managers: weakref.WeakSet[SessionManager] = weakref.WeakSet()
 
 
-class SessionManager:
+class SessionManager(BaseSessionManager[ScopedSession]):
     """Named databases and their sessions. Lives as long as the process, or until the last reference goes.
 
     Scopes belong to the ident and not to a manager: one unit of work may use the sessions of several.
 
-    Who writes: `_engines`, and after it `ready`, are replaced by configure() in one step each; `_proxies` grows by
-    `setdefault`, one step; `ready` by get(), which may write to the one that was replaced meanwhile; the fork hooks
-    run in a child that has no other thread yet.
+    Who writes: `_engines`, and after it `ready`, are replaced by configure() in one step each; the fork hooks run in a
+    child that has no other thread yet.
 
     Args:
         databases: see `configure`.
     """
 
     def __init__(self, databases: config.Databases | None = None) -> None:
-        self._proxies: dict[str, ScopedSession] = {}
-        self.ready: dict[str, ScopedSession] = {}
-        """Those of `_proxies` whose names were found right under the present configuration."""
+        super().__init__(ScopedSession)
         self._configured = False
         self._engines = EngineCache(sources.source_of(None), self)
         _managers.add(self)
@@ -75,8 +71,7 @@ class SessionManager:
         replaced, self._engines, self._configured = self._engines, cache, True
         self.ready = {}
         replaced.retire()
-        for proxy in list(self._proxies.values()):
-            proxy.registry.forget()
+        self.forget()
         for database in replaced.databases():
             database.retire()
 
@@ -90,9 +85,7 @@ class SessionManager:
         ready = self.ready
         if self._configured:
             self._engines.get(name)  # raises UnknownDatabase
-        proxy = self._proxies.get(name) or self._proxies.setdefault(name, ScopedSession(self, name))
-        ready[name] = proxy
-        return proxy
+        return self._proxy(ready, name)
 
     def known(self) -> list[str]:
         """The names that are known to exist, sorted: of a mapping or the environment all, of a callable those that it
@@ -125,32 +118,15 @@ class SessionManager:
             else:
                 teardown.close_all(current.sessions, current.label)
 
-    def _take(self, current: Scope) -> Sessions:
-        mine = [database for database in list(current.sessions) if database.owner is self]
-        return {database: current.sessions.pop(database) for database in mine}
-
     def release(self, *names: str) -> None:
         """Give this scope's connections back; see `dbsession.release_dbsession`."""
         for name in names:
             self._engines.get(name)
-        current = scope.current()
-        held = [
-            (database, session)
-            for database, session in (current.sessions.items() if current else ())
-            if database.owner is self and (not names or database.name in names) and session.in_transaction()
-        ]
-        for database, session in held:
-            sessions.refuse_unsaved(database.name, session)
-        for database, session in held:
+        for database, session in self._to_release(scope.current(), names):
             try:
                 session.rollback()  # expires every object, and keeps it attached
             except Exception as error:
-                logger.warning(
-                    "Database %r: the transaction ended with %s when its connection was released; the connection was "
-                    "discarded.",
-                    database.name,
-                    describe(error),
-                )
+                report_release(logger, database, error)
 
     def run_in_transaction(
         self,
@@ -177,8 +153,7 @@ class SessionManager:
     def after_fork(self) -> None:
         """In the child: forget the engines' inherited halves, and every name's. Nothing here can fail."""
         self._engines.succeed()
-        for proxy in self._proxies.values():
-            proxy.registry.forget()
+        self.forget()
 
 
 def _after_fork_in_child() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from sqlalchemy.util import ScopedRegistry
 
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.engine import Database
+from dbsession.core.registry import BaseScopeRegistry
 from dbsession.core.session import managed_class, refused, watch
 from dbsession.errors import ScopeEnded
 from dbsession.green import hub, ident, scope, teardown
@@ -44,27 +44,22 @@ def make_factory(config: DatabaseConfig, engine: Engine) -> sessionmaker[Any]:
     return factory
 
 
-class ScopeRegistry(ScopedRegistry[Any]):
+class ScopeRegistry(BaseScopeRegistry):
     """Finds and opens the session of one database in the caller's current scope. Lives as long as its proxy."""
 
-    __slots__ = ("_name", "_owner", "database")
-
-    def __init__(self, owner: Any, name: str) -> None:
-        self._owner = owner
-        self._name = name
-        # The key of this name's sessions. Set by any ident that resolves it, reset by forget(); see _current_database.
-        self.database: Database | None = None
+    __slots__ = ()
 
     def __call__(self) -> Any:
         """The current scope's session. No I/O; the first use of a name may switch greenlets."""
-        try:
-            session = ident.current()._dbsession_scopes[-1].sessions.get(self.database)
+        try:  # as scope.current(), without its call
+            current = ident.current()._dbsession_scopes[-1]
         except (AttributeError, IndexError):
-            session = None
-        return self.open() if session is None else session
+            return self.open(None)
+        session = current.sessions.get(self.database)
+        return self.open(current) if session is None else session
 
-    def has(self) -> bool:
-        return self._find(scope.current()) is not None
+    def _current(self) -> scope.Scope | None:
+        return scope.current()
 
     def set(self, obj: Any) -> None:
         """Make `obj`, a session of `session_factory`, the current scope's; one that was there before is closed."""
@@ -75,33 +70,10 @@ class ScopeRegistry(ScopedRegistry[Any]):
             teardown.close_all(dict([earlier]), current.label)
         self._store(current, database, obj)
 
-    def clear(self) -> None:
-        self.take()
-
-    def take(self) -> tuple[Database, Any] | None:
-        """Take the session out of the current scope, if it is there; it is then the caller's to close."""
-        current = scope.current()
-        database = self._find(current)
-        if current is None or database is None:
-            return None
-        session = current.sessions.pop(database, None)
-        return None if session is None else (database, session)
-
-    def forget(self) -> None:
-        """Resolve the name anew at the next use: after configure(), after a fork."""
-        self.database = None
-
-    def _find(self, current: scope.Scope | None) -> Any:
-        """The database of this name that has a session in `current`, or None."""
-        if current is not None:
-            for database in list(current.sessions):
-                if database.name == self._name and database.owner is self._owner:
-                    return database
-        return None
-
-    def open(self) -> Any:
-        """The current scope's session, opened here unless it has one. As a call, only slower."""
-        current = scope.current_or_implicit()
+    def open(self, current: scope.Scope | None) -> Any:
+        """The session of the current scope, which may be `current`; opened here unless it has one."""
+        if current is None or current.ended:
+            current = scope.current_or_implicit()
         earlier = self._find(current) if current.sessions else None
         if earlier is not None:
             # Opened under an earlier configuration, perhaps, or before a fork. A transaction under way is finished
@@ -151,11 +123,12 @@ class ScopedSession(scoped_session[Any]):
         """The current scope's session, opened if need be; `kw` as for SQLAlchemy's."""
         if kw:
             return super().__call__(**kw)
-        try:  # what the registry does, without the call
-            session = ident.current()._dbsession_scopes[-1].sessions.get(self.registry.database)
+        try:  # as the registry's own, without the call
+            current = ident.current()._dbsession_scopes[-1]
         except (AttributeError, IndexError):
-            session = None
-        return self.registry.open() if session is None else session
+            return self.registry.open(None)
+        session = current.sessions.get(self.registry.database)
+        return self.registry.open(current) if session is None else session
 
     @property
     def session_factory(self) -> sessionmaker[Any]:  # type: ignore[override]  # an attribute there, followed here

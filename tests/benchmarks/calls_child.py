@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+import gevent
+import greenlet
+
 Event = tuple[str, str, str]
 """("call" or "return", the module's path inside dbsession, the function's name)"""
 
@@ -22,23 +25,24 @@ ENVIRON = {"REQUEST_METHOD": "GET", "PATH_INFO": "/"}
 WARM = 5
 
 
-def traced(events: list[Event]) -> Callable[[FrameType, str, object], None]:
-    """A profile function that appends what happens to frames of dbsession's own."""
+def traced(events: list[Event], others: object = None) -> Callable[[FrameType, str, object], None]:
+    """A profile function that appends what happens to frames of dbsession's own, outside the greenlet `others`."""
     import dbsession
 
     root = os.path.dirname(dbsession.__file__) + "/"
 
     def profile(frame: FrameType, event: str, _: object) -> None:
         path = frame.f_code.co_filename
-        if event in ("call", "return") and path.startswith(root):
+        if event in ("call", "return") and path.startswith(root) and greenlet.getcurrent() is not others:
             events.append((event, path.removeprefix(root), frame.f_code.co_qualname))
 
     return profile
 
 
 def during(work: Callable[[], object]) -> list[Event]:
+    """In gevent: what `work` does, and not what the Hub does meanwhile."""
     events: list[Event] = []
-    sys.setprofile(traced(events))
+    sys.setprofile(traced(events, gevent.get_hub()))
     try:
         work()
     finally:

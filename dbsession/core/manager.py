@@ -1,0 +1,65 @@
+"""What the SessionManagers of both halves share: their proxies, and which sessions of a scope are theirs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+from dbsession.core.engine import Database
+from dbsession.core.scope import BaseScope
+from dbsession.core.session import refuse_unsaved
+from dbsession.core.teardown import Sessions
+from dbsession.errors import describe
+
+Proxy = TypeVar("Proxy", bound=Any)
+
+
+class BaseSessionManager(Generic[Proxy]):
+    """Named databases and their scoped sessions, the proxies: one per name, for ever.
+
+    Who writes: `_proxies` grows by `setdefault`, one step; `ready` is replaced in one step by `_start_over()`, and
+    grows by `_proxy()`, which may write to the one that was replaced meanwhile.
+    """
+
+    def __init__(self, proxy: Callable[[Any, str], Proxy]) -> None:
+        self._new_proxy = proxy
+        self._proxies: dict[str, Proxy] = {}
+        self.ready: dict[str, Proxy] = {}
+        """Those of `_proxies` whose names were found right under the present configuration."""
+
+    def _proxy(self, ready: dict[str, Proxy], name: str) -> Proxy:
+        """The proxy of `name`, which was found right; `ready` is the dict of the configuration that knew it."""
+        proxy = self._proxies.get(name) or self._proxies.setdefault(name, self._new_proxy(self, name))
+        ready[name] = proxy
+        return proxy
+
+    def forget(self) -> None:
+        """Resolve every name anew at its next use: after a configure(), after a fork. From any thread; cannot fail."""
+        for proxy in list(self._proxies.values()):
+            proxy.registry.forget()
+
+    def _take(self, current: BaseScope) -> Sessions:
+        """Take this manager's sessions out of the scope; they are then the caller's to close."""
+        mine = [database for database in list(current.sessions) if database.owner is self]
+        return {database: current.sessions.pop(database) for database in mine}
+
+    def _to_release(self, current: BaseScope | None, names: Iterable[str]) -> list[tuple[Database, Any]]:
+        """List the sessions of the scope whose transactions `release()` ends. Raises UnsavedWork."""
+        found = [
+            (database, session)
+            for database, session in (current.sessions.items() if current else ())
+            if database.owner is self and (not names or database.name in names) and session.in_transaction()
+        ]
+        for database, session in found:
+            refuse_unsaved(database.name, getattr(session, "sync_session", session))
+        return found
+
+
+def report_release(logger: logging.Logger, database: Database, error: Exception) -> None:
+    """Log that the rollback failed which was to give a connection back."""
+    logger.warning(
+        "Database %r: the transaction ended with %s when its connection was released; the connection was discarded.",
+        database.name,
+        describe(error),
+    )

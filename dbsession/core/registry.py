@@ -1,0 +1,56 @@
+"""The registry of a scoped session: the session of one database in the caller's current scope. Both halves' base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy.util import ScopedRegistry
+
+from dbsession.core.engine import Database
+from dbsession.core.scope import BaseScope
+
+
+class BaseScopeRegistry(ScopedRegistry[Any]):
+    """Finds the session of one database in the current scope. Lives as long as its proxy."""
+
+    __slots__ = ("_name", "_owner", "database")
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._owner = owner
+        """The SessionManager."""
+        self._name = name
+        self.database: Any = None
+        """The key of this name's sessions, as it was resolved last. Written in one step by whoever resolves it; emptied
+        by `forget()`. In asyncio another loop finds nothing under it, and looks for its own."""
+
+    def forget(self) -> None:
+        """Resolve the name anew at the next use: after configure(), after a fork."""
+        self.database = None
+
+    def _current(self) -> BaseScope | None:
+        """The caller's current scope, or None when it has none."""
+        raise NotImplementedError
+
+    def _find(self, current: BaseScope | None) -> Any:
+        """The database of this name that has a session in `current`, or None: another than `database` where that was
+        resolved under an earlier configuration, before a fork, or in another loop."""
+        if current is not None:
+            for database in list(current.sessions):
+                if database.name == self._name and database.owner is self._owner:
+                    return database
+        return None
+
+    def has(self) -> bool:
+        return self._find(self._current()) is not None
+
+    def clear(self) -> None:
+        self.take()
+
+    def take(self) -> tuple[Database, Any] | None:
+        """Take the session out of the current scope, if it is there; it is then the caller's to close."""
+        current = self._current()
+        database = self._find(current)
+        if current is None or database is None:
+            return None
+        session = current.sessions.pop(database, None)
+        return None if session is None else (database, session)
