@@ -142,6 +142,7 @@ def test_function_is_called_once_when_threads_build_and_register_at_once(url):
         thread.join()
         assert [each for each in told if each[1] is manager.engine()] == [("default", manager.engine())]
         created.listeners.clear()
+        manager.dispose()
 
 
 def test_function_is_not_called_again_in_a_forked_child(url):

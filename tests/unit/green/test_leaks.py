@@ -263,7 +263,7 @@ def test_process_ends_in_silence_while_the_watch_runs(patched, ends, tmp_path):
     ended = run_python(
         f"""
         {"from gevent import monkey; monkey.patch_all()" if patched else ""}
-        import gevent, dbsession, logging
+        import atexit, gevent, dbsession, logging
         from sqlalchemy import text
         from dbsession.core.pool import leaks
         from dbsession.green import leak_ticker
@@ -277,6 +277,7 @@ def test_process_ends_in_silence_while_the_watch_runs(patched, ends, tmp_path):
             global held
             held = dbsession.get_engine().connect()
             held.execute(text("SELECT 1"))
+            atexit.register(held.connection.dbapi_connection.close)  # or Python says of a file that it is still open
             wait_until(lambda: not reported or held.connection.record_info["dbsession.checkout"].reported)
         assert leak_ticker._ticker._started
         {ends}
@@ -290,12 +291,13 @@ def test_watch_does_not_stop_a_process_from_ending_in_a_thread_of_ours(tmp_path)
     for _ in range(5):
         ended = run_python(
             f"""
-            import dbsession
+            import atexit, dbsession
             from dbsession.core.pool import leaks
             from dbsession.green import leak_ticker
             leaks._SHORTEST_S = leaks._LONGEST_S = 0.00001
             dbsession.configure({{"default": {{"url": "sqlite:///{tmp_path}/a.db", "leak_after_s": 1000}}}})
             held = dbsession.get_engine().connect()
+            atexit.register(held.connection.dbapi_connection.close)
             """,
         )
         assert ended.stderr == "" == ended.stdout
