@@ -158,7 +158,8 @@ def test_wrong_usage_ends_with_2_and_a_sentence(arguments, said):
 
 
 def in_terminal(*command, keys=b"", env=None):
-    """Exit status and output of a command on a terminal of its own; `keys` are typed once it has drawn something."""
+    """Exit status and output of a command on a terminal of its own; `keys` are typed whenever it has drawn something:
+    what is typed while it sets the terminal up is lost."""
     master, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (30, 120))
     process = subprocess.Popen(
@@ -183,8 +184,8 @@ def in_terminal(*command, keys=b"", env=None):
                 break
             output += piece
             if keys and b"pause" in output:  # the last line is there
-                os.write(master, keys)
-                keys = b""
+                with suppress(OSError):  # it has ended
+                    os.write(master, keys)
         return process.wait(30), output.decode(errors="replace")
     finally:
         process.kill()
