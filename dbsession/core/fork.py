@@ -6,9 +6,9 @@ multiprocessing, `os.fork()` in the middle of a request. The hooks run before an
 
 from __future__ import annotations
 
+import _socket
 import ctypes
 import os
-import socket
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,7 +59,9 @@ def prepare() -> None:
     """Make the dead socket, once: in the child there may be no descriptor left to make it from."""
     global _dead
     if _dead is None:
-        dead, peer = socket.socketpair()
+        # Not by `socket`: gevent's would build a hub in a native thread that never had one, and two threads that build
+        # their first at once wait for each other inside gevent's imports.
+        dead, peer = _socket.socketpair()
         peer.close()  # what is written to `dead` fails, what is read from it has ended
         dead.setblocking(False)
         _dead = dead.detach()

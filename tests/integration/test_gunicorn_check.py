@@ -85,7 +85,7 @@ def test_server_starts_and_serves_when_a_database_is_silent(mariadb, mariadb_url
 def test_only_the_first_worker_checks(monkeypatch):
     """Without a server: that a later worker will log nothing cannot be waited for."""
     checked = []
-    monkeypatch.setattr(gunicorn_hooks.check, "in_worker", checked.append)
+    monkeypatch.setattr(gunicorn_hooks.report, "in_worker", checked.append)
     for age in (1, 2, 3):
         gunicorn_hooks.post_worker_init(SimpleNamespace(age=age, cfg=age))
     assert checked == [1]
