@@ -78,6 +78,7 @@ SETUP = """
 """
 
 ERRORS = pytest.mark.parametrize("code", [1213, 1205])
+EITHER = pytest.mark.parametrize("code", [1213, pytest.param(1205, marks=pytest.mark.slow)])
 WAYS = pytest.mark.parametrize("how", ["session", pytest.param("core", marks=pytest.mark.slow)])
 WINNERS = "[1 if code == 1213 else 0, 1, 0, 3]"
 
@@ -107,7 +108,7 @@ def test_f16_everything_is_refused_until_the_rollback(code, how, with_server):
     )
 
 
-@ERRORS
+@EITHER
 @WAYS
 def test_f16_rollback_to_a_savepoint_is_not_enough(code, how, with_server):
     """Of a deadlock the server has rolled back all, the savepoint too; of a lock wait timeout, one statement."""
@@ -132,7 +133,7 @@ def test_f16_rollback_to_a_savepoint_is_not_enough(code, how, with_server):
     )
 
 
-@ERRORS
+@EITHER
 @WAYS
 def test_f16_block_that_swallowed_the_error_commits_nothing(code, how, with_server):
     """`with session.begin()`, `with engine.begin()`: the commit at their end is refused, and their work rolled back."""

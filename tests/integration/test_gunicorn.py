@@ -34,7 +34,7 @@ def config(request):
     return CONFIGS[request.param]
 
 
-@pytest.fixture(params=["preload", "no preload"])
+@pytest.fixture(params=["preload", pytest.param("no preload", marks=pytest.mark.slow)])
 def preload(request):
     return ["--preload"] if request.param == "preload" else []
 

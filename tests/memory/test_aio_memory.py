@@ -54,7 +54,13 @@ assert grown < 2, grown
     )
 
 
-@pytest.mark.parametrize("what", ["task", "remove", "scope", "children", "own context", "cancelled", "request"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("children", "cancelled", "request"),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("task", "remove", "scope", "own context")),
+    ],
+)
 def test_tasks_that_ended_leave_nothing(tmp_path, what):
     run_python(
         MEASURE

@@ -292,7 +292,7 @@ def test_session_made_by_the_factory_ends_with_who_made_it(manager):
         {"class_": Own, "sync_session_class": "x"},
         {"no_such": 1},
     ],
-    ids=repr,
+    ids=", ".join,  # of the keys: an id is the same in every process of a run
 )
 def test_session_class_that_is_none_is_refused(arguments):
     with pytest.raises(ConfigError, match=r"^Database 'a': .*\[DBS-CONFIG\]$"):
