@@ -23,6 +23,8 @@ from support.dashboard import Dashboard, chromium
 from support.galera import fixed_ports
 from support.gunicorn import Gunicorn
 from support.processes import pause_process
+from support.snapshots import HARMLESS, HOSTILE, Served, database, scope, worker
+from support.snapshots import holder as holder_of
 from support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,12 +164,17 @@ def test_dashboard_shows_who_holds_a_connection_as_long_as_it_does(server: Gunic
     expect(page.locator(".card .use")).to_have_text("0 of 2 in use")
 
 
-def test_dashboard_shows_markup_as_text(server: Gunicorn, page: Page) -> None:
-    """Of a route, which anybody on the network may choose."""
-    markup = "<img src=x onerror=window.hit=1><script>window.hit=1</script>&amp;"
-    with holding(server, markup):
-        expect(rows(page)).to_contain_text(f"GET /hold/{markup}")
-        expect(rows(page, "scopes")).to_contain_text(f"GET /hold/{markup}")
+def test_dashboard_shows_markup_and_control_characters_as_text(tmp_path: Path, open_page: Callable[..., Page]) -> None:
+    """Of a route, which anybody on the network may choose, and of all else that a worker says."""
+    texts = dict.fromkeys(("scope", "greenlet", "database", "state", "place", "statement"), HOSTILE)
+    odd = holder_of(**texts, taken_at=(HOSTILE,))
+    said = worker(7, database(HOSTILE, backend=HOSTILE), holders=[odd], scopes=[scope(HOSTILE)])
+    with Served(tmp_path / "<b>\x1b", said) as served, Dashboard(served.folder) as own:
+        page = open_page(own.url)
+        for place, count in ((".card .bar", 2), ("#holders td", 6), ("#scopes td", 1)):
+            expect(page.locator(place).filter(has_text=HARMLESS).first).to_be_visible()
+            text = "".join(page.locator(place).all_text_contents())
+            assert text.count(HARMLESS) >= count and text.isprintable()
         assert page.locator("main img, main script").count() == 0
         assert page.evaluate("window.hit") is None
 

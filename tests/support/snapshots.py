@@ -14,10 +14,10 @@ from dbsession.core.pool.stats import BOUNDS_S
 from dbsession.core.snapshot import VERSION, DatabaseSnapshot, HistogramSnapshot
 from dbsession.watch.inspection import sockets as folders
 
-HOSTILE = "[red]x[/red]<img src=x onerror=alert(1)>\x1b[31m\x9b2J\u202e\u200b\n\x07"
+HOSTILE = "[red]x[/red]<img src=x onerror=window.hit=1>\x1b[31m\x9b2J\u202e\u200b\n\x07"
 """A text that commands a terminal, a page, rich, a log and a reader's eye."""
 
-HARMLESS = r"[red]x[/red]<img src=x onerror=alert(1)>\x1b[31m\x9b2J\u202e\u200b\n\x07"
+HARMLESS = r"[red]x[/red]<img src=x onerror=window.hit=1>\x1b[31m\x9b2J\u202e\u200b\n\x07"
 """HOSTILE as people are shown it."""
 
 
@@ -42,9 +42,9 @@ def database(name: str = "default", **values: Any) -> dict[str, Any]:
 
 def holder(scope: str = "GET /a", held_s: float = 1.0, **values: Any) -> dict[str, Any]:
     """Who has held a connection for so long."""
-    place = values.pop("place", "/srv/shop/orders.py:12 in get_order")
+    place = values.get("place", "/srv/shop/orders.py:12 in get_order")
     fixed = {"database": "default", "greenlet": "a greenlet", "state": "idle in transaction", "state_s": held_s}
-    fixed |= {"place": place, "stack": (place,), "statement": "SELECT ?"}
+    fixed |= {"place": place, "stack": (place,), "statement": "SELECT ?", "taken_at": ()}
     return asdict(Holder(**{**fixed, "scope": scope, "held_s": held_s, **values}))
 
 

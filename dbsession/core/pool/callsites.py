@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from types import CodeType, FrameType
 
+from dbsession.errors import plain
+
 CallSite = tuple[CodeType, int]
 """A code object and a line in it: what keeps no frame, and so nothing that a frame refers to."""
 
@@ -49,4 +51,4 @@ def _is_users(module: str, file: str) -> bool:
 
 def written(sites: Iterable[CallSite]) -> tuple[str, ...]:
     """Each call site as `file:line in function`."""
-    return tuple(f"{code.co_filename}:{line} in {code.co_qualname}" for code, line in sites)
+    return tuple(plain(f"{code.co_filename}:{line} in {code.co_qualname}") for code, line in sites)

@@ -129,7 +129,10 @@ def _engine_of_mapping(databases: Mapping[str, Any], name: str) -> Engine:
 
 def _lines(report: Report) -> Iterator[str]:
     """The report for people: one table; what to change is below its line."""
-    rows = [(each.level, ", ".join(each.databases), each.check, each.found, each.change) for each in report.findings]
+    rows = [
+        (each.level, ", ".join(map(plain, each.databases)), each.check, each.found, each.change)
+        for each in report.findings
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     margin = " " * (sum(widths) + 6)
     for *cells, found, change in rows:

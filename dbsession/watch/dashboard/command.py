@@ -178,7 +178,7 @@ def _serve(listener: Any, path: Path | None, history: History, workers: Workers,
         there = _address(host, port)
         where = f"http://{there}/"
     tunnel = f"ssh -L {port}:{plain(there)} HOST", f"http://127.0.0.1:{port}/"
-    app = create_app(history, os.path.abspath(folder), tunnel)
+    app = create_app(history, plain(os.path.abspath(folder)), tunnel)
     # No access log: one line for each poll of each page says nothing.
     server = WSGIServer(listener, app, spawn=Pool(CLIENTS), handler_class=_Handler, log=None)
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -82,7 +82,7 @@ def lines(now: Collected) -> list[str]:
     titles = "database", "in use", "limit", "idle", "waiting", "checkouts", "timeouts", "wait p50", "wait p99"
     databases = [titles, *map(_database, usage(now))]
     text = [summary(now, pids=True), "", *table(databases, "lrrrrrrrr"), ""]
-    held = [("held", "state", "for", "scope", "database", "pid", "checked out at", "last statement")]
+    held = [("held", "state", "for", "scope", "database", "pid", "now at", "last statement")]
     held += [
         (
             duration(each["held_s"]),
@@ -91,7 +91,7 @@ def lines(now: Collected) -> list[str]:
             each["scope"],
             each["database"],
             str(each["pid"]),
-            each["place"],
+            ", checked out at ".join([each["place"], *each["taken_at"][:1]]),
             each["statement"] or "-",
         )
         for each in holders(now)

@@ -18,7 +18,7 @@ from textual.widgets import DataTable, Footer, Input, Static
 from dbsession.errors import ConfigError, plain
 from dbsession.watch.inspection.client import Collected, Workers, none_answers, summary
 from dbsession.watch.inspection.usage import Usage, holders, usage
-from dbsession.watch.top.text import duration, short_place
+from dbsession.watch.top.text import duration, short_call_site
 
 WINDOW_S = 5.0  # that rates and waits are of
 BAR = 20
@@ -43,7 +43,7 @@ class Top(App[None]):
     #state { height: 1; background: $panel; padding: 0 1; }
     #databases { height: auto; max-height: 40%; margin-bottom: 1; }
     #holders { height: 1fr; min-height: 3; }
-    #details { height: auto; max-height: 8; padding: 0 1; border-top: solid $panel; }
+    #details { height: auto; max-height: 12; padding: 0 1; border-top: solid $panel; }
     #filter { display: none; height: 3; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -169,7 +169,7 @@ class Top(App[None]):
         key, largest_first = SORTED_BY[self._sort]
         found = [holder for holder in holders(self._looks[-1]) if self._filter.casefold() in _searched(holder)]
         self._shown = sorted(found, key=key, reverse=largest_first is not self._reversed)
-        names = ["held", "state", "for", "scope", "database", "pid", "checked out at", "last statement"]
+        names = ["held", "state", "for", "scope", "database", "pid", "now at", "last statement"]
         names = [f"{name} {'▲' if self._reversed else '▼'}" if name == self._sort else name for name in names]
         _fill(table, names, [_cells(holder) for holder in self._shown])
         if chosen is not None and self._shown:
@@ -190,8 +190,11 @@ class Top(App[None]):
         else:
             holder = chosen[1]
             text.append(holder["scope"], "bold").append(f" in {holder['greenlet']}\n")
-            text.append("\n".join(short_place(each) for each in holder["stack"][:SHOWN_FRAMES]), "dim")
-            text.append(f"\n{holder['statement'] or '-'}")
+            now = ("now at ", holder["stack"]) if holder["stack"] else ("", [holder["place"]])  # it has ended, say
+            for title, stack in (now, ("checked out at ", holder["taken_at"])):
+                frames = "\n    ".join(short_call_site(each) for each in stack[:SHOWN_FRAMES])
+                text.append(f"{title}{frames}\n" if frames else "", "dim")
+            text.append(holder["statement"] or "-")
         self.query_one("#details", Static).update(text)
 
     # -- keys ------------------------------------------------------------------------------------------------------
@@ -234,11 +237,11 @@ class Top(App[None]):
 
 
 def _identity(holder: dict[str, Any]) -> tuple[Any, ...]:
-    return holder["pid"], holder["database"], holder["greenlet"], holder["place"]
+    return holder["pid"], holder["database"], holder["scope"], holder["greenlet"]
 
 
 def _searched(holder: dict[str, Any]) -> str:
-    columns = ("state", "scope", "greenlet", "place", "statement", "database", "pid")
+    columns = ("state", "scope", "greenlet", "place", "taken_at", "statement", "database", "pid")
     return "\n".join(str(holder[column]) for column in columns).casefold()
 
 
@@ -251,7 +254,7 @@ def _cells(holder: dict[str, Any]) -> list[Text]:
         Text(holder["scope"], no_wrap=True),
         Text(holder["database"]),
         _right(f"{holder['pid']}, {holder['late_s']:.0f} s old" if holder["late_s"] else holder["pid"]),
-        Text(short_place(holder["place"]), no_wrap=True),
+        Text(short_call_site(holder["place"]), no_wrap=True),
         Text(holder["statement"] or "-", no_wrap=True),
     ]
 

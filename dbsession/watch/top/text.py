@@ -17,9 +17,9 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
 
 
-def short_place(place: str) -> str:
+def short_call_site(call_site: str) -> str:
     """`file:line in function` without the file's folders but the last."""
-    path, found, rest = place.partition(".py:")
+    path, found, rest = call_site.partition(".py:")
     return os.sep.join(path.split(os.sep)[-2:]) + found + rest
 
 

@@ -126,12 +126,13 @@ function showDatabases({ databases, point: fields, kept_s: keptS, time_s: timeS 
 // -- tables -----------------------------------------------------------------------------------------------------
 
 // The folders in front say little and need the room.
-function shortPlace(row) {
+function shortCallSite(row) {
   return row.place.replace(/^.*\/(?=[^/]+\/[^/]+:\d+ in )/, "…/");
 }
 
 function stackOf(row) {
-  return row.stack.length > 0 ? row.stack : [row.place];
+  const now = row.stack.length > 0 ? row.stack : [row.place];
+  return [...now, ...row.taken_at.map((each, index) => (index === 0 ? `checked out at ${each}` : each))];
 }
 
 function pid(row) {
@@ -143,13 +144,13 @@ const holders = new Table(get("holders"), {
   sortBy: "held_s",
   empty: "Nobody holds a connection.",
   filter: get("holders-filter"),
-  identity: (row) => [row.pid, row.database, row.greenlet, row.scope, row.place],
+  identity: (row) => [row.pid, row.database, row.greenlet, row.scope],
   columns: [
     { key: "held_s", label: "held", text: (row) => duration(row.held_s), sort: (row) => row.held_s, className: "number" },
     { key: "state", label: "state", text: (row) => row.state, state: (row) => row.state },
     { key: "state_s", label: "for", text: (row) => duration(row.state_s), sort: (row) => row.state_s, className: "number" },
     { key: "scope", label: "scope", text: (row) => row.scope, className: "strong" },
-    { key: "place", label: "taken at", text: (row) => row.place, short: shortPlace, stack: stackOf, className: "code" },
+    { key: "place", label: "now at", text: (row) => stackOf(row).join("\n"), short: shortCallSite, stack: stackOf, className: "code" },
     { key: "statement", label: "last statement", text: (row) => row.statement ?? "–", className: "code" },
     { key: "database", label: "database", text: (row) => row.database },
     { key: "pid", label: "pid", text: pid, sort: (row) => row.pid, className: "number" },

@@ -15,7 +15,7 @@ export function setText(node, text) {
 // A column: {key, label, text(row)}, and where needed sort(row): a number or text to sort by, className, state(row), or
 // for a cell that opens short(row) and stack(row). Numbers begin with the largest.
 export class Table {
-  constructor(place, { label, columns, sortBy, empty, filter, identity }) {
+  constructor(parent, { label, columns, sortBy, empty, filter, identity }) {
     this.columns = columns;
     this.empty = empty;
     this.identity = identity;
@@ -39,7 +39,7 @@ export class Table {
     this.table = element("table", { role: "table", "aria-label": label },
       element("thead", { role: "rowgroup" }, head), this.body);
     this.note = element("p", { class: "quiet" });
-    place.append(this.table, this.note);
+    parent.append(this.table, this.note);
     filter?.addEventListener("input", () => this.show());
     this.markSorted();
   }
@@ -131,16 +131,16 @@ export class Table {
   }
 }
 
-// The innermost place in short, which opens to show all of them in full.
+// The innermost call site in short, which opens to show all of them in full.
 function stackFiller(cell, column) {
   const summary = element("summary");
   const frames = element("ol");
   cell.append(element("details", {}, summary, frames));
   return (row) => {
-    const places = column.stack(row);
+    const sites = column.stack(row);
     setText(summary, column.short(row));
-    while (frames.children.length > places.length) frames.lastChild.remove();
-    places.forEach((text, index) => {
+    while (frames.children.length > sites.length) frames.lastChild.remove();
+    sites.forEach((text, index) => {
       if (!frames.children[index]) frames.append(element("li"));
       setText(frames.children[index], text);
     });

@@ -9,7 +9,7 @@ import pytest
 from dbsession.errors import plain
 from dbsession.watch.inspection.client import Collected
 from dbsession.watch.inspection.usage import holders, usage
-from dbsession.watch.top.text import duration, short_place, table
+from dbsession.watch.top.text import duration, short_call_site, table
 from support.snapshots import HARMLESS, HOSTILE, database, holder, worker
 
 
@@ -100,10 +100,10 @@ def test_durations_have_their_unit():
     assert shown == ["-", "<1 ms", "<1 ms", "2 ms", "999 ms", "1.0 s", "60.0 s", "599.0 s", "60 min"]
 
 
-def test_place_keeps_the_last_folder():
-    assert short_place("/srv/shop/views/orders.py:12 in f") == "views/orders.py:12 in f"
-    assert short_place("orders.py:12 in f") == "orders.py:12 in f"
-    assert short_place("an unknown place") == "an unknown place"
+def test_call_site_keeps_the_last_folder():
+    assert short_call_site("/srv/shop/views/orders.py:12 in f") == "views/orders.py:12 in f"
+    assert short_call_site("orders.py:12 in f") == "orders.py:12 in f"
+    assert short_call_site("an unknown place") == "an unknown place"
 
 
 def test_table_is_aligned():

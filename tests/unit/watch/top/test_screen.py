@@ -107,7 +107,7 @@ def test_screen_shows_databases_and_holders_of_all_workers_longest_first(workers
         assert longest[:3] == ["12 min", "idle in transaction", "12 min"]
         assert longest[4:] == ["default", "2", "shop/orders.py:12 in get_order", "SELECT ?"]
         assert "2 workers, 0 s old" in said(screen, "state")
-        assert said(screen, "details").startswith("GET /b in a greenlet\nshop/orders.py:12")
+        assert said(screen, "details").startswith("GET /b in a greenlet\nnow at shop/orders.py:12 in get_order\nSELECT")
 
     def later(screen):
         now[0] += 3
@@ -202,13 +202,14 @@ def test_cursor_stays_with_its_holder_when_others_come_and_go(workers):
 
 def test_markup_and_control_characters_of_a_snapshot_are_shown_as_they_are(workers):
     texts = ("scope", "greenlet", "database", "state", "place", "statement")
-    bad = holder(**dict.fromkeys(texts, HOSTILE))
+    bad = holder(taken_at=(HOSTILE,), **dict.fromkeys(texts, HOSTILE))
     folder = workers(worker(1, database(HOSTILE), holders=[bad])).folder
 
     def check(screen):
         [row] = cells(screen)
         assert [row[1], *row[3:5], *row[6:]] == [HARMLESS] * 5
-        assert said(screen, "details").startswith(f"{HARMLESS} in {HARMLESS}\n{HARMLESS}\n")
+        details = f"{HARMLESS} in {HARMLESS}\nnow at {HARMLESS}\nchecked out at {HARMLESS}\n{HARMLESS}"
+        assert said(screen, "details") == details
         assert cells(screen, "databases")[0][0] == HARMLESS
         drawn = "\n".join(strip.text for strip in screen.screen._compositor.render_strips())
         assert HARMLESS in drawn and all(each.isprintable() for each in drawn.splitlines())
