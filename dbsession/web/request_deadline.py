@@ -91,7 +91,7 @@ class RequestTimer:
         return exceeded.number >= self.number
 
     def close(self) -> None:
-        """Never waits; from any greenlet or thread. Idempotent."""
+        """Throw nothing any more, and stop the timer. Never waits; from any greenlet or thread. Idempotent."""
         self._closed = True
         self._target = None
         self._timer.close()
@@ -102,7 +102,7 @@ class RequestTimer:
             self._throw()
 
     def _throw(self) -> None:
-        """In the Hub."""
+        """Throw at who runs the request, or is sending its answer. In the Hub."""
         reference, hub = self._target, self._target_hub
         target = reference() if reference is not None else None
         if self._closed or not self.late or target is None or target.dead or hub is None:

@@ -377,11 +377,12 @@ async def test_transaction_under_way_can_be_finished_when_its_name_is_gone(half,
     proxy = manager.get("other")
     await insert(manager, 2, "other")
     manager.configure({"default": f"sqlite:///{tmp_path}/default.db"})
+    await done(proxy.execute(text("UPDATE item SET id = 3 WHERE id = 2")))
     await done(proxy.commit())
     with pytest.raises(errors.UnknownDatabase):
         proxy()
     with sqlite3.connect(f"{tmp_path}/other.db") as written:
-        assert written.execute("SELECT id FROM item").fetchall() == [(1,), (2,)]
+        assert written.execute("SELECT id FROM item").fetchall() == [(1,), (3,)]
     written.close()
 
 
@@ -681,7 +682,17 @@ async def test_release_refuses_unsaved_work_and_changes_nothing(half, manager, w
     assert in_use(manager) == 0
 
 
-@pytest.mark.parametrize("statement", ["SELECT 1", "/* a */ SELECT 1", "PRAGMA journal_mode", "EXPLAIN SELECT 1"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT 1",
+        "/* a */ SELECT 1",
+        "WITH a AS (SELECT 1 AS n) SELECT n FROM a",
+        "PRAGMA journal_mode",
+        "EXPLAIN SELECT 1",
+        "VALUES (1)",
+    ],
+)
 @on_both_halves
 async def test_release_takes_reading_for_no_work(half, manager, statement):
     (await done(manager.get().execute(text(statement)))).all()
