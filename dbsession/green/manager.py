@@ -151,7 +151,7 @@ class SessionManager(BaseSessionManager[ScopedSession]):
             database.dispose()
 
     def after_fork(self) -> None:
-        """In the child: forget the engines' inherited halves, and every name's. Nothing here can fail."""
+        """Forget, in a forked child, what the engines inherited and what every name was resolved to. Cannot fail."""
         self._engines.succeed()
         self.forget()
 

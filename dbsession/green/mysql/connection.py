@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 import select
+import struct
 import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pymysql.connections
 from gevent import monkey
 from pymysql import err
 from pymysql.constants import CR, SERVER_STATUS
@@ -20,11 +22,13 @@ from pymysql.constants import CR, SERVER_STATUS
 from dbsession.core import fork
 from dbsession.core.backends.mysql_errors import is_from_socket
 from dbsession.core.connection_info import KnownConnection
-from dbsession.green.mysql.results import LAZY, Result
+from dbsession.green.mysql.results import LAZY
 from dbsession.green.mysql.wire import Wire
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")  # which, with 0, never waits
 _SET_TRANSACTION = re.compile(r"\s*SET\s+TRANSACTION\b", re.IGNORECASE)
+_EOF = struct.Struct("<xHH")  # an EOF packet's count of warnings, and status
+_StockResult: Any = pymysql.connections.MySQLResult  # its stub leaves the private names out
 _BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 
 
@@ -229,3 +233,28 @@ class Connection(Wire, KnownConnection):
         self._settled = True
         self._heard = time.monotonic()
         return packet
+
+
+class Result(_StockResult):  # type: ignore[misc]
+    """The answer to one statement, whose last word is kept. Lives until the next one.
+
+    Each OK and EOF packet says whether a transaction is open. Stock PyMySQL drops it after a SELECT, so that its
+    `server_status` is wrong whenever it matters.
+    """
+
+    left = False
+    """Its cursor was closed before its end."""
+
+    def _check_packet_is_eof(self, packet: Any) -> bool:
+        if not packet.is_eof_packet():
+            return False
+        self.warning_count, status = _EOF.unpack_from(packet.get_all_data())
+        self.has_next = status & SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
+        self.server_status = status
+        if self.unbuffered_active:
+            self.connection.server_status = status
+            self.connection._settled = True
+        return True
+
+    def __del__(self) -> None:
+        pass  # stock reads a stream to its end here, wherever the collector found it

@@ -66,11 +66,12 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
         self._current_timeout = self._read_timeout
 
     def _in_time(self, seconds: float | None, operation: Callable[[Any], Any], argument: Any) -> Any:
-        """What `operation(argument)` on the gevent socket returns; TimeoutError if it waits longer than `seconds`."""
-        home: Any = hub.here()
-        if seconds is None or home is None:  # without a hub it cannot wait; a last COM_QUIT is sent all the same
+        """Return what `operation(argument)` on the gevent socket does. Raises TimeoutError after `seconds`."""
+        here: Any = hub.here()
+        if seconds is None or here is None:  # without a hub it cannot wait; a last COM_QUIT is sent all the same
             return operation(argument)
-        timer = hub.start_timer(home, seconds, gevent.getcurrent().throw, TimeoutError, "timed out")
+        timer = here.loop.timer(seconds, priority=-1)  # as hub.start_timer() has it, without its call
+        timer.start(gevent.getcurrent().throw, TimeoutError, "timed out", update=True)
         try:
             return operation(argument)
         finally:
