@@ -85,15 +85,15 @@ def test_waiter_whose_hub_is_gone_stops_no_other_waiter():
     made[0].wake()
 
 
-def test_run_aside_runs_in_a_greenlet_of_this_hub_or_of_home():
+def test_run_aside_runs_in_a_greenlet_of_this_hub_or_of_the_owner():
     seen = []
     gevent.sleep(0)
     hub.run_aside(lambda: seen.append((threading.get_ident(), hub.here())))
     assert not seen
     gevent.sleep(0)
-    home = hub.here()
-    assert seen == [(threading.get_ident(), home)]
-    in_thread(lambda: hub.run_aside(lambda: seen.append((threading.get_ident(), hub.here())), home)).join()
+    owner = hub.here()
+    assert seen == [(threading.get_ident(), owner)]
+    in_thread(lambda: hub.run_aside(lambda: seen.append((threading.get_ident(), hub.here())), owner)).join()
     with gevent.Timeout(5):
         while len(seen) < 2:
             gevent.sleep(0.001)
@@ -107,12 +107,44 @@ def test_run_aside_runs_in_a_thread_when_no_hub_is_alive():
         seen.append(threading.get_ident())
         done.set()
 
-    homes = []
-    in_thread(lambda: (gevent.sleep(0), homes.append(gevent.get_hub()))).join()
-    starter = in_thread(lambda: hub.run_aside(work, homes[0]))
+    hubs = []
+    in_thread(lambda: (gevent.sleep(0), hubs.append(gevent.get_hub()))).join()
+    starter = in_thread(lambda: hub.run_aside(work, hubs[0]))
     assert done.wait(5)
     starter.join()
     assert seen[0] not in (threading.get_ident(), starter.ident)
+
+
+@pytest.fixture
+def timers(monkeypatch):
+    """The timers that are started from here on."""
+    started, start = [], hub.start_timer
+
+    def start_timer(*arguments):
+        started.append(start(*arguments))
+        return started[-1]
+
+    monkeypatch.setattr(hub, "start_timer", start_timer)
+    return started
+
+
+def test_call_within_ends_what_takes_longer_and_leaves_no_timer_behind(timers, monkeypatch):
+    monkeypatch.setattr(hub.monkey, "is_module_patched", lambda name: True)
+    done = []
+    with pytest.raises(hub.BoundExceeded):
+        hub.call_within(0.01, gevent.get_hub().switch)  # for ever
+    with pytest.raises(ZeroDivisionError):
+        hub.call_within(60, lambda: 1 / 0)
+    hub.call_within(60, lambda: done.append(timers[-1].active))
+    assert done == [True] and len(timers) == 3 and not any(timer.active for timer in timers)
+
+
+def test_call_within_has_no_bound_where_no_timer_would_run(timers, monkeypatch):
+    done = []
+    hub.call_within(0, lambda: done.append("sockets that block"))  # nothing is patched here
+    monkeypatch.setattr(hub.monkey, "is_module_patched", lambda name: True)
+    in_thread(lambda: hub.call_within(0, lambda: done.append("a thread without a hub"))).join()
+    assert done == ["sockets that block", "a thread without a hub"] and not timers
 
 
 def test_sleep_lets_other_greenlets_run_where_there_is_a_hub():
