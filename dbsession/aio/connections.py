@@ -1,52 +1,143 @@
-"""One ROLLBACK is enough.
+"""What is known of an engine's open connections in asyncio, and the ROLLBACK that is not needed.
 
 SQLAlchemy ends a session's transaction by a COMMIT or ROLLBACK, and then rolls the connection back once more as it
 returns to the pool, because somebody may have used it without a transaction of SQLAlchemy's. That is a round trip for
-nothing (for aiosqlite: one to its thread) where nothing can have been sent in between.
+nothing (for aiosqlite: one to its thread) where nothing can have been sent in between: whoever sends something waits
+for the answer, and the loop takes a step. So if the step is the same, nothing was sent, by no task, and by no way round
+SQLAlchemy either. A statement forgets it all the same, lest a driver answers without waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable
 from contextvars import Context
 from typing import Any
 
+from sqlalchemy.engine import Engine, ExecutionContext
+from sqlalchemy.util import greenlet_spawn
 
-class JustEnded:
-    """Of which connection of an engine a transaction has ended in this very step of the event loop. Lives as long as
-    the engine; written in the loop's thread only.
+from dbsession.aio import leaks
+from dbsession.aio.holders import HeldByTasks
+from dbsession.aio.mysql.backend import AsyncMySQL
+from dbsession.aio.pool import FairPool
+from dbsession.aio.sqlite import AioSQLite
+from dbsession.core.backends import kind_of
+from dbsession.core.backends.base import Backend
+from dbsession.core.backends.mysql import MySQL
+from dbsession.core.backends.sqlite import SQLite
+from dbsession.core.config import DatabaseConfig
+from dbsession.core.interceptors import EngineConnections
+from dbsession.core.pool.leaks import LeakWatch
 
-    Whoever sends something waits for the answer, and the loop takes a step: so if the step is the same, nothing was
-    sent, by no task, and by no way round SQLAlchemy either. A statement forgets it all the same, lest a driver answers
-    without waiting.
+
+class LoopConnections(EngineConnections):
+    """The open connections of one engine, and its backend. Lives as long as the engine.
+
+    Who writes: `_records` grows with each connection, and `_ended` is written at the ends of transactions; both in the
+    loop's thread only.
     """
 
-    def __init__(self) -> None:
-        self._connection: Any = None
+    def __init__(self, config: DatabaseConfig) -> None:
+        held = HeldByTasks(config.name, config.backend)
+        kind = kind_of(config.url)
+        backend: Backend
+        if kind is MySQL:
+            backend = AsyncMySQL(config, held.stats)
+        else:
+            backend = AioSQLite(config) if kind is SQLite else kind(config)
+        super().__init__(backend, held)
+        self._leaks = LeakWatch(config, held, leaks.watches)  # for its life only
+        self._records: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._ended: Any = None
+        """The connection of which a transaction has ended in this very step of the event loop."""
         self._context = Context()  # empty: the callback would keep that of the request
 
-    def listen(self, dialect: Any) -> None:
-        """Follow the ends of the transactions of this dialect, which is an engine's own."""
-        dialect.do_commit = self._noted(dialect.do_commit)
-        rollback = self._noted(dialect.do_rollback)
+    def follow(self, engine: Engine) -> None:
+        """Follow a new engine, and its pool."""
+        self.install(engine, FairPool)
 
-        def unless_ended(proxied: Any) -> None:
-            connection = proxied.dbapi_connection
-            if connection is None or connection is not self._connection:
-                rollback(proxied)
+    def on_connect(self, connection: Any, record: Any) -> None:
+        """A connection was opened."""
+        leaks.watch()
+        self._records.add(record)
+        super().on_connect(connection, record)
 
-        dialect.do_rollback = unless_ended
+    def close(self, record: Any) -> None:
+        """Close the connection of a pool record that comes back."""
+        try:
+            record.close()
+        except BaseException as error:  # a cancellation, or a listener of the user's
+            _give_up(record, error)
 
-    def forget(self) -> None:
-        """Something is sent, or the loop takes its next step."""
-        self._connection = None
+    def around_reset_isolation_level(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
+        def reset_isolation_level(dbapi_conn: Any) -> None:
+            # SQLAlchemy calls it as a connection comes back, where nobody expects an error: that, or a cancellation,
+            # would cost a slot of the pool.
+            try:
+                inner(dbapi_conn)
+            except BaseException as error:
+                record = next((each for each in list(self._records) if each.dbapi_connection is dbapi_conn), None)
+                if record is None:
+                    raise
+                _give_up(record, error)
 
-    def _noted(self, end: Callable[[Any], None]) -> Callable[[Any], None]:
-        def noted(proxied: Any) -> None:
-            self._connection = None
-            end(proxied)
-            self._connection = proxied.dbapi_connection
-            asyncio.get_running_loop().call_soon(self.forget, context=self._context)
+        return reset_isolation_level
 
-        return noted
+    # The ROLLBACK that is not needed.
+
+    def on_do_execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
+        """Something is sent."""
+        self._ended = None
+
+    on_do_executemany = on_do_execute
+
+    def on_do_execute_no_params(self, cursor: Any, statement: str, context: ExecutionContext) -> None:
+        """Something is sent."""
+        self._ended = None
+
+    def around_do_commit(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
+        def do_commit(dbapi_connection: Any) -> None:
+            self._ended = None
+            inner(dbapi_connection)
+            self._note_end(dbapi_connection)
+
+        return do_commit
+
+    def around_do_rollback(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
+        def do_rollback(dbapi_connection: Any) -> None:
+            connection = dbapi_connection.dbapi_connection
+            if connection is None or connection is not self._ended:
+                self._ended = None
+                inner(dbapi_connection)
+                self._note_end(dbapi_connection)
+
+        return do_rollback
+
+    def _note_end(self, proxied: Any) -> None:
+        self._ended = proxied.dbapi_connection
+        asyncio.get_running_loop().call_soon(self._next_step, context=self._context)
+
+    def _next_step(self) -> None:
+        self._ended = None
+
+    async def cut(self) -> None:
+        """Close what is open still, whoever uses it: the loop ends, and nobody runs in it any more."""
+        for record in list(self._records):
+            if record.dbapi_connection is not None:
+                await greenlet_spawn(record.invalidate)
+                self.held.returned(record)  # which nobody does any more
+
+
+def _give_up(record: Any, error: BaseException) -> None:
+    """Throw the connection of a pool's `record` away because of `error`, in the middle of its return. Raises the first
+    kill of both, once its place is given back: what called us would do that, and is ended by the kill."""
+    kill = None if isinstance(error, Exception) else error
+    try:
+        record.invalidate(error)
+    except BaseException as another:
+        kill = kill or (None if isinstance(another, Exception) else another)
+    if kill is not None:
+        record.checkin(_fairy_was_created=False)
+        raise kill from None

@@ -7,23 +7,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy.engine import URL
-from sqlalchemy.exc import NoSuchModuleError
-
-from dbsession.core.config import DatabaseConfig, shown
+from dbsession.core.backends import kind_of
+from dbsession.core.config import DatabaseConfig
+from dbsession.core.engine import driver_of
 from dbsession.core.sources import Source
 from dbsession.errors import ConfigError
-
-# A dialect's drivers that wait in the calling thread -> the one that awaits. A driver that has both, such as psycopg,
-# is taken by create_async_engine as it is.
-_TWINS = {
-    ("mysql", "pymysql"): "asyncmy",
-    ("mysql", "mysqldb"): "asyncmy",
-    ("mariadb", "pymysql"): "asyncmy",
-    ("mariadb", "mysqldb"): "asyncmy",
-    ("sqlite", "pysqlite"): "aiosqlite",
-    ("postgresql", "psycopg2"): "asyncpg",
-}
 
 
 def twin(config: DatabaseConfig) -> DatabaseConfig:
@@ -32,8 +20,8 @@ def twin(config: DatabaseConfig) -> DatabaseConfig:
     Raises:
         ConfigError: [DBS-CONFIG] there is none, or an option has no asyncio counterpart.
     """
-    backend = config.url.get_backend_name()
-    driver = _TWINS.get((backend, _driver(config)))
+    own = driver_of(config, "'mysql+asyncmy://', 'sqlite+aiosqlite:///', 'postgresql+asyncpg://'")
+    driver = kind_of(config.url).ASYNC_DRIVERS.get(own)
     if config.reset != "rollback":
         raise ConfigError(
             f"Database {config.name!r}: `reset` is {config.reset!r}, which dbsession.aio does not have. Give "
@@ -46,19 +34,7 @@ def twin(config: DatabaseConfig) -> DatabaseConfig:
         )
     if driver is None:
         return config
-    return replace(config, url=config.url.set(drivername=f"{backend}+{driver}"))
-
-
-def _driver(config: DatabaseConfig) -> str:
-    url: URL = config.url
-    try:
-        url.get_dialect()  # get_driver_name() would give what stands behind the +, whatever it is
-        return url.get_driver_name()
-    except NoSuchModuleError:
-        raise ConfigError(
-            f"Database {config.name!r}: SQLAlchemy has no dialect {shown(url.drivername)}: check the spelling "
-            "('mysql+asyncmy://', 'sqlite+aiosqlite:///', 'postgresql+asyncpg://'), or install the package that has it."
-        ) from None
+    return replace(config, url=config.url.set(drivername=f"{config.url.get_backend_name()}+{driver}"))
 
 
 class TwinSource:

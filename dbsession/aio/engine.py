@@ -13,15 +13,18 @@ import os
 from contextvars import Context
 from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from dbsession.aio import build, loop_local, teardown
+from dbsession.aio import loop_local, teardown
+from dbsession.aio.connections import LoopConnections
+from dbsession.aio.pool import FairPool
 from dbsession.aio.session import make_factory
 from dbsession.core import teardown as core_teardown
 from dbsession.core.config import DatabaseConfig
-from dbsession.core.engine import Database, all_databases
+from dbsession.core.engine import Database, all_databases, made
 from dbsession.core.sources import Source
-from dbsession.errors import describe
+from dbsession.errors import ConfigError, describe
 
 logger = logging.getLogger("dbsession.aio.databases")
 
@@ -44,22 +47,22 @@ class LoopDatabase(Database):
         source: Source,
         config: DatabaseConfig,
         engine: AsyncEngine,
-        links: build.Links,
+        connections: LoopConnections,
         factory: async_sessionmaker[Any],
     ) -> None:
-        super().__init__(config, owner, engine, factory, links.held)
+        super().__init__(config, owner, engine, factory, connections.held)
         self.source = source
-        self.links = links
+        self.connections = connections
         self.loop = asyncio.get_running_loop()
 
     def retire(self) -> None:
         """From now on what comes back is closed."""
-        self.retired = self.links.closing = self.listeners.closed = True
+        self.retired = self.connections.closing = self.listeners.closed = True
 
     async def dispose(self) -> None:
         """Close the idle connections; those in use finish, and are closed on their return."""
         await self.engine.dispose()
-        await self.links.threads.ended()
+        await self.connections.backend.closed()
 
     async def close(self) -> None:
         """Close everything, at the loop's end."""
@@ -67,13 +70,39 @@ class LoopDatabase(Database):
         try:
             await self.engine.dispose()
         finally:
-            await self.links.cut()
-            await self.links.threads.ended()
+            await self.connections.cut()
+            await self.connections.backend.closed()
 
 
-def _parts(config: DatabaseConfig) -> tuple[DatabaseConfig, AsyncEngine, build.Links, async_sessionmaker[Any]]:
-    engine, links = build.build(config)
-    return config, engine, links, make_factory(config, engine)
+_Parts = tuple[DatabaseConfig, AsyncEngine, LoopConnections, async_sessionmaker[Any]]
+
+
+def _parts(config: DatabaseConfig) -> _Parts:
+    """Make what a LoopDatabase consists of. Imports the driver; no connection is made.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] a missing driver, one that is not for asyncio, an option that create_async_engine
+            refuses.
+    """
+    dialect: Any = config.url.get_dialect()
+    if not dialect.get_async_dialect_cls(config.url).is_async:
+        raise ConfigError(
+            f"Database {config.name!r}: the driver of {config.url.drivername!r} is not for asyncio. Give "
+            "aio.configure() one that is, such as 'mysql+asyncmy://', 'sqlite+aiosqlite:///' or "
+            "'postgresql+asyncpg://'."
+        )
+    connections = LoopConnections(config)
+    engine = made(
+        connections.backend,
+        create_async_engine,
+        AsyncAdaptedQueuePool,
+        FairPool,
+        install="Install it: `pip install 'dbsession[aio]'` brings aiosqlite and asyncmy; others come by their own "
+        "names.",
+        hint="a `poolclass` has to be one for asyncio",
+    )
+    connections.follow(engine.sync_engine)
+    return config, engine, connections, make_factory(config, engine)
 
 
 def check(config: DatabaseConfig) -> None:
@@ -121,7 +150,7 @@ class LoopDatabases:
         self._built = {}
 
     async def _dispose(self, database: LoopDatabase) -> None:
-        """For who has nobody to tell of an error."""
+        """Dispose of one database; log an error instead of raising it."""
         try:
             async with asyncio.timeout(core_teardown.BOUND_S):
                 await database.dispose()
@@ -134,7 +163,7 @@ class LoopDatabases:
         await self._each(LoopDatabase.dispose)
 
     async def dispose_and_log(self) -> None:
-        """The same, but errors are logged, and each engine has BOUND_S seconds."""
+        """Close the idle connections of every engine, which has BOUND_S seconds each; errors are logged."""
         await teardown.settle(self._loop)
         await self._each(self._dispose)
 
@@ -149,9 +178,9 @@ class LoopDatabases:
         except asyncio.CancelledError:  # out of time: what did not answer is no reason to leave the others open
             mine = [each for each in [*self._retired, *self._built.values()] if not each.inherited]
             for database in mine:
-                await database.links.cut()
+                await database.connections.cut()
             for database in mine:
-                await database.links.threads.ended()
+                await database.connections.backend.closed()
             raise
         finally:
             self._built, self._retired = {}, []

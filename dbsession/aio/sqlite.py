@@ -1,33 +1,60 @@
-"""The threads of aiosqlite, one for each connection: not asked in vain, ended once, and waited for before their loop is
-closed."""
+"""The backend of aiosqlite: its threads, one for each connection, are not asked in vain, ended once, and waited for
+before their loop is closed."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import sqlite3
 import weakref
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
+from sqlalchemy.util import await_
+
+from dbsession.core.backends.sqlite import SQLite, is_busy
+from dbsession.core.config import DatabaseConfig
 from dbsession.core.teardown import BOUND_S
 
+_RETRY_S = (0.001, 0.003)  # random, so that two processes do not ask in step
 
-class Threads:
-    """Those of one engine. Lives as long as it.
+
+class AioSQLite(SQLite):
+    """The rules of one engine's SQLite file by aiosqlite, and its threads. Lives as long as the engine.
 
     Who writes: `_ending` gets a future where stop() is called in the loop, and loses it when its thread has ended; both
     in the loop's thread, one set operation each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: DatabaseConfig) -> None:
+        super().__init__(config)
         self._ending: set[asyncio.Future[Any]] = set()
 
-    def watch(self, driver: Any) -> None:
-        """Know of the end of `driver`, an aiosqlite connection, and let its stop() be called again.
+    def engine_options(self) -> dict[str, Any]:
+        # The driver's own thread waits for the write lock, and not the loop.
+        return super().engine_options() | {"connect_args": {"timeout": self.config.busy_timeout_s}}
 
-        SQLAlchemy calls that beside a close() whose wait was cancelled, and close() calls it itself at its end: what it
-        then waits for would never come, since the thread has ended.
+    def connected(self, connection: Any, info: dict[Any, Any]) -> None:
+        # SQLite's own wait does not hold for the change of a new file to WAL: of two that do it at once one is refused.
+        end = monotonic() + self.config.busy_timeout_s
+        while True:
+            try:
+                super().connected(connection, info)
+                return
+            except sqlite3.OperationalError as error:
+                if not is_busy(error) or monotonic() > end:
+                    raise
+            await_(asyncio.sleep(random.uniform(*_RETRY_S)))
+
+    def on_connect_first(self, connection: Any, record: Any) -> None:
+        """Know of the end of an aiosqlite connection's thread, and let its stop() be called again.
+
+        Before SQLAlchemy's own listeners, which await and may be cancelled. SQLAlchemy calls stop() beside a close()
+        whose wait was cancelled, and close() calls it itself at its end: what it then waits for would never come, since
+        the thread has ended.
         """
+        driver = connection.driver_connection
         if not hasattr(driver, "stop"):
             return  # another driver
         its = weakref.ref(driver)  # or it would refer to itself
@@ -45,27 +72,25 @@ class Threads:
 
         driver.stop = stop
 
-    def ping(self, ping: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """For connections about to be used: SQLite is in this process, so one lives if it is open, and that is seen
-        without its thread, which `SELECT 1` goes to three times."""
-
-        def looked_at(connection: Any) -> Any:
+    def around_do_ping(self, inner: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        def do_ping(dbapi_connection: Any) -> bool:
+            # SQLite is in this process, so a connection lives if it is open, and that is seen without its thread, which
+            # `SELECT 1` goes to three times.
             try:
-                is_open = connection.driver_connection.total_changes >= 0
+                is_open: bool = dbapi_connection.driver_connection.total_changes >= 0
             except (AttributeError, ValueError, sqlite3.Error):  # another driver, or closed: that is ping's to tell
                 is_open = False
-            return is_open or ping(connection)
+            return is_open or inner(dbapi_connection)
 
-        return looked_at
+        return do_ping
 
-    def terminate(self, terminate: Callable[[Any], None]) -> Callable[[Any], None]:
-        """For connections that are of no use any more: their threads close them, and nobody waits for that. A second
-        cancellation there would take the place of the first, and of what it says of a COMMIT."""
-
-        def stopped(connection: Any) -> None:
-            driver = connection.driver_connection
+    def around_do_terminate(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
+        def do_terminate(dbapi_connection: Any) -> None:
+            # Its thread closes it, and nobody waits for that: a second cancellation there would take the place of the
+            # first, and of what it says of a COMMIT.
+            driver = dbapi_connection.driver_connection
             if not hasattr(driver, "stop"):
-                terminate(connection)  # another driver
+                inner(dbapi_connection)  # another driver
                 return
             # SQLite keeps a closed connection, and its write lock, as long as somebody keeps a cursor of it; a
             # traceback may. The first step of rollback() puts it into the thread's queue.
@@ -79,9 +104,9 @@ class Threads:
                 rollback.close()
             driver.stop()
 
-        return stopped
+        return do_terminate
 
-    async def ended(self) -> None:
+    async def closed(self) -> None:
         """Wait for those that are ending, for at most BOUND_S seconds. A thread that answers a loop that is closed by
         then ends with an error on stderr."""
         if self._ending:

@@ -3,9 +3,6 @@ its pool record's `record_info`, which stays; and what a driver's connection tel
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 COMMITTING = "dbsession.committing"
 """In `info`: a commit was begun that has not succeeded."""
 
@@ -35,9 +32,6 @@ class KnownConnection:
 
     commit_sent: bool
     """Whether the last commit() got as far as sending COMMIT."""
-
-    stream_of: Callable[[], Any]
-    """Who reads the server-side stream that was begun last: the Connection of SQLAlchemy."""
 
     @property
     def unread(self) -> bool:

@@ -10,18 +10,24 @@ thread adds to it. `listeners` grows only.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.engine import Engine
+from sqlalchemy.pool import Pool, QueuePool
 
-from dbsession.core.config import DatabaseConfig
+from dbsession.core import backends
+from dbsession.core.backends.base import Backend
+from dbsession.core.config import DatabaseConfig, refused_option, shown
 from dbsession.core.pool.holders import HeldConnections
-from dbsession.errors import describe, raised_at
+from dbsession.errors import ConfigError, describe, raised_at
 
 logger = logging.getLogger("dbsession.created")
+
+E = TypeVar("E")
 
 Listener = Callable[[str, Engine], object]
 
@@ -101,3 +107,76 @@ def on_created(listener: Listener) -> None:
     for database in all_databases():
         if not database.listeners.closed:
             database.listeners.notify_one(listener)
+
+
+def made(
+    backend: Backend, create: Callable[..., E], stock_pool: type[Any], fair_pool: type[Any], install: str, hint: str
+) -> E:
+    """Make the engine that a configuration describes. Imports the driver; no connection is made.
+
+    Args:
+        backend: of the configuration.
+        create: `create_engine`, or its like.
+        stock_pool: the pool class in whose place ours is put, `fair_pool`.
+        install: what to do where the driver is missing, for the error's text.
+        hint: what may be wrong with `options`, for the error's text.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] a missing driver, an option that `create` refuses.
+    """
+    config = backend.config
+    name, options = config.name, dict(config.options)
+    defaults = _defaults(backend, options, stock_pool, fair_pool)
+    connect_args = {**defaults.pop("connect_args", {}), **options.pop("connect_args", {})}
+    try:
+        return create(config.url, **{**defaults, **options, "connect_args": connect_args})
+    except ImportError as error:
+        raise ConfigError(
+            f"Database {name!r}: the driver of {config.url.drivername!r} is not installed (no module {error.name!r}). "
+            f"{install}"
+        ) from None
+    except Exception as error:  # each option has its own way to refuse a value
+        raise refused_option(name, error, create.__name__, hint) from None
+
+
+def driver_of(config: DatabaseConfig, examples: str) -> str:
+    """Return the name of the driver, the dialect's default one where the URL names none.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] SQLAlchemy has no such dialect; its text gives the `examples`.
+    """
+    driver = backends.driver_of(config.url)
+    if driver is None:
+        raise ConfigError(
+            f"Database {config.name!r}: SQLAlchemy has no dialect {shown(config.url.drivername)}: check the spelling "
+            f"({examples}), or install the package that has it."
+        )
+    return driver
+
+
+def _defaults(
+    backend: Backend, options: dict[str, Any], stock_pool: type[Any], fair_pool: type[Any]
+) -> dict[str, Any]:
+    """Return the arguments below the user's own, as far as the pool class in use takes them."""
+    config = backend.config
+    if not isinstance(options.get("connect_args", {}), dict):
+        raise ConfigError(f"Database {config.name!r}: `connect_args` in `options` must be a mapping.")
+    defaults = backend.engine_options()
+    if config.readonly:
+        # No transaction is ever open: nothing to roll back.
+        defaults |= {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
+    if "pool" in options:
+        return defaults  # a ready-made pool has its sizes already
+    poolclass = options.get("poolclass")
+    if poolclass is None:
+        dialect: Any = config.url.get_dialect()
+        poolclass = dialect.get_pool_class(config.url)
+        if poolclass is stock_pool:
+            poolclass = defaults["poolclass"] = fair_pool
+            defaults |= backend.fair_pool_options()
+    if not (inspect.isclass(poolclass) and issubclass(poolclass, Pool)):
+        raise ConfigError(f"Database {config.name!r}: `poolclass` in `options` must be a sqlalchemy.pool.Pool class.")
+    defaults |= {"pool_recycle": 3600, "pool_pre_ping": True}
+    if issubclass(poolclass, QueuePool):
+        defaults |= {"pool_size": 20, "max_overflow": 0}
+    return defaults

@@ -10,14 +10,14 @@ one of those makes SQLAlchemy join two dispatchers, event by event, for each Con
 
 from __future__ import annotations
 
-import time
 import weakref
+from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
-from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine, ExceptionContext, ExecutionContext
+from sqlalchemy.engine import Connection, ExceptionContext, ExecutionContext
 
-from dbsession.core.backends import mysql_errors
+from dbsession.core.backends.base import Backend, Verdict
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import CHECKOUT, COMMITTING, DOOMED, SCOPE, KnownConnection
 from dbsession.core.sql import writes
@@ -28,53 +28,48 @@ wrote: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 def is_autocommit(connection: Connection, config: DatabaseConfig) -> bool:
-    """Whether each statement on it is a transaction of its own."""
+    """Return whether each statement on it is a transaction of its own."""
     level = connection.get_execution_options().get("isolation_level") or config.isolation_level
     return level == "AUTOCOMMIT"
 
 
 class TransactionWatch:
-    """Watches one engine's transactions. Lives as long as the engine.
+    """Watches one engine's transactions. Lives as long as the engine; `interceptors.install` finds its methods.
 
     A transaction's state is kept in its connection's `info`, which the greenlet that uses the connection writes.
     """
 
-    def __init__(self, config: DatabaseConfig) -> None:
-        self._name = config.name
-        self._backend = config.backend
-        self._config = config
-        self._readonly = config.readonly
-        self._is_mysql = config.backend in ("mysql", "mariadb")
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._config = backend.config
+        self._name = backend.config.name
         self._ever_doomed = False  # so that no statement looks for what nearly never is there
+        if backend.in_process:
+            self.on_handle_error = None  # type: ignore[assignment]
 
-    def listen(self, engine: Engine) -> None:
-        if self._backend == "sqlite" and not engine.dialect.is_async:
-            return  # in this process: nothing is lost on the way, and nothing undone behind our back
-        # The dialect is the engine's own, and that of the engines made from it by execution_options().
-        dialect: Any = engine.dialect
-        self._do_commit, dialect.do_commit = dialect.do_commit, self._commit
-        self._do_commit_twophase, dialect.do_commit_twophase = dialect.do_commit_twophase, self._commit_twophase
-        self._do_rollback, dialect.do_rollback = dialect.do_rollback, self._rollback
-        self._do_rollback_twophase, dialect.do_rollback_twophase = dialect.do_rollback_twophase, self._rollback_twophase
-        event.listen(engine, "handle_error", self._judge)
+    # Before each statement. By events, since a listener of the user's may execute it in the dialect's place.
 
-    def executing(self, cursor: Any, statement: str, context: ExecutionContext) -> bool:
-        """Called before each statement: refuse what must not be sent, and remember that something was written, so that
-        `release_dbsession()` does not throw it away. True: the statement is not to be executed any more."""
+    def on_do_execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
+        """Refuse what must not be sent, and remember that something was written, so that `release_dbsession()` does not
+        throw it away. True: the statement is not to be executed any more."""
         connection = context.root_connection
         if self._ever_doomed and DOOMED in connection.info:
             if statement.startswith("ROLLBACK TO SAVEPOINT"):
                 # Of a block that the error goes through: its savepoint may be gone, and all is rolled back anyway.
-                cursor.execute("DO 0")
+                cursor.execute(self._backend.no_op)
                 return True
-            self.refuse_if_doomed(connection.info)
+            self._refuse_if_doomed(connection.info)
         if writes(statement) and not is_autocommit(connection, self._config):  # there it is committed already
             wrote.add(connection)
         return False
 
-    def refuse_if_doomed(self, info: dict[Any, Any]) -> None:
-        """Raise RollbackRequired if the transaction under way has lost a part of its work. `info` is its
-        connection's."""
+    on_do_executemany = on_do_execute
+
+    def on_do_execute_no_params(self, cursor: Any, statement: str, context: ExecutionContext) -> bool:
+        """As on_do_execute()."""
+        return self.on_do_execute(cursor, statement, None, context)
+
+    def _refuse_if_doomed(self, info: dict[Any, Any]) -> None:
         cause = info.get(DOOMED)
         if cause is not None:
             raise RollbackRequired(
@@ -83,108 +78,143 @@ class TransactionWatch:
                 "run_in_transaction() does that."
             ) from cause
 
-    def _commit(self, proxied: Any) -> None:
-        info = proxied.info
-        self._begin_commit(info, self._do_rollback, proxied)
-        note = (proxied.record_info or {}).get(CHECKOUT)
-        if note is not None:  # else it was detached from the pool
-            note.changed = time.monotonic()
-        self._do_commit(proxied)
-        info.pop(COMMITTING, None)
+    # The ends of transactions.
 
-    def _commit_twophase(self, connection: Connection, *arguments: Any, **more: Any) -> None:
-        info = connection.info
-        self._begin_commit(info, self._do_rollback_twophase, connection, *arguments, **more)
-        self._do_commit_twophase(connection, *arguments, **more)  # XA COMMIT, a statement like others
-        info.pop(COMMITTING, None)
+    def around_do_commit(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
+        if self._backend.in_process:
+            return inner
 
-    def _begin_commit(self, info: dict[Any, Any], roll_back: Any, *arguments: Any, **more: Any) -> None:
+        def do_commit(dbapi_connection: Any) -> None:
+            info = dbapi_connection.info
+            if DOOMED in info:
+                self._refuse_commit(info, self._roll_back, dbapi_connection)
+            info[COMMITTING] = True
+            note = (dbapi_connection.record_info or {}).get(CHECKOUT)
+            if note is not None:  # else it was detached from the pool
+                note.changed = monotonic()
+            inner(dbapi_connection)
+            info.pop(COMMITTING, None)
+
+        return do_commit
+
+    def around_do_commit_twophase(self, inner: Callable[..., None]) -> Callable[..., None]:
+        if self._backend.in_process:
+            return inner
+
+        def do_commit_twophase(
+            connection: Connection, xid: Any, is_prepared: bool = True, recover: bool = False
+        ) -> None:
+            info = connection.info
+            if DOOMED in info:
+                self._refuse_commit(info, self._roll_back_twophase, connection, xid, is_prepared, recover)
+            info[COMMITTING] = True
+            inner(connection, xid, is_prepared, recover)  # XA COMMIT, a statement like others
+            info.pop(COMMITTING, None)
+
+        return do_commit_twophase
+
+    def _refuse_commit(self, info: dict[Any, Any], roll_back: Callable[..., None], *arguments: Any) -> None:
         try:
-            self.refuse_if_doomed(info)
-        except RollbackRequired:
+            self._refuse_if_doomed(info)
+        finally:
             # After a commit() that failed, SQLAlchemy sends no ROLLBACK any more.
             del info[DOOMED]  # or the XA statements would be refused, too
-            roll_back(*arguments, **more)
-            raise
-        info[COMMITTING] = True
+            roll_back(*arguments)
 
-    def _rollback(self, proxied: Any) -> None:
-        try:
-            info = proxied.info
-        except NotImplementedError:  # SQLAlchemy's own, while it asks a new server what it can
-            self._do_rollback(proxied)
-            return
-        self._forget(info)
-        driver: Any = proxied.dbapi_connection
-        reader = driver.stream_of() if isinstance(driver, KnownConnection) and driver.unread else None
-        if reader is not None and reader.in_transaction():
-            reader.invalidate()  # not read on for a ROLLBACK; the server rolls back what it has lost
-        else:
-            self._do_rollback(proxied)
+    def around_do_rollback(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
+        if self._backend.in_process:
+            return inner
+        self._roll_back = inner
 
-    def _rollback_twophase(self, connection: Connection, *arguments: Any, **more: Any) -> None:
-        self._forget(connection.info)
-        driver: Any = connection.connection.dbapi_connection
-        if isinstance(driver, KnownConnection) and driver.unread:
-            connection.invalidate()
-        else:
-            self._do_rollback_twophase(connection, *arguments, **more)
+        def do_rollback(dbapi_connection: Any) -> None:
+            try:
+                info = dbapi_connection.info
+            except NotImplementedError:  # SQLAlchemy's own, while it asks a new server what it can
+                inner(dbapi_connection)
+                return
+            info.pop(COMMITTING, None)
+            info.pop(DOOMED, None)
+            driver = dbapi_connection.dbapi_connection
+            if isinstance(driver, KnownConnection) and driver.unread:
+                note = (dbapi_connection.record_info or {}).get(CHECKOUT)
+                reader = None if note is None or note.connection is None else note.connection()
+                if reader is not None and reader.in_transaction():
+                    reader.invalidate()  # not read on for a ROLLBACK; the server rolls back what it has lost
+                    return
+            inner(dbapi_connection)
 
-    def _forget(self, info: dict[Any, Any]) -> None:
-        info.pop(COMMITTING, None)
-        info.pop(DOOMED, None)
+        return do_rollback
 
-    def _judge(self, context: ExceptionContext) -> BaseException | None:
+    def around_do_rollback_twophase(self, inner: Callable[..., None]) -> Callable[..., None]:
+        if self._backend.in_process:
+            return inner
+        self._roll_back_twophase = inner
+
+        def do_rollback_twophase(
+            connection: Connection, xid: Any, is_prepared: bool = True, recover: bool = False
+        ) -> None:
+            connection.info.pop(COMMITTING, None)
+            connection.info.pop(DOOMED, None)
+            driver: Any = connection.connection.dbapi_connection
+            if isinstance(driver, KnownConnection) and driver.unread:
+                connection.invalidate()
+            else:
+                inner(connection, xid, is_prepared, recover)
+
+        return do_rollback_twophase
+
+    # What an error means.
+
+    def on_handle_error(self, context: ExceptionContext) -> BaseException | None:
+        """Judge an error, and replace it where it leaves open what became of a COMMIT."""
         connection, error = context.connection, context.original_exception
         if connection is None or connection.closed or connection.invalidated:
-            fatal = mysql_errors.Verdict.FATAL
-            if context.is_pre_ping and self._is_mysql and mysql_errors.classify(error) is not fatal:
+            if context.is_pre_ping and self._backend.classify(error) is not Verdict.FATAL:
                 context.is_disconnect = True
             return None
         from_driver = isinstance(error, context.dialect.loaded_dbapi.Error)
         driver: Any = connection.connection.dbapi_connection
-        verdict = mysql_errors.classify(error) if from_driver and self._is_mysql else mysql_errors.Verdict.FATAL
-        if self._readonly and verdict is mysql_errors.Verdict.FAILOVER:
-            verdict = mysql_errors.Verdict.FATAL  # a write, which is refused as it should be
-        if isinstance(driver, KnownConnection) and driver.gave_up:
-            context.is_disconnect = True
-            context.invalidate_pool_on_disconnect = False
-        elif verdict in (mysql_errors.Verdict.DISCONNECT, mysql_errors.Verdict.FAILOVER):
-            context.is_disconnect = True
-        elif not from_driver and not isinstance(driver, KnownConnection):
-            # Whether a driver that we do not know is still in step with its server, nobody can say.
-            context.is_disconnect = context.is_disconnect or (
-                context.execution_context is not None and not isinstance(error, RollbackRequired)
-            )
-            context.invalidate_pool_on_disconnect = False
+        verdict = self._backend.classify(error) if from_driver else Verdict.FATAL
+        if self._config.readonly and verdict is Verdict.FAILOVER:
+            verdict = Verdict.FATAL  # a write, which is refused as it should be
+        self._judge_connection(context, driver, verdict, from_driver)
         # In this order: while SQLAlchemy asks a new server what it can, the connection has no `info`.
         statement = context.statement
         if (statement is None or statement.startswith("XA COMMIT")) and connection.info.pop(COMMITTING, False):
             if statement is None and isinstance(driver, KnownConnection) and not driver.commit_sent:
                 return None
             return self._judge_commit(context, connection, error, from_driver)
-        if (
-            verdict is mysql_errors.Verdict.RETRY
-            and connection.in_transaction()
-            and not is_autocommit(connection, self._config)
-        ):
+        if verdict is Verdict.RETRY and connection.in_transaction() and not is_autocommit(connection, self._config):
             # A copy: the error's traceback would keep everything alive that this is only to be remembered for.
             connection.info[DOOMED] = type(error)(*error.args)
             self._ever_doomed = True
         return None
 
+    def _judge_connection(self, context: ExceptionContext, driver: Any, verdict: Verdict, from_driver: bool) -> None:
+        """Tell SQLAlchemy whether the connection is of no use any more, and whether those opened before it are."""
+        if isinstance(driver, KnownConnection) and driver.gave_up:
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+        elif verdict in (Verdict.DISCONNECT, Verdict.FAILOVER):
+            context.is_disconnect = True
+        elif not from_driver and not isinstance(driver, KnownConnection):
+            # Whether a driver that we do not know is still in step with its server, nobody can say.
+            ours = isinstance(context.original_exception, RollbackRequired)
+            context.is_disconnect = context.is_disconnect or (context.execution_context is not None and not ours)
+            context.invalidate_pool_on_disconnect = False
+
     def _judge_commit(
         self, context: ExceptionContext, connection: Connection, error: BaseException, from_driver: bool
     ) -> BaseException | None:
-        if from_driver and self._is_mysql:
-            unknown = mysql_errors.commit_may_have_happened(error)
-            if mysql_errors.classify(error) is mysql_errors.Verdict.RETRY:
+        if from_driver:
+            unknown = self._backend.may_have_committed(error, context.is_disconnect)
+            if self._backend.classify(error) is Verdict.RETRY:
                 try:
                     connection.dialect.do_rollback(connection.connection)  # SQLAlchemy will not, after a commit()
                 except Exception:
                     context.is_disconnect = True
         else:
-            unknown = context.is_disconnect or not from_driver
+            unknown = True
         if not unknown:
             return None
         scope = connection.info.get(SCOPE, _nobody)()

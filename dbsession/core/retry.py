@@ -7,12 +7,11 @@ import functools
 import inspect
 import logging
 import random
-import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dbsession.core.backends import mysql_errors
+from dbsession.core import backends
 from dbsession.core.config import positive_seconds
 from dbsession.core.scope import BaseScope, runs_later
 from dbsession.core.session import unsaved
@@ -172,10 +171,4 @@ def retryable(error: BaseException) -> bool:
     if isinstance(error, RollbackRequired):  # somebody went on after it
         return error.__cause__ is not None and retryable(error.__cause__)
     original = getattr(error, "orig", None) or error
-    return mysql_errors.is_retryable(original) or is_sqlite_busy(original)
-
-
-def is_sqlite_busy(error: BaseException) -> bool:
-    """Whether another writer was quicker."""
-    code: int = getattr(error, "sqlite_errorcode", 0)
-    return isinstance(error, sqlite3.OperationalError) and code & 0xFF == sqlite3.SQLITE_BUSY
+    return backends.is_retryable(original)

@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from dbsession.core.config import DatabaseConfig, parse
+from dbsession.core.config import DatabaseConfig
+from dbsession.core.entries import parse
 from dbsession.errors import ConfigError, UnknownDatabase
 
 

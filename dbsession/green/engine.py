@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.orm import sessionmaker
-from sqlalchemy.pool import Pool, QueuePool
+from sqlalchemy.pool import QueuePool
 
-from dbsession.core.backends import sqlite as sqlite_files
-from dbsession.core.config import DatabaseConfig, refused_option, shown
-from dbsession.core.engine import Database, all_databases
+from dbsession.core.config import DatabaseConfig
+from dbsession.core.engine import Database, all_databases, driver_of, made
 from dbsession.core.sources import Source
 from dbsession.errors import ConfigError
-from dbsession.green import ident, sqlite
-from dbsession.green.connections import ConnectionLinks
+from dbsession.green import ident
+from dbsession.green.connections import GreenConnections
 from dbsession.green.hub import Waiter
-from dbsession.green.mysql import connector
 from dbsession.green.pool import FairPool
 from dbsession.green.session import make_factory
 
@@ -32,11 +28,16 @@ class ProcessDatabase(Database):
     factory: sessionmaker[Any]
 
     def __init__(
-        self, config: DatabaseConfig, owner: Any, engine: Engine, factory: sessionmaker[Any], links: ConnectionLinks
+        self,
+        config: DatabaseConfig,
+        owner: Any,
+        engine: Engine,
+        factory: sessionmaker[Any],
+        connections: GreenConnections,
     ) -> None:
-        super().__init__(config, owner, engine, factory, links.held)
-        self._links = links
-        links.database = self
+        super().__init__(config, owner, engine, factory, connections.held)
+        self._connections = connections
+        connections.database = self
 
     def dispose(self) -> None:
         """Close the idle connections; those in use finish, and are closed on their return (by our own pool; another
@@ -46,19 +47,24 @@ class ProcessDatabase(Database):
     def retire(self) -> None:
         """As `dispose()`, for good: whatever is still opened by somebody who kept the Engine is closed on return."""
         self.retired = self.listeners.closed = True
-        self._links.closing = True
+        self._connections.closing = True
         self.dispose()
 
     def successor(self) -> ProcessDatabase:
         """In a forked child: the database that takes over the engine and the session factory, with their listeners."""
-        successor = ProcessDatabase(self.config, self.owner, self.engine, self.factory, self._links)
+        successor = ProcessDatabase(self.config, self.owner, self.engine, self.factory, self._connections)
         successor.listeners = self.listeners
         return successor
 
     def abandon(self) -> None:
         """In a forked child: give up the parent's connections, and give the engine a new pool. No I/O."""
-        self._links.abandon()
+        self._connections.abandon()
         self.engine.dispose(close=False)
+
+    def close_before_fork(self) -> None:
+        """Close the idle connections, where a child may not inherit them."""
+        if self._connections.backend.close_before_fork():
+            self.dispose()
 
 
 def process_databases() -> list[ProcessDatabase]:
@@ -66,84 +72,32 @@ def process_databases() -> list[ProcessDatabase]:
     return [each for each in all_databases() if isinstance(each, ProcessDatabase)]
 
 
-def close_idle_sqlite_files() -> None:
-    """Before a fork: SQLite keeps its locks per process and file, and a child that inherits an open file would believe
-    that it holds what its parent holds (https://www.sqlite.org/howtocorrupt.html). An in-memory database is left."""
+def close_before_fork() -> None:
+    """Close the idle connections that a forked child may not inherit; see `Backend.close_before_fork`."""
     for database in process_databases():
-        url = database.config.url
-        if database.config.backend == "sqlite" and not sqlite_files.is_memory(url):
-            database.dispose()
+        database.close_before_fork()
 
 
 def build(config: DatabaseConfig, owner: Any) -> ProcessDatabase:
-    """The engine of `config`. Imports the driver; no connection is made.
+    """Build the engine of `config`. Imports the driver; no connection is made.
 
     Raises:
         ConfigError: [DBS-CONFIG] a missing driver, an option that create_engine refuses.
     """
-    name, url, options = config.name, config.url, dict(config.options)
-    try:
-        url.get_dialect()
-    except NoSuchModuleError:
-        raise ConfigError(
-            f"Database {name!r}: SQLAlchemy has no dialect {shown(url.drivername)}: check the spelling "
-            "('mysql+pymysql://', 'sqlite:///', 'postgresql+psycopg://'), or install the package that has it."
-        ) from None
-    defaults = _defaults(config, options)
-    connect_args = {**defaults.pop("connect_args", {}), **options.pop("connect_args", {})}
-    arguments = {**defaults, **options, "connect_args": connect_args}
-    try:
-        engine = create_engine(url, **arguments)
-    except ImportError as error:
-        raise ConfigError(
-            f"Database {name!r}: the driver of {url.drivername!r} is not installed (no module {error.name!r}). Install "
-            "it, or name another one in the URL, such as 'mysql+pymysql://'."
-        ) from None
-    except Exception as error:  # each option has its own way to refuse a value
-        raise refused_option(name, error, "create_engine", "what a pool takes depends on `poolclass`") from None
-    if connector.uses_pymysql(config):
-        connector.warn_of_what_is_bypassed(config, engine)
-    links = ConnectionLinks(config)
-    links.listen(engine)
-    database = ProcessDatabase(config, owner, engine, make_factory(config, engine), links)
+    driver_of(config, "'mysql+pymysql://', 'sqlite:///', 'postgresql+psycopg://'")
+    connections = GreenConnections(config)
+    engine = made(
+        connections.backend,
+        create_engine,
+        QueuePool,
+        FairPool,
+        install="Install it, or name another one in the URL, such as 'mysql+pymysql://'.",
+        hint="what a pool takes depends on `poolclass`",
+    )
+    connections.follow(engine)
+    database = ProcessDatabase(config, owner, engine, make_factory(config, engine), connections)
     database.listeners.notify()
     return database
-
-
-def _defaults(config: DatabaseConfig, options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of create_engine below the user's own, as far as the pool class in use takes them."""
-    if not isinstance(options.get("connect_args", {}), dict):
-        raise ConfigError(f"Database {config.name!r}: `connect_args` in `options` must be a mapping.")
-    defaults: dict[str, Any] = {}
-    if config.readonly:
-        # No transaction is ever open: nothing to roll back.
-        defaults |= {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
-    if config.backend == "sqlite":
-        defaults |= sqlite.engine_options(config.name, config.url, options)
-    elif config.backend in ("mysql", "mariadb"):
-        defaults |= connector.engine_options(config)
-    if "pool" in options:
-        return defaults  # a ready-made pool has its sizes already
-    poolclass = options.get("poolclass")
-    if poolclass is None:
-        dialect: Any = config.url.get_dialect()
-        poolclass = dialect.get_pool_class(config.url)
-        if poolclass is QueuePool:
-            poolclass = defaults["poolclass"] = FairPool
-            if connector.uses_pymysql(config) and "creator" not in options:
-                # Our pool cleans what comes back, and what the server calls clean costs no round trip.
-                defaults["pool_reset_on_return"] = None
-    if not (inspect.isclass(poolclass) and issubclass(poolclass, Pool)):
-        raise ConfigError(f"Database {config.name!r}: `poolclass` in `options` must be a sqlalchemy.pool.Pool class.")
-    return defaults | _pool_defaults(poolclass)
-
-
-def _pool_defaults(poolclass: type[Any]) -> dict[str, Any]:
-    """The sizes that an engine gets by default, as far as `poolclass` takes them."""
-    defaults: dict[str, Any] = {"pool_recycle": 3600, "pool_pre_ping": True}
-    if issubclass(poolclass, QueuePool):
-        defaults |= {"pool_size": 20, "max_overflow": 0}
-    return defaults
 
 
 class _Flight:

@@ -169,4 +169,4 @@ def _after_fork_in_child() -> None:
             logger.warning("Database %r could not be abandoned after a fork: %s.", database.name, describe(error))
 
 
-os.register_at_fork(before=engines.close_idle_sqlite_files, after_in_child=_after_fork_in_child)
+os.register_at_fork(before=engines.close_before_fork, after_in_child=_after_fork_in_child)

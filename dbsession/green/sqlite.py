@@ -9,17 +9,15 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sqlalchemy.engine import URL
-
 from dbsession.core import fork
-from dbsession.core.backends.sqlite import refuse_memory, set_pragmas
+from dbsession.core.backends.sqlite import SQLite, is_busy, is_memory
 from dbsession.core.config import DatabaseConfig
 from dbsession.green import hub
 
 T = TypeVar("T")
 
-# Between two tries of the first in line, and between two looks of the others at the line. Random, so that two
-# processes, which know nothing of each other's lines, do not ask in step.
+# Between two tries of the first in the queue, and between two looks of the others at it. Random, so that two processes,
+# which know nothing of each other's queues, do not ask in step.
 _RETRY_S = (0.001, 0.003)
 _LOOK_S = 0.005
 
@@ -29,7 +27,7 @@ _WRITES = ("INSERT", "UPDATE", "DELETE", "REPLACE")
 def _until_free(connection: Connection, attempt: Callable[[], T], sql: str = "") -> T:
     """`attempt()`, again while another connection holds the lock, for up to `busy_timeout_s`. Switches greenlets.
 
-    Writers of one engine stand in line: only the first one asks, and a newcomer that would begin to write joins the
+    Writers of one engine wait in a queue: only the first one asks, and a newcomer that would begin to write joins the
     end, so that nobody is overtaken. (A connection in the middle of its transaction may hold the lock that the others
     wait for; it never joins before it was refused.)
 
@@ -37,8 +35,8 @@ def _until_free(connection: Connection, attempt: Callable[[], T], sql: str = "")
     after SQLITE_BUSY_SNAPSHOT, where the transaction has read what is no longer true (sqlite.org/rescode.html#busy).
     """
     connection.refuse_inherited()
-    line = connection.line
-    if not line or connection.in_transaction or sql[:20].lstrip()[:7].rstrip().upper() not in _WRITES:
+    queue = connection.queue
+    if not queue or connection.in_transaction or sql[:20].lstrip()[:7].rstrip().upper() not in _WRITES:
         try:
             return attempt()
         except sqlite3.OperationalError as error:
@@ -47,12 +45,12 @@ def _until_free(connection: Connection, attempt: Callable[[], T], sql: str = "")
     deadline = time.monotonic() + connection.busy_timeout_s
     changes = connection.total_changes
     # Every writer of this engine appends itself and removes itself, one step each; nobody else's place is touched.
-    line.append(connection)
+    queue.append(connection)
     try:
         while True:
             late = time.monotonic() > deadline
             connection.refuse_inherited()  # a fork may have come while we slept, and this be the child's copy
-            if line[0] is connection or late:
+            if queue[0] is connection or late:
                 try:
                     return attempt()
                 except sqlite3.OperationalError as error:
@@ -64,12 +62,11 @@ def _until_free(connection: Connection, attempt: Callable[[], T], sql: str = "")
             else:
                 hub.sleep(_LOOK_S)
     finally:
-        line.remove(connection)
+        queue.remove(connection)
 
 
 def _is_busy(error: sqlite3.OperationalError) -> bool:
-    code = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF == sqlite3.SQLITE_BUSY and code != sqlite3.SQLITE_BUSY_SNAPSHOT
+    return is_busy(error) and error.sqlite_errorcode != sqlite3.SQLITE_BUSY_SNAPSHOT
 
 
 class Cursor(sqlite3.Cursor):
@@ -91,12 +88,12 @@ class Connection(sqlite3.Connection):
     """A pooled SQLite connection of this process; in a forked child it refuses everything and touches nothing."""
 
     busy_timeout_s = 5.0
-    line: deque[Connection]
+    queue: deque[Connection]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.epoch = fork.epoch
-        self.line = deque()
+        self.queue = deque()
 
     def refuse_inherited(self) -> None:
         if self.epoch != fork.epoch:
@@ -120,21 +117,30 @@ class Connection(sqlite3.Connection):
             super().close()
 
 
-def set_up(connection: Any, config: DatabaseConfig, line: deque[Connection]) -> None:
-    """Prepare a connection just opened, whose writers stand in `line`. May switch greenlets."""
-    if isinstance(connection, Connection):
-        connection.busy_timeout_s = config.busy_timeout_s
-        connection.line = line
-    set_pragmas(connection, config.readonly)
+class PySQLite(SQLite):
+    """The rules of one engine's SQLite file by the sqlite3 module, and its connections. Lives as long as the engine."""
 
+    in_process = True
 
-def engine_options(name: str, url: URL, options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of create_engine that a file needs, below the user's own.
+    def __init__(self, config: DatabaseConfig) -> None:
+        super().__init__(config)
+        self.queue: deque[Connection] = deque()
+        """The writers of the engine that wait; replaced in a forked child."""
 
-    Raises:
-        ConfigError: [DBS-CONFIG] an in-memory database without a pool class.
-    """
-    refuse_memory(name, url, options)
-    if url.get_driver_name() != "pysqlite":
-        return {}
-    return {"connect_args": {"timeout": 0, "factory": Connection}}
+    def engine_options(self) -> dict[str, Any]:
+        own = {"connect_args": {"timeout": 0, "factory": Connection}}
+        return super().engine_options() | (own if self.config.url.get_driver_name() == "pysqlite" else {})
+
+    def connected(self, connection: Any, info: dict[Any, Any]) -> None:
+        if isinstance(connection, Connection):
+            connection.busy_timeout_s = self.config.busy_timeout_s
+            connection.queue = self.queue
+        super().connected(connection, info)
+
+    def close_before_fork(self) -> bool:
+        # SQLite keeps its locks per process and file, and a child that inherits an open file would believe that it
+        # holds what its parent holds (https://www.sqlite.org/howtocorrupt.html).
+        return not is_memory(self.config.url)
+
+    def abandon(self) -> None:
+        self.queue = deque()

@@ -15,7 +15,8 @@ import dbsession
 from dbsession import aio, errors
 from dbsession.core import engine as created
 from dbsession.core import sources
-from dbsession.core.config import KEYS
+from dbsession.core.entries import KEYS
+from dbsession.errors import ConfigError
 from dbsession.green import api
 from support.halves import HALVES, done, entered, on_both_halves, sync
 
@@ -246,32 +247,66 @@ async def test_configure_refuses_what_is_no_mapping_or_callable(half, databases)
         half.verbs.SessionManager(databases)
 
 
+ENTRY = {
+    "options": {"pool_size": 3},
+    "session": {"expire_on_commit": True},
+    "leak_after_s": 0,
+    "idle_in_transaction_s": 0,
+    "guard": "off",
+}
+OF_SQLITE = {"busy_timeout_s": 1, "readonly": False}
+OF_MYSQL = {
+    "connect_timeout_s": 1,
+    "read_timeout_s": 1,
+    "write_timeout_s": 1,
+    "reset": "rollback",
+    "kill_abandoned": False,
+    "readonly": False,
+    "ping_idle_s": 0,
+}
+
+
 @on_both_halves
-async def test_configure_takes_every_key_there_is(half, tmp_path):
-    """Those that this half has no use for are accepted, so that one configuration serves both."""
-    entry = {
-        "url": f"sqlite:///{tmp_path}/a.db",
-        "options": {"pool_size": 3},
-        "session": {"expire_on_commit": True},
-        "busy_timeout_s": 1,
-        "connect_timeout_s": 1,
-        "read_timeout_s": 1,
-        "write_timeout_s": 1,
-        "reset": "rollback",
-        "kill_abandoned": False,
-        "readonly": False,
-        "ping_idle_s": 0,
-        "leak_after_s": 0,
-        "idle_in_transaction_s": 0,
-        "guard": "off",
-    }
-    assert set(entry) == set(KEYS)
-    manager = half.verbs.SessionManager({"default": entry})
+async def test_configure_takes_every_key_of_its_database(half, tmp_path):
+    """Those that one half has no use for are accepted, so that one configuration serves both."""
+    assert {"url", *ENTRY, *OF_SQLITE, *OF_MYSQL} == set(KEYS)
+    manager = half.verbs.SessionManager(
+        {
+            "default": {"url": f"sqlite:///{tmp_path}/a.db", **ENTRY, **OF_SQLITE},
+            "mysql": {"url": "mysql+pymysql://u@127.0.0.1:1/a", **ENTRY, **OF_MYSQL},
+        }
+    )
     assert await done(manager.get().scalar(text("SELECT 1"))) == 1
     assert manager.engine().pool.size() == 3
     assert getattr(manager.get()(), "sync_session", manager.get()()).expire_on_commit is True
     await done(manager.clear())
     await done(manager.dispose())
+
+
+@on_both_halves
+@pytest.mark.parametrize(
+    ("url", "taken"),
+    [
+        ("sqlite:///a.db", OF_SQLITE),
+        ("sqlite+aiosqlite:///a.db", OF_SQLITE),
+        ("mysql+pymysql://u@h/a", OF_MYSQL),
+        ("mariadb+pymysql://u@h/a", OF_MYSQL),
+        ("mysql+asyncmy://u@h/a", OF_MYSQL.keys() - {"write_timeout_s", "reset"}),
+        ("mysql+aiomysql://u@h/a", OF_MYSQL.keys() - {"write_timeout_s", "reset"}),
+        ("mysql+mysqldb://u@h/a", {"readonly"}),
+        ("postgresql+psycopg://u@h/a", ()),
+        ("postgresql://u@h/a", ()),
+        ("mssql+pyodbc://u@h/a", ()),
+    ],
+)
+async def test_key_that_would_do_nothing_on_its_database_is_refused(half, url, taken):
+    """Whatever its value is, the default included."""
+    for key in KEYS:
+        if key in taken or key in ENTRY or key == "url":
+            continue
+        value = {**OF_SQLITE, **OF_MYSQL}[key]
+        with pytest.raises(ConfigError, match=f"`{key}` does nothing on .*, it is for .*Remove it"):
+            half.verbs.SessionManager({"default": {"url": url, key: value}})
 
 
 @on_both_halves

@@ -9,6 +9,7 @@ from sqlalchemy import event, text
 from sqlalchemy.engine import make_url
 
 from dbsession import aio
+from dbsession.core.backends.mysql_kill import Thread
 from support.waiting import wait_until
 
 DRIVERS = ("asyncmy", "aiomysql")
@@ -75,10 +76,10 @@ def test_another_client_is_left_alone_when_it_has_the_thread_id(driver, mariadb,
     async def main():
         session = manager.get("default")
         other = await session.scalar(text("SELECT CONNECTION_ID()"))
-        killer = manager.database("default").links._killer
+        killer = manager.database("default").connections.backend._killer
         assert killer is not None and killer.arguments
         connect = manager.engine("default").sync_engine.dialect.loaded_dbapi.driver.connect
-        await killer._kill(connect, other, "10.0.0.1:4711")
+        await killer._kill(connect, Thread(other, "10.0.0.1:4711"))
         assert await session.scalar(text("SELECT CONNECTION_ID()")) == other
         assert manager.database("default").stats.kills == 0
 

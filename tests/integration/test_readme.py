@@ -18,7 +18,8 @@ from benchmarks import summary
 
 import dbsession
 from dbsession import aio, errors
-from dbsession.core.config import KEYS, TIMEOUTS
+from dbsession.core.config import TIMEOUTS
+from dbsession.core.entries import KEYS
 from dbsession.green.mysql import connector
 from support.gunicorn import Gunicorn
 from support.processes import run_python

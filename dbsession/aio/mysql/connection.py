@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 
-class Line:
+class Wire:
     """An open connection of a driver, and until when an answer has to come. Lives as long as it. Written in the loop's
     own thread, and nothing awaits between reading and writing.
 
@@ -29,12 +29,15 @@ class Line:
         "_loop",
         "_timer",
         "late",
+        "module",
         "pinging",
         "transport",
         "unread",
     )
 
-    def __init__(self, driver: Any) -> None:
+    def __init__(self, driver: Any, module: Any) -> None:
+        self.module = module
+        """The DBAPI module, for its errors."""
         self._driver = weakref.ref(driver)
         self._loop = asyncio.get_running_loop()
         self._context = Context()  # empty: the timer would keep that of the request in which it was started
@@ -102,9 +105,9 @@ class Line:
 class Stream:
     """A server-side cursor whose fetches are bounded, one by one. Lives as long as its result."""
 
-    def __init__(self, cursor: Any, line: Line, seconds: float, reader: Connection) -> None:
+    def __init__(self, cursor: Any, wire: Wire, seconds: float, reader: Connection) -> None:
         self._cursor = cursor
-        self._line = line
+        self._wire = wire
         self._seconds = seconds
         self._reader = weakref.ref(reader)
 
@@ -114,7 +117,7 @@ class Stream:
     def execute(self, *arguments: Any) -> Any:
         found = self._cursor.execute(*arguments)  # bounded as a statement
         if self._cursor.description is not None:
-            self._line.unread = self._reader
+            self._wire.unread = self._reader
         return found
 
     def fetchone(self) -> Any:
@@ -139,22 +142,22 @@ class Stream:
         self._ended()
 
     def _within(self, read: Callable[..., Any], *arguments: Any) -> Any:
-        earlier = self._line.expect(self._seconds)
+        earlier = self._wire.expect(self._seconds)
         try:
             return read(*arguments)
         finally:
-            self._line.done(earlier)
+            self._wire.done(earlier)
 
     def _ended(self) -> None:
-        if self._line.unread is self._reader:
-            self._line.unread = None
+        if self._wire.unread is self._reader:
+            self._wire.unread = None
 
 
-def line_of(connection: Any) -> Line | None:
-    """That of SQLAlchemy's connection to the driver's, or of the pool's proxy of it; None if it was not opened within
-    our bounds, or is gone."""
+def wire_of(connection: Any) -> Wire | None:
+    """Return the Wire behind SQLAlchemy's adapter or the pool's proxy; None if it was not opened within our bounds, or
+    is gone."""
     adapted = getattr(connection, "dbapi_connection", connection)
-    return getattr(getattr(adapted, "driver_connection", None), "_dbsession_line", None)
+    return getattr(getattr(adapted, "driver_connection", None), "_dbsession_wire", None)
 
 
 def transport_of(driver: Any) -> Any:

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import re
-from enum import Enum
 from typing import Any
 
 from pymysql.err import MySQLError
 
-
-class Verdict(Enum):
-    """What has to follow an error."""
-
-    DISCONNECT = "the connection is of no use any more, nor are those opened before it"
-    FAILOVER = "the server takes no writes now: another one may be the primary, so connect anew"
-    RETRY = "the whole unit of work may be run again, after a rollback"
-    FATAL = "the statement failed, and that is all"
-
+from dbsession.core.backends.base import Verdict
 
 _REASONS: dict[int, tuple[Verdict, str]] = {
     # https://mariadb.com/kb/en/mariadb-error-code-reference/ and MySQL's server and client error references

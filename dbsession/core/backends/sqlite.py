@@ -1,40 +1,63 @@
-"""What every SQLite database needs, whatever opens it: a file and not memory, and WAL."""
+"""SQLite, whichever driver and half: a file and not memory, WAL, and what a busy database says."""
 
 from __future__ import annotations
 
 import sqlite3
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy.engine import URL
 
+from dbsession.core.backends.base import Backend
 from dbsession.errors import ConfigError
 
 
+class SQLite(Backend):
+    """The rules of one engine's SQLite file. Lives as long as the engine."""
+
+    TITLE = "SQLite"
+    KEYS = frozenset({"readonly"})
+    DRIVER_KEYS: ClassVar[dict[str, frozenset[str]]] = {
+        "pysqlite": frozenset({"busy_timeout_s"}),
+        "aiosqlite": frozenset({"busy_timeout_s"}),
+    }
+
+    ASYNC_DRIVERS: ClassVar[dict[str, str]] = {"pysqlite": "aiosqlite"}
+
+    def engine_options(self) -> dict[str, Any]:
+        config = self.config
+        if is_memory(config.url) and not {"poolclass", "pool", "creator"} & config.options.keys():
+            raise ConfigError(
+                f"Database {config.name!r} is an in-memory SQLite database: each greenlet would get an empty one of "
+                "its own. Use a file ('sqlite:///data.db'), or set `poolclass` in `options` if one connection for all "
+                "is what you mean."
+            )
+        return {}
+
+    def connected(self, connection: Any, info: dict[Any, Any]) -> None:
+        cursor = connection.cursor()
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")  # readers and the writer do not wait for each other
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_READONLY:  # a file that may only be read stays as it is
+                raise
+        else:
+            if self.config.readonly:
+                cursor.execute("PRAGMA query_only=ON")
+        finally:
+            cursor.close()
+
+    @staticmethod
+    def is_retryable(error: BaseException) -> bool:
+        return is_busy(error)
+
+
 def is_memory(url: URL) -> bool:
-    """Whether the database has no file."""
+    """Return whether the database has no file."""
     database = url.database or ":memory:"
     return ":memory:" in database or "mode=memory" in database or url.query.get("mode") == "memory"
 
 
-def refuse_memory(name: str, url: URL, options: dict[str, Any]) -> None:
-    """Raise ConfigError for an in-memory database without a pool class."""
-    if is_memory(url) and not {"poolclass", "pool", "creator"} & options.keys():
-        raise ConfigError(
-            f"Database {name!r} is an in-memory SQLite database: each greenlet would get an empty one of its own. Use "
-            "a file ('sqlite:///data.db'), or set `poolclass` in `options` if one connection for all is what you mean."
-        )
-
-
-def set_pragmas(connection: Any, readonly: bool) -> None:
-    """Prepare a DBAPI connection just opened. May switch greenlets."""
-    cursor = connection.cursor()
-    try:
-        cursor.execute("PRAGMA journal_mode=WAL")  # readers and the writer do not wait for each other
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_READONLY:  # a file that may only be read stays as it is
-            raise
-    else:
-        if readonly:
-            cursor.execute("PRAGMA query_only=ON")
-    finally:
-        cursor.close()
+def is_busy(error: BaseException) -> bool:
+    """Return whether another writer was quicker (https://www.sqlite.org/rescode.html#busy)."""
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return isinstance(error, sqlite3.OperationalError) and code & 0xFF == sqlite3.SQLITE_BUSY

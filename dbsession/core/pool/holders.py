@@ -19,7 +19,7 @@ from time import monotonic
 from typing import Any
 
 from sqlalchemy import event
-from sqlalchemy.engine import Engine, ExecutionContext
+from sqlalchemy.engine import Engine
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from dbsession.core.connection_info import CHECKOUT, SCOPE
@@ -195,31 +195,3 @@ class HeldConnections:
 
 def _nobody() -> Any:
     return None
-
-
-def watched(execute: Callable[..., Any]) -> Callable[..., Any]:
-    """One of a dialect's methods that execute a statement, with a look at it before and after. Not by events: they tell
-    of the beginning only, and those that tell of the end cost too much (see `outcome`)."""
-
-    def noting(cursor: Any, statement: str, *arguments: Any) -> None:
-        context = arguments[-1] if arguments else None  # it stands last, where there is one
-        if not isinstance(context, ExecutionContext):
-            execute(cursor, statement, *arguments)
-            return
-        record = context.root_connection.connection.record_info
-        note = None if record is None else record.get(CHECKOUT)
-        if note is None:  # SQLAlchemy asks a new server what it can; or it was detached from the pool
-            execute(cursor, statement, *arguments)
-            return
-        note.statement = statement
-        if note.connection is None:
-            note.connection = weakref.ref(context.root_connection)
-        note.executing = True
-        note.changed = monotonic()
-        try:
-            execute(cursor, statement, *arguments)
-        finally:
-            note.executing = False
-            note.changed = monotonic()
-
-    return noting

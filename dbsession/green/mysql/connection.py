@@ -32,10 +32,6 @@ _StockResult: Any = pymysql.connections.MySQLResult  # its stub leaves the priva
 _BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 
 
-def _nobody() -> None:
-    return None
-
-
 class Connection(Wire, KnownConnection):
     """A `pymysql.connections.Connection`. Lives as long as its place in the pool, or until a read or write on it is
     ended by any exception: then its socket is closed, and the exception goes on as it is.
@@ -67,14 +63,14 @@ class Connection(Wire, KnownConnection):
         """An isolation level of one checkout is to be taken back."""
         self.used = False
         """Something was executed on it since it was connected or reset."""
-        self.stream_of: Callable[[], Any] = _nobody
-        """Who reads the server-side stream that was begun last: the Connection of SQLAlchemy."""
         self.local: Any = None
         self.peer: Any = None
+        self.seen_as: str | None = None
+        """How the server shows it in HOST of its processlist, where that is known."""
         super().__init__(*args, **kwargs)
         self.autocommit_at_first = self.autocommit_mode
         self.place: Any = None
-        """The current database and role, where they are to be kept; see mysql.state."""
+        """The current database and role, where they are to be kept; see session_state."""
         self.used = False
 
     def connect(self, sock: Any = None) -> None:

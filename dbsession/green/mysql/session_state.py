@@ -7,20 +7,9 @@ from typing import Any
 import pymysql.cursors
 from pymysql import err
 
-from dbsession.core.config import DatabaseConfig
 from dbsession.green.mysql.connection import Connection
 
 _COM_RESET_CONNECTION = 0x1F  # MySQL 5.7.3, MariaDB 10.2.4; PyMySQL has no name for it
-
-
-def set_up(connection: Any, config: DatabaseConfig) -> None:
-    """What a connection is given at connect, and again when it was reset. Most need nothing, and so no I/O."""
-    if getattr(connection, "collation", None) is not None:
-        connection.set_character_set(connection.charset, connection.collation)  # SQLAlchemy's own SET NAMES drops it
-    if config.readonly:
-        cursor = connection.cursor()
-        cursor.execute("SET SESSION TRANSACTION READ ONLY")
-        cursor.close()
 
 
 def reset(connection: Connection) -> None:

@@ -21,7 +21,7 @@ from dbsession.aio.loop_local import shutdown
 from dbsession.aio.pool import FairPool
 from dbsession.core import engine as created
 from dbsession.core import sources
-from dbsession.core.config import parse
+from dbsession.core.entries import parse
 from dbsession.errors import ConfigError, ExitUnfinished, LoopRequired, UnknownDatabase
 from dbsession.green import api
 from support.aio_cancel import stepped
@@ -80,11 +80,11 @@ def process(monkeypatch):
 )
 def test_driver_is_replaced_by_its_asyncio_twin_and_nothing_else_is(given, wanted):
     given = given.replace("//u@h", f"//u:{SECRET}@h:33") + "?charset=latin1" * given.startswith("my")
-    before = parse("a", {"url": given, "options": {"pool_size": 3}, "read_timeout_s": 5})
+    before = parse("a", {"url": given, "options": {"pool_size": 3}, "leak_after_s": 5})
     after = twin(before)
     assert after.url == before.url.set(drivername=wanted)
     assert after.url.drivername == wanted and after.url.password == before.url.password
-    assert (after.name, after.options, after.read_timeout_s) == ("a", {"pool_size": 3}, 5)
+    assert (after.name, after.options, after.leak_after_s) == ("a", {"pool_size": 3}, 5)
 
 
 @pytest.mark.parametrize(

@@ -222,10 +222,10 @@ def test_report_of_a_checkout_that_is_over_says_nothing_of_the_next_one(run, man
             (note,) = database.held.notes()
             taken = note.since
         async with manager.engine().connect():
-            database.links._leaks._report("leak", note, taken, taken + 1001)
+            database.connections._leaks._report("leak", note, taken, taken + 1001)
             assert not note.reported
             note.reported, note.reported_since = ("leak",), taken  # written a moment later still
-            manager.database("default").links._leaks.look()
+            manager.database("default").connections._leaks.look()
         async with manager.engine().connect():
             assert not note.reported
         assert not heard.lines
@@ -238,7 +238,7 @@ def test_nothing_is_watched_when_both_are_0(run, managed, heard):
 
     async def main():
         async with manager.engine().connect():
-            watch = manager.database("default").links._leaks
+            watch = manager.database("default").connections._leaks
             assert watch not in [reference() for reference in list(aio_leaks.watches._all)]
 
     run(main)
@@ -250,7 +250,8 @@ def test_watches_end_with_their_engines(run, managed, heard):
 
         async def main():
             async with manager.engine().connect():
-                return [each for each in aio_leaks.watches._all if each() is manager.database("default").links._leaks]
+                own = manager.database("default").connections._leaks
+                return [each for each in aio_leaks.watches._all if each() is own]
 
         return run(main)
 

@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
 from dbsession import ConfigError, SessionManager, UnknownDatabase
-from dbsession.core.config import DatabaseConfig, parse
+from dbsession.core.config import DatabaseConfig
+from dbsession.core.entries import parse
 from dbsession.green.pool import FairPool
 
 FILE = "sqlite:///unused.db"
@@ -251,10 +252,11 @@ def test_engine_defaults_may_each_be_overridden():
 
 
 def test_mysql_defaults_are_finite_timeouts_and_utf8mb4_below_the_url_and_the_options():
-    from dbsession.green.mysql import connector
+    from dbsession.core.pool.stats import Stats
+    from dbsession.green.mysql.backend import PyMySQL
 
     def connect_args(url: str) -> object:
-        return connector.engine_options(parse("a", url)).get("connect_args")
+        return PyMySQL(parse("a", url), Stats()).engine_options().get("connect_args")
 
     assert connect_args("mariadb+pymysql://h/db") == {
         "charset": "utf8mb4", "connect_timeout": 10, "read_timeout": 60, "write_timeout": 60,
@@ -262,7 +264,6 @@ def test_mysql_defaults_are_finite_timeouts_and_utf8mb4_below_the_url_and_the_op
     assert connect_args("mysql+pymysql://h/db?charset=latin1&read_timeout=5") == {
         "connect_timeout": 10, "write_timeout": 60,
     }  # fmt: skip
-    assert connect_args("mysql+mysqldb://h/db") is None
 
 
 def test_users_session_class_is_mixed_in():
@@ -315,9 +316,10 @@ def test_unknown_reset_lists_the_valid_ones():
 
 
 def test_timeouts_reach_the_driver():
-    from dbsession.green.mysql import connector
+    from dbsession.core.pool.stats import Stats
+    from dbsession.green.mysql.backend import PyMySQL
 
     config = parse("a", {"url": "mysql+pymysql://h/db", "connect_timeout_s": 1, "read_timeout_s": 2.5})
-    assert connector.engine_options(config)["connect_args"] == {
+    assert PyMySQL(config, Stats()).engine_options()["connect_args"] == {
         "charset": "utf8mb4", "connect_timeout": 1, "read_timeout": 2.5, "write_timeout": 60,
     }  # fmt: skip

@@ -128,7 +128,7 @@ def test_writers_stand_in_line_and_nobody_overtakes(manager):
         with manager.scope():
             manager.get().execute(text("INSERT INTO t VALUES (0)"))
             locked.set()
-            while len(manager.database("default")._links._line) < 10:
+            while len(manager.database("default")._connections.backend.queue) < 10:
                 gevent.sleep(0.001)
             manager.get().commit()
 
@@ -154,7 +154,7 @@ def test_writers_stand_in_line_and_nobody_overtakes(manager):
     while len(finished) < 10:
         gevent.sleep(0.001)
     assert got[:10] == list(range(10))
-    assert not manager.database("default")._links._line
+    assert not manager.database("default")._connections.backend.queue
 
 
 def test_killed_writer_leaves_the_line(manager):
@@ -167,10 +167,10 @@ def test_killed_writer_leaves_the_line(manager):
 
         jobs = [gevent.spawn(write) for _ in range(5)]
         with gevent.Timeout(20):
-            while len(manager.database("default")._links._line) < 5:
+            while len(manager.database("default")._connections.backend.queue) < 5:
                 gevent.sleep(0.001)
         gevent.killall(jobs, timeout=5)
-        assert not manager.database("default")._links._line
+        assert not manager.database("default")._connections.backend.queue
         manager.get().commit()
 
 

@@ -1,0 +1,242 @@
+"""The backend of asyncmy and aiomysql: how long MySQL and MariaDB are waited for, and whether a connection lives.
+
+A silent server would keep a task for ever: the drivers have no bound on the handshake, and aiomysql none on an answer.
+A statement's answer has to be there, whole, within `read_timeout_s`; of a server-side cursor that to each fetch. Else a
+timer of the loop closes the driver's connection, so that whoever reads from it gets the driver's own error of a lost
+connection (2013).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy.engine import ExceptionContext
+
+from dbsession.aio.mysql.connection import Stream, Wire, wire_of
+from dbsession.aio.mysql.kill import LoopKiller
+from dbsession.core.backends.mysql import MySQL
+from dbsession.core.config import DatabaseConfig
+from dbsession.core.connection_info import SCOPE, WIRE
+from dbsession.core.pool.stats import Stats
+
+# The driver's number for a server that cannot be reached, CR_CONN_HOST_ERROR.
+_CANNOT_CONNECT = 2003
+# The number of one that was lost, CR_SERVER_LOST, and what to say of it.
+_RESET = 2013, "Lost connection to MySQL server: it was reset"
+
+
+class AsyncMySQL(MySQL):
+    """The rules of one engine by asyncmy or aiomysql, and the bounds on its waits. Lives as long as the engine."""
+
+    def __init__(self, config: DatabaseConfig, stats: Stats) -> None:
+        super().__init__(config)
+        self._killer = LoopKiller(config.name, stats) if config.kill_abandoned else None
+
+    def engine_options(self) -> dict[str, Any]:
+        return {"connect_args": self.driver_arguments(connect_timeout=self.config.connect_timeout_s)}
+
+    # Opening.
+
+    def on_do_connect(self, dialect: Any, record: Any, args: Any, arguments: dict[str, Any]) -> None:
+        """Bound the handshake, too, whoever opens the connection."""
+        module = dialect.loaded_dbapi
+        connect = arguments.get("async_creator_fn") or module.driver.connect
+        seconds = self.config.connect_timeout_s
+
+        async def within(*args: Any, **arguments: Any) -> Any:
+            if self._killer is not None:
+                self._killer.arguments = dict(arguments)  # as the user's own listeners have left them: a token, perhaps
+            task: Any = asyncio.current_task()
+            cancelled = task.cancelling()
+            try:
+                async with asyncio.timeout(seconds):
+                    connection = await connect(*args, **arguments)
+                    if task.cancelling() > cancelled:
+                        # Lost on the way: before Python 3.12 the driver's asyncio.wait_for() swallows a cancellation
+                        # that comes when the connection has just been made.
+                        connection.close()
+                        raise asyncio.CancelledError
+                    # As an attribute it goes with it; see wire_of().
+                    connection._dbsession_wire = Wire(connection, module)
+                    return connection
+            except TimeoutError:
+                raise module.OperationalError(
+                    _CANNOT_CONNECT, f"Can't connect to MySQL server: no answer within {seconds:g} s"
+                ) from None
+
+        arguments["async_creator_fn"] = within
+
+    def on_connect_first(self, connection: Any, record: Any) -> None:
+        """Start the connect timer: what SQLAlchemy and we ask of a new connection is a part of connecting."""
+        wire = wire_of(connection)
+        if wire is not None:
+            record.info[WIRE] = wire
+            wire.expect(self.config.connect_timeout_s)
+
+    def connected(self, connection: Any, info: dict[Any, Any]) -> None:
+        super().connected(connection, info)
+        wire = wire_of(connection)
+        if self._killer is not None and wire is not None:
+            self._killer.opened(connection, wire, info)
+        if wire is not None:
+            wire.done(None)  # the connect timer
+
+    # Statements, and the ends of transactions.
+
+    def around_do_execute(self, inner: Callable[..., None]) -> Callable[..., None]:
+        def do_execute(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+            self._bounded(context, inner, cursor, statement, parameters, context)
+
+        return do_execute
+
+    def around_do_executemany(self, inner: Callable[..., None]) -> Callable[..., None]:
+        def do_executemany(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+            self._bounded(context, inner, cursor, statement, parameters, context)
+
+        return do_executemany
+
+    def around_do_execute_no_params(self, inner: Callable[..., None]) -> Callable[..., None]:
+        def do_execute_no_params(cursor: Any, statement: str, context: Any = None) -> None:
+            self._bounded(context, inner, cursor, statement, context)
+
+        return do_execute_no_params
+
+    def _bounded(self, context: Any, execute: Callable[..., None], *arguments: Any) -> None:
+        proxied = None if context is None else context.root_connection.connection
+        wire = None if proxied is None else wire_of(proxied)
+        if proxied is None or wire is None:
+            execute(*arguments)
+            return
+        info = _info_of(proxied)
+        earlier = wire.expect(self._read_s_of(info))
+        try:
+            execute(*arguments)
+            wire.answered()  # the others may send nothing: a ROLLBACK, or a level, of a connection in AUTOCOMMIT
+        except BaseException as error:
+            module = context.dialect.loaded_dbapi
+            if _is_lost(error, wire):
+                raise module.OperationalError(*_RESET) from error
+            if self._killer is not None and (wire.late or not isinstance(error, module.Error)):
+                self._killer.abandon_connection(info, module.driver.connect)
+            raise
+        finally:
+            wire.done(earlier)
+
+    def _read_s_of(self, info: dict[Any, Any]) -> float:
+        scope = info.get(SCOPE, _nobody)()
+        own: float | None = None if scope is None else scope.read_timeout_s
+        return self.config.read_timeout_s if own is None else own
+
+    def around_execution_ctx_cls(self, inner: Any) -> Any:
+        """Return the class of the dialect's execution contexts, with server-side cursors that are bounded."""
+        backend = self
+
+        class Context(inner):  # type: ignore[misc]
+            def create_server_side_cursor(self) -> Any:
+                cursor = super().create_server_side_cursor()
+                proxied = self.root_connection.connection
+                wire = wire_of(proxied)
+                if wire is None:
+                    return cursor
+                return Stream(cursor, wire, backend._read_s_of(_info_of(proxied)), self.root_connection)
+
+        return Context
+
+    def around_do_commit(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
+        def do_commit(dbapi_connection: Any) -> None:
+            self._within(inner, self.config.read_timeout_s, dbapi_connection)
+
+        return do_commit
+
+    def around_do_rollback(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
+        def do_rollback(dbapi_connection: Any) -> None:
+            wire = wire_of(dbapi_connection)
+            reader = None if wire is None or wire.unread is None else wire.unread()
+            if wire is None or reader is None or not reader.in_transaction():
+                self._within(inner, self.config.read_timeout_s, dbapi_connection)
+            else:  # the rest, perhaps millions of rows, is not read for a ROLLBACK: the server does it when we are gone
+                wire.cut_off(dbapi_connection.dbapi_connection.driver_connection)  # a detached proxy has none itself
+                reader.invalidate()
+
+        return do_rollback
+
+    def around_set_isolation_level(self, inner: Callable[..., None]) -> Callable[..., None]:
+        def set_isolation_level(dbapi_connection: Any, level: Any) -> None:
+            self._within(inner, self.config.read_timeout_s, dbapi_connection, level)
+
+        return set_isolation_level
+
+    def _within(self, ask: Callable[..., Any], seconds: float, connection: Any, *arguments: Any) -> Any:
+        wire = wire_of(connection)
+        if wire is None:
+            return ask(connection, *arguments)
+        earlier = wire.expect(seconds)
+        try:
+            return ask(connection, *arguments)
+        except RuntimeError as error:
+            if _is_lost(error, wire):
+                raise wire.module.OperationalError(*_RESET) from error
+            raise
+        finally:
+            wire.done(earlier)
+
+    # Liveness, and the end.
+
+    def around_do_ping(self, inner: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        def do_ping(dbapi_connection: Any) -> bool:
+            wire = wire_of(dbapi_connection)
+            if wire is None:
+                return inner(dbapi_connection)
+            if wire.transport.is_closing():
+                return False  # the driver's answer may be uvloop's RuntimeError, which is not taken for a disconnect
+            if wire.lives(self.config.ping_idle_s):
+                return True
+            wire.pinging = True
+            try:
+                return bool(self._within(inner, self.config.connect_timeout_s, dbapi_connection))
+            finally:
+                wire.pinging = False
+
+        return do_ping
+
+    def around_do_terminate(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
+        def do_terminate(dbapi_connection: Any) -> None:
+            # Connections that are closed already, by the driver because it was cancelled, or by the loop because they
+            # were reset, are not waited for: a second cancellation there would take the place of the first, and of what
+            # it says of a COMMIT.
+            wire = wire_of(dbapi_connection)
+            if wire is not None and wire.transport.is_closing():
+                wire.cut_off(dbapi_connection.driver_connection)
+            else:
+                inner(dbapi_connection)
+
+        return do_terminate
+
+    def on_handle_error(self, context: ExceptionContext) -> None:
+        """Say that a connection closed for its silence is gone, which says nothing of the others."""
+        connection = context.connection
+        if connection is None or connection.closed or connection.invalidated:
+            return
+        wire = wire_of(connection.connection)
+        if wire is not None and wire.late:
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+
+
+def _is_lost(error: BaseException, wire: Wire) -> bool:
+    """Whether this is what uvloop says of a write to a connection that was reset, which aiomysql passes on as it is."""
+    return isinstance(error, RuntimeError) and wire.transport.is_closing()
+
+
+def _info_of(proxied: Any) -> dict[Any, Any]:
+    try:
+        found: dict[Any, Any] = proxied.info
+    except NotImplementedError:  # SQLAlchemy's own, while it asks a new server what it can
+        return {}
+    return found
+
+
+def _nobody() -> Any:
+    return None

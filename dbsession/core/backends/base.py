@@ -1,0 +1,100 @@
+"""Backend: the rules of one kind of database, for whatever has no rules of its own."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, ClassVar
+
+from dbsession.core.config import DatabaseConfig
+
+
+class Verdict(Enum):
+    """What has to follow an error."""
+
+    DISCONNECT = "the connection is of no use any more, nor are those opened before it"
+    FAILOVER = "the server takes no writes now: another one may be the primary, so connect anew"
+    RETRY = "the whole unit of work may be run again, after a rollback"
+    FATAL = "the statement failed, and that is all"
+
+
+class Backend:
+    """The rules of one engine's database: any that has no class of its own. Lives as long as the engine.
+
+    A subclass in core says what a kind of database needs whichever half uses it; its subclasses in green and aio, one
+    for each driver that they know, add the connections. No other module asks which database it is. What a subclass
+    replaces in the dialect, and which events it listens to, it says by methods that `interceptors.install` finds:
+    `around_<method of the dialect>` and `on_<event>`.
+    """
+
+    TITLE: ClassVar[str] = "other databases"
+    KEYS: ClassVar[frozenset[str]] = frozenset()
+    """Keys of an entry that it takes besides the common ones, whatever its driver is."""
+    DRIVER_KEYS: ClassVar[dict[str, frozenset[str]]] = {}
+    """Keys of an entry that it takes by a driver."""
+
+    ASYNC_DRIVERS: ClassVar[dict[str, str]] = {"psycopg2": "asyncpg"}
+    """Drivers that wait in the calling thread, and what stands in for them in asyncio. One that has both, such as
+    psycopg, is taken as it is."""
+
+    in_process = False
+    """Nothing can be lost on the way to it, and it undoes nothing behind our back."""
+    no_op = "SELECT 1"
+    """A statement that does nothing."""
+
+    def __init__(self, config: DatabaseConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def keys(cls, driver: str) -> frozenset[str]:
+        """Return the keys of an entry that it takes by `driver`, besides the common ones."""
+        return cls.KEYS | cls.DRIVER_KEYS.get(driver, frozenset())
+
+    # What its engine is made with.
+
+    def engine_options(self) -> dict[str, Any]:
+        """Return the arguments of create_engine that stand below the user's own.
+
+        Raises:
+            ConfigError: [DBS-CONFIG] the URL cannot be used so.
+        """
+        return {}
+
+    def fair_pool_options(self) -> dict[str, Any]:
+        """Return those that it needs besides, where the pool is ours."""
+        return {}
+
+    # Its connections.
+
+    def connected(self, connection: Any, info: dict[Any, Any]) -> None:
+        """Give a DBAPI connection just opened what it needs; `info` is its pool record's. May switch."""
+
+    def is_useless(self, connection: Any) -> bool:
+        """Return whether a DBAPI connection that comes back to the pool is to be closed."""
+        return False
+
+    async def closed(self) -> None:
+        """Wait, in asyncio, for what ends aside after its connections were closed; bounded."""
+
+    def close_before_fork(self) -> bool:
+        """Return whether its idle connections have to be closed before a fork."""
+        return False
+
+    def abandon(self) -> None:
+        """In a forked child: forget whoever waited in the parent. No I/O."""
+
+    # What an error means.
+
+    def classify(self, error: BaseException) -> Verdict:
+        """Return what has to follow `error`, the driver's or SQLAlchemy's wrapper of it."""
+        return Verdict.FATAL
+
+    def may_have_committed(self, error: BaseException, is_disconnect: bool) -> bool:
+        """Return whether a COMMIT that ended with the driver's `error` may have been carried out all the same;
+        `is_disconnect` is SQLAlchemy's word for it."""
+        return is_disconnect
+
+    @staticmethod
+    def is_retryable(error: BaseException) -> bool:
+        """Return whether `error`, of any driver, is one of this kind of database after which the whole unit of work may
+        be run again."""
+        return False

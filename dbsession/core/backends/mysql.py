@@ -1,0 +1,48 @@
+"""MySQL and MariaDB, whichever driver and half: which keys they take, what a session is given, what an error means."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from dbsession.core.backends import mysql_errors
+from dbsession.core.backends.base import Backend, Verdict
+from dbsession.core.config import TIMEOUTS
+
+_BOTH_HALVES = {"connect_timeout_s", "read_timeout_s", "kill_abandoned", "ping_idle_s"}
+
+
+class MySQL(Backend):
+    """The rules of one engine's MySQL or MariaDB. Lives as long as the engine."""
+
+    TITLE = "MySQL and MariaDB"
+    KEYS = frozenset({"readonly"})
+    DRIVER_KEYS: ClassVar[dict[str, frozenset[str]]] = {
+        "pymysql": frozenset({*_BOTH_HALVES, *TIMEOUTS, "reset"}),
+        "asyncmy": frozenset(_BOTH_HALVES),
+        "aiomysql": frozenset(_BOTH_HALVES),
+    }
+
+    ASYNC_DRIVERS: ClassVar[dict[str, str]] = {"pymysql": "asyncmy", "mysqldb": "asyncmy"}
+
+    no_op = "DO 0"
+
+    def connected(self, connection: Any, info: dict[Any, Any]) -> None:
+        if self.config.readonly:
+            cursor = connection.cursor()
+            cursor.execute("SET SESSION TRANSACTION READ ONLY")
+            cursor.close()
+
+    def classify(self, error: BaseException) -> Verdict:
+        return mysql_errors.classify(error)
+
+    def may_have_committed(self, error: BaseException, is_disconnect: bool) -> bool:
+        return mysql_errors.commit_may_have_happened(error)
+
+    @staticmethod
+    def is_retryable(error: BaseException) -> bool:
+        return mysql_errors.is_retryable(error)
+
+    def driver_arguments(self, **timeouts: float) -> dict[str, Any]:
+        """Return the arguments of the driver's connect() below what the URL's query says: utf8mb4, and `timeouts`."""
+        defaults = {"charset": "utf8mb4", **timeouts}
+        return {key: value for key, value in defaults.items() if key not in self.config.url.query}

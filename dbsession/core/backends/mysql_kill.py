@@ -1,0 +1,129 @@
+"""KILL: a statement that nobody waits for any more is ended at MySQL or MariaDB, so that its locks are free at once.
+
+Whoever is killed is not delayed: a side connection of ours says KILL, aside, one at a time for each engine. It must
+never hit somebody else's thread; a proxy or a load balancer may have put us on another server, where the same thread id
+is another client's. So a connection is known by its thread id and by HOST, address and port as the server shows them in
+its processlist, and the KILL is sent only to the thread that has both.
+
+Where the server sees our connections as we do, with our own port, HOST is known without asking: the engine's first
+connection has asked for the address. Behind a proxy each connection asks, one round trip as it is opened. By a Unix
+socket all threads look alike, so they are not killed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+from dbsession.core.backends import mysql_errors
+from dbsession.core.pool.stats import Stats
+from dbsession.errors import describe
+
+logger = logging.getLogger("dbsession.mysql.kill")
+
+OWN_THREAD = "SELECT ID, HOST FROM information_schema.PROCESSLIST WHERE ID = CONNECTION_ID()"
+TIMEOUT_S = 3.0
+"""Seconds that a side connection has for each step."""
+NOT_FOR_SIDE = frozenset(
+    {"async_creator_fn", "cursor_cls", "cursorclass", "database", "db", "init_command", "sql_mode"}
+)
+"""Arguments of the driver's connect() that a side connection does without."""
+
+_NO_SUCH_THREAD = 1094  # it has ended since we looked
+
+
+class Thread(NamedTuple):
+    """A connection's thread, as its server shows it; `host` is address:port, None where the server did not tell."""
+
+    id: int
+    host: str | None
+    peer: Any = None
+    """The address to which a side connection goes, where the driver can be told."""
+
+
+class Killer:
+    """Ends abandoned statements of one engine; each half drives it. Lives as long as the engine.
+
+    `abandoned` is written by whoever abandons (append) and by the one who works (popleft), one step each; `_shown` by
+    whoever opens a connection, one step each.
+    """
+
+    def __init__(self, name: str, stats: Stats) -> None:
+        self.arguments: dict[str, Any] = {}
+        """Of the driver's connect(), those of the engine's latest connection."""
+        self.abandoned: deque[Thread] = deque()
+        self._name = name
+        self._stats = stats
+        self._refused = False
+        self._shown: dict[str, str] = {}  # our address -> how the server shows it, where it shows our port, too
+
+    def host_of(self, local: tuple[Any, ...]) -> str | None:
+        """Return HOST of a connection from `local`, our address and port, if it need not be asked for."""
+        shown = self._shown.get(local[0])
+        return None if shown is None else f"{shown}:{local[1]}"
+
+    def learn(self, local: tuple[Any, ...], thread_id: int, row: Any) -> str | None:
+        """Return HOST from the answer to OWN_THREAD by a connection from `local`, which was given this thread id as it
+        connected."""
+        # A proxy that gives us an id of its own may give the server's thread to another client at any time.
+        if row is None or row[0] != thread_id or ":" not in row[1]:
+            return None
+        address, _, port = str(row[1]).rpartition(":")
+        if port == str(local[1]):
+            self._shown[local[0]] = address
+        return str(row[1])
+
+    def abandon(self, thread: Thread) -> bool:
+        """Note the thread of a statement that is to be ended; return whether that is possible."""
+        if thread.host is not None:
+            self.abandoned.append(thread)
+        else:
+            self._refuse("it does not show us an address and port of our own (by a Unix socket it cannot)")
+        return thread.host is not None
+
+    def _refuse(self, why: str) -> None:
+        if not self._refused:
+            self._refused = True
+            logger.warning(
+                "Database %r: an abandoned statement is not ended at the server, since its thread there cannot be "
+                "recognised: %s. This is said once. Set max_statement_time there, or kill_abandoned to False.",
+                self._name,
+                why,
+            )
+
+    def steps(self, thread: Thread) -> Generator[str, Any, None]:
+        """Yield the statements that end this thread's statement; each is answered with its first row, or None, or by
+        throwing the driver's error in."""
+        row = yield f"SELECT HOST FROM information_schema.PROCESSLIST WHERE ID = {thread.id:d}"
+        if row is None:
+            return  # it is over
+        if row[0] != thread.host:
+            self._refuse("the server shows another client under its thread id, so it may be another server")
+            return
+        try:
+            yield f"KILL {thread.id:d}"
+        except Exception as error:
+            if mysql_errors.number(error) != _NO_SUCH_THREAD:
+                raise
+        else:
+            self._stats.kills += 1
+
+    def failed(self, error: Exception, thread: Thread | None) -> None:
+        """Report that a statement was not ended, and forget the others of the same server: each would wait as long for
+        one that does not answer."""
+        logger.warning(
+            "Database %r: an abandoned statement could not be ended at the server, where it may run on: %s.",
+            self._name,
+            describe(error),
+        )
+        for _ in range(len(self.abandoned)):
+            each = self.abandoned.popleft()
+            if thread is not None and each.peer != thread.peer:
+                self.abandoned.append(each)
+
+    def side_arguments(self) -> dict[str, Any]:
+        """Return the arguments of the driver's connect() for a side connection."""
+        kept = {key: value for key, value in self.arguments.items() if key not in NOT_FOR_SIDE}
+        return kept | {"autocommit": True}

@@ -1,0 +1,146 @@
+"""What a user gives for a database, parsed and checked: entries, and their keys."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from dbsession.core.backends import KINDS, driver_of, kind_of
+from dbsession.core.config import GUARDS, RESETS, TIMEOUTS, DatabaseConfig, positive_seconds, seconds, shown
+from dbsession.errors import ConfigError
+
+COMMON_KEYS = ("url", "options", "session", "leak_after_s", "idle_in_transaction_s", "guard")
+"""What an entry of any database may have; its backend takes others."""
+
+KEYS = (
+    *COMMON_KEYS,
+    *("readonly", "busy_timeout_s", *TIMEOUTS, "reset", "kill_abandoned", "ping_idle_s"),
+)
+"""What some database takes."""
+
+
+def parse(name: object, entry: object) -> DatabaseConfig:
+    """Parse the entry of a database.
+
+    Args:
+        name: the database's name, a non-empty string.
+        entry: a URL string, a `sqlalchemy.URL`, or a mapping with COMMON_KEYS and those that its backend takes
+            by its driver.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] naming the database, the key and the fix.
+    """
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"A database's name must be a non-empty string, not {name!r}.")
+    if "://" in name:
+        raise ConfigError("A database's name looks like a URL: give a mapping of names to URLs, and not the reverse.")
+    if isinstance(entry, (str, URL)):
+        entry = {"url": entry}
+    if not isinstance(entry, Mapping):
+        raise ConfigError(
+            f"Database {name!r} is configured with a {type(entry).__name__}: give a URL string, a sqlalchemy.URL or a "
+            f"mapping with the keys {_listed(KEYS)}."
+        )
+    for key in entry:
+        if key not in KEYS:
+            raise ConfigError(
+                f"Database {name!r} has the unknown key {shown(key)}: the keys are {_listed(KEYS)}. Arguments of "
+                "create_engine belong into `options`, those of sessionmaker into `session`."
+            )
+    if "url" not in entry:
+        raise ConfigError(f"Database {name!r} has no `url`: add one, such as 'mysql+pymysql://user@host/database'.")
+    options = _arguments(name, "options", entry, "create_engine")
+    session = _arguments(name, "session", entry, "sessionmaker")
+    for key in ("bind", "binds"):
+        if key in session:
+            raise ConfigError(
+                f"Database {name!r}: `session` has the key {key!r}, but its sessions are bound to the engine of that "
+                "name. Remove the key, or configure a second database under another name."
+            )
+    url = _url(name, entry["url"])
+    _refuse_what_does_nothing(name, url, entry)
+    rest: dict[str, Any] = {}
+    for key in ("busy_timeout_s", "ping_idle_s", "leak_after_s", "idle_in_transaction_s"):
+        if key in entry:
+            rest[key] = seconds(name, key, entry[key])
+    for key in TIMEOUTS:
+        if key in entry:
+            rest[key] = _timeout(name, key, entry[key], url, options)
+    if "reset" in entry:
+        if entry["reset"] not in RESETS:
+            raise ConfigError(f"Database {name!r}: `reset` is {shown(entry['reset'])}: give one of {RESETS}.")
+        rest["reset"] = entry["reset"]
+    for key in ("kill_abandoned", "readonly"):
+        if key in entry:
+            if not isinstance(entry[key], bool):
+                raise ConfigError(f"Database {name!r}: `{key}` must be True or False.")
+            rest[key] = entry[key]
+    rest["guard"] = entry.get("guard", os.environ.get("DBSESSION_GUARD") or "off")
+    if rest["guard"] not in GUARDS:
+        whose = "`guard`" if "guard" in entry else "DBSESSION_GUARD"
+        raise ConfigError(f"Database {name!r}: {whose} is {shown(rest['guard'])}: give one of {GUARDS}.")
+    if rest.get("readonly") and "isolation_level" in options:
+        raise ConfigError(
+            f"Database {name!r}: `readonly` sets the isolation level AUTOCOMMIT: remove the one in `options`."
+        )
+    return DatabaseConfig(name, url, options, session, **rest)
+
+
+def _refuse_what_does_nothing(name: str, url: URL, entry: Mapping[Any, Any]) -> None:
+    driver = driver_of(url)
+    if driver is None:
+        return  # an unknown dialect, which is an error of its own when the engine is built
+    taken = kind_of(url).keys(driver)
+    for key in entry:
+        if key in COMMON_KEYS or key in taken:
+            continue
+        takers = []
+        for kind in dict.fromkeys(KINDS.values()):
+            drivers = [each for each, keys in kind.DRIVER_KEYS.items() if key in keys]
+            if drivers:
+                takers.append(f"{kind.TITLE} by {' or '.join(drivers)}")
+            elif key in kind.KEYS:
+                takers.append(kind.TITLE)
+        instead = "; give it a user that may only read" if key == "readonly" else ""
+        raise ConfigError(
+            f"Database {name!r}: `{key}` does nothing on {url.get_backend_name()}+{driver}, it is for "
+            f"{', '.join(takers)}. Remove it{instead}."
+        )
+
+
+def _timeout(name: str, key: str, value: object, url: URL, options: Mapping[str, Any]) -> float:
+    argument = key.removesuffix("_s")
+    connect_args = options.get("connect_args")
+    if argument in url.query or (isinstance(connect_args, Mapping) and argument in connect_args):
+        raise ConfigError(f"Database {name!r}: `{key}` and the driver's `{argument}` are both given: remove one.")
+    return positive_seconds(value, f"Database {name!r}: `{key}`")
+
+
+def _url(name: str, value: object) -> URL:
+    if isinstance(value, URL):
+        return value
+    if not isinstance(value, str):
+        raise ConfigError(f"Database {name!r}: `url` is a {type(value).__name__}: give a string or a sqlalchemy.URL.")
+    try:
+        return make_url(value)
+    except (ArgumentError, ValueError):
+        pass  # neither the text nor the cause is shown: they may hold a piece of the password
+    raise ConfigError(
+        f"Database {name!r}: `url` cannot be read as a URL: write 'dialect+driver://user:password@host:port/database' "
+        "with special characters of the password percent-encoded, or build it with sqlalchemy.URL.create()."
+    )
+
+
+def _arguments(name: str, key: str, entry: Mapping[Any, Any], target: str) -> dict[str, Any]:
+    value = entry.get(key, {})
+    if not isinstance(value, Mapping) or not all(isinstance(argument, str) for argument in value):
+        raise ConfigError(f"Database {name!r}: `{key}` must be a mapping of keyword arguments for {target}.")
+    return dict(value)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

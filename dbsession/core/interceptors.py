@@ -1,0 +1,178 @@
+"""Interceptors: the one place where an engine's dialect methods are replaced, and where its events are listened to.
+
+A *layer* is an object with methods `around_<name>(inner)`, which return what is called in place of the dialect's method
+(or class) of that name, and `on_<event>`, which listen. `install()` takes the layers of an engine from the innermost to
+the outermost:
+
+    notes        StatementNotes       who executes what, for those who look in
+    outcome      TransactionWatch     what becomes of a transaction
+    backend      a Backend            the driver's connections: connect, liveness, bounds, isolation levels
+    connections  EngineConnections    what is known of the open connections
+
+So do_commit of an asyncio engine on MySQL calls, from the outside in: connections (the next ROLLBACK is not needed),
+backend (the answer is there in time), outcome (was it answered?), SQLAlchemy's. Events are listened to in the same
+order; `on_connect_first` comes before everything else, SQLAlchemy's own questions to a new server included. Listeners
+of the user's code are added later, and come after all of ours.
+
+A replaced method keeps the parameters of the original, with their names: SQLAlchemy's recipes and other libraries call
+`dialect.do_execute(cursor, statement, parameters, context=context)`. The dialect is the engine's own, and that of the
+engines made from it by execution_options().
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+from dbsession.core.backends.base import Backend
+from dbsession.core.connection_info import CHECKOUT, COMMITTING, DOOMED, SCOPE
+from dbsession.core.outcome import TransactionWatch
+from dbsession.core.pool.checkout import Checkout
+from dbsession.core.pool.holders import HeldConnections
+
+REPLACED = (
+    *("connect", "do_execute", "do_executemany", "do_execute_no_params", "execution_ctx_cls"),
+    *("do_commit", "do_commit_twophase", "do_rollback", "do_rollback_twophase"),
+    *("do_ping", "do_terminate", "set_isolation_level", "reset_isolation_level"),
+)
+"""What of a dialect may be replaced."""
+
+EVENTS = (
+    *("do_connect", "connect", "checkin", "reset", "invalidate"),
+    *("do_execute", "do_executemany", "do_execute_no_params", "handle_error"),
+)
+"""What of an engine may be listened to."""
+
+
+def install(engine: Engine, layers: Sequence[Any]) -> None:
+    """Put the layers, the innermost first, into the dialect and the events of a new engine."""
+    dialect = engine.dialect
+    for name in REPLACED:
+        for layer in layers:
+            around = getattr(layer, f"around_{name}", None)
+            if around is not None:
+                setattr(dialect, name, around(getattr(dialect, name)))
+    for layer in layers:
+        if hasattr(layer, "on_connect_first"):
+            event.listen(engine, "connect", layer.on_connect_first, insert=True)
+    for name in EVENTS:
+        for layer in layers:
+            listener = getattr(layer, f"on_{name}", None)
+            if listener is not None:
+                event.listen(engine, name, listener)
+
+
+class StatementNotes:
+    """Notes with which statement a connection in use is busy. Without state.
+
+    Not by events: they tell of the beginning only, and those that tell of the end cost too much (see `outcome`).
+    """
+
+    @staticmethod
+    def around_do_execute(inner: Callable[..., None]) -> Callable[..., None]:
+        def do_execute(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+            note = _begun(statement, context)
+            if note is None:
+                inner(cursor, statement, parameters, context)
+                return
+            try:
+                inner(cursor, statement, parameters, context)
+            finally:
+                note.executing = False
+                note.changed = monotonic()
+
+        return do_execute
+
+    @staticmethod
+    def around_do_executemany(inner: Callable[..., None]) -> Callable[..., None]:
+        def do_executemany(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+            note = _begun(statement, context)
+            try:
+                inner(cursor, statement, parameters, context)
+            finally:
+                _ended(note)
+
+        return do_executemany
+
+    @staticmethod
+    def around_do_execute_no_params(inner: Callable[..., None]) -> Callable[..., None]:
+        def do_execute_no_params(cursor: Any, statement: str, context: Any = None) -> None:
+            note = _begun(statement, context)
+            try:
+                inner(cursor, statement, context)
+            finally:
+                _ended(note)
+
+        return do_execute_no_params
+
+
+def _begun(statement: str, context: Any) -> Checkout | None:
+    if context is None:  # a recipe of the user's, which names no context
+        return None
+    record = context.root_connection.connection.record_info
+    note: Checkout | None = None if record is None else record.get(CHECKOUT)
+    if note is None:  # SQLAlchemy asks a new server what it can; or it was detached from the pool
+        return None
+    note.statement = statement
+    if note.connection is None:
+        note.connection = weakref.ref(context.root_connection)
+    note.executing = True
+    note.changed = monotonic()
+    return note
+
+
+def _ended(note: Checkout | None) -> None:
+    if note is not None:
+        note.executing = False
+        note.changed = monotonic()
+
+
+class EngineConnections:
+    """What is known of an engine's open connections, in either half. Lives as long as the engine, through forks.
+
+    Written by the pool's events, one operation each, and `closing` by whoever retires the engine.
+    """
+
+    def __init__(self, backend: Backend, held: HeldConnections) -> None:
+        self.backend = backend
+        self.held = held
+        self.stats = held.stats
+        self.closing = False
+        """Whatever comes back is closed."""
+
+    def install(self, engine: Engine, fair_pool: type[Any]) -> None:
+        """Follow a new engine, and its pool."""
+        install(engine, (StatementNotes, TransactionWatch(self.backend), self.backend, self))
+        if isinstance(engine.pool, fair_pool):
+            pool: Any = engine.pool
+            pool.held = self.held
+        else:
+            self.held.listen(engine)
+
+    def on_connect(self, connection: Any, record: Any) -> None:
+        """A connection was opened."""
+        self.stats.connects += 1
+        self.backend.connected(connection, record.info)
+
+    def on_checkin(self, connection: Any, record: Any) -> None:
+        """A connection comes back: forget what was its user's."""
+        if connection is None:
+            return  # invalidated while it was out
+        info = record.info
+        for key in (SCOPE, COMMITTING, DOOMED):
+            info.pop(key, None)
+        if self.closing or self.backend.is_useless(connection):
+            self.close(record)
+
+    def close(self, record: Any) -> None:
+        """Close the connection of a pool record that comes back."""
+        record.close()
+
+    def on_invalidate(self, *_: object) -> None:
+        """A connection was thrown away."""
+        self.stats.invalidated += 1
