@@ -18,8 +18,7 @@ from typing import Any
 from sqlalchemy.engine import Engine, ExecutionContext
 from sqlalchemy.util import greenlet_spawn
 
-from dbsession.aio import leaks
-from dbsession.aio.holders import HeldByTasks
+from dbsession.aio.holders import HeldByTasks, leak_watches, watch_leaks
 from dbsession.aio.mysql.backend import AsyncMySQL
 from dbsession.aio.pool import FairPool
 from dbsession.aio.sqlite import AioSQLite
@@ -48,7 +47,7 @@ class LoopConnections(EngineConnections):
         else:
             backend = AioSQLite(config) if kind is SQLite else kind(config)
         super().__init__(backend, held)
-        self._leaks = LeakWatch(config, held, leaks.watches)  # for its life only
+        self._leaks = LeakWatch(config, held, leak_watches)  # for its life only
         self._records: weakref.WeakSet[Any] = weakref.WeakSet()
         self._ended: Any = None
         """The connection of which a transaction has ended in this very step of the event loop."""
@@ -60,7 +59,7 @@ class LoopConnections(EngineConnections):
 
     def on_connect(self, connection: Any, record: Any) -> None:
         """A connection was opened."""
-        leaks.watch()
+        watch_leaks()
         self._records.add(record)
         super().on_connect(connection, record)
 

@@ -7,28 +7,37 @@
 SQLAlchemy takes a connection in a greenlet of its own, whose parent is the one of the caller's coroutines, suspended
 meanwhile. So a task that waits is read along the chain of what it awaits; one that runs just now, from the frames of
 its thread, where Python tells nothing of what its coroutines await.
+
+The leak watch looks from a thread of its own, and not from a loop: a loop that is blocked is a reason why connections
+are held, and a process may have several, one after another or at once, none of which lasts as long as it. Nor from a
+greenlet, where gevent has patched the process: a hub may be blocked by a loop in its thread, or end with it.
 """
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import gc
 import sys
+import time
+import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from time import monotonic
-from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, ModuleType
 from typing import Any
 
 import greenlet
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import greenlet_spawn
 
-from dbsession.aio.leaks import this_thread
 from dbsession.core.connection_info import CHECKOUT
+from dbsession.core.periodic import PeriodicTask
 from dbsession.core.pool import callsites
 from dbsession.core.pool.checkout import Checkout
 from dbsession.core.pool.holders import HeldConnections
+from dbsession.core.pool.leaks import Watches
 from dbsession.core.scope import BaseScope
 from dbsession.errors import plain
 
@@ -36,6 +45,19 @@ _running_loop = asyncio.get_running_loop
 _current_task = asyncio.current_task
 
 _SUSPENDABLE = (CoroutineType, GeneratorType, AsyncGeneratorType)
+
+
+def _own(module: ModuleType, name: str) -> Any:
+    """The interpreter's own function, whatever gevent has patched; it is not loaded for that."""
+    monkey = sys.modules.get("gevent.monkey")
+    return getattr(module, name) if monkey is None else monkey.get_original(module.__name__, name)
+
+
+_start_thread: Callable[[Callable[[], object], tuple[()]], int] = _own(_thread, "start_new_thread")
+_sleep: Callable[[float], None] = _own(time, "sleep")
+
+_this_thread: Callable[[], int] = _own(_thread, "get_ident")
+"""The number of the native thread, whatever gevent has patched."""
 
 
 class HeldByTasks(HeldConnections):
@@ -51,7 +73,7 @@ class HeldByTasks(HeldConnections):
             note: Checkout = info[CHECKOUT]
         except KeyError:
             note = self.new_note(record)
-            note.thread = this_thread()  # the loop's
+            note.thread = _this_thread()  # the loop's
         try:
             task: Any = _current_task(_running_loop())
         except RuntimeError:  # no loop runs here
@@ -90,7 +112,7 @@ class HeldByTasks(HeldConnections):
             return "its task has ended"
         if not getattr(task.get_coro(), "cr_running", False):
             return callsites.users(reversed(list(_suspended(task.get_coro()))))
-        if note.thread == this_thread():
+        if note.thread == _this_thread():
             return callsites.users(_running_here(sys._getframe(), _outermost(task)))
         return callsites.users(_running_elsewhere(note.thread, _outermost(task)))
 
@@ -147,3 +169,39 @@ def _running_elsewhere(thread: int, outermost: FrameType | None) -> Iterator[Fra
         yield each
     if outermost is not None:
         yield outermost
+
+
+def run_in_thread(work: Callable[[], object]) -> None:
+    """Run `work` soon in a thread of its own, which keeps no process running. Never waits: it is called in the middle
+    of a connection's return, also by destructors. (So not threading.Thread: its start() takes locks, and waits.)
+
+    Raises:
+        RuntimeError: there are too many threads.
+    """
+
+    def bounded() -> None:
+        try:
+            work()
+        except Exception:  # mostly a log handler's; logging it might fail again
+            traceback.print_exc()
+
+    if not sys.is_finalizing():
+        _start_thread(bounded, ())
+
+
+def run_aside(work: Callable[[], object]) -> None:
+    """Run `work` soon in a thread of its own, if there can be one. Never fails, never waits."""
+    with suppress(RuntimeError):
+        run_in_thread(work)
+
+
+leak_watches = Watches(run_aside)
+
+_leak_watch = PeriodicTask(leak_watches.look, run_in_thread, _sleep)
+
+
+def watch_leaks() -> None:
+    """See to it that this process has its leak watch. Called for each new connection, since a process without one has
+    nothing to watch."""
+    if leak_watches:
+        _leak_watch.start()

@@ -3,7 +3,7 @@
     _idle      deque of records        open and not in use
     _waiting   OrderedDict of futures  first come, first served
     _open      records in use, idle, being opened or being closed; at most pool_size + max_overflow
-    _returned  deque                   what came back (None: a place) and is not yet one of the above
+    _returned  deque                   what came back (None: a slot) and is not yet one of the above
 
 An engine belongs to one event loop, so only that loop's thread writes the first three, and only between two awaits:
 no lock. Two things come in between all the same. A garbage collection returns what somebody dropped, at any line of
@@ -12,15 +12,15 @@ this thread alone: at once, or, if it is in the middle of settling already (`_se
 looks again at its end, or, coming from another thread, by a callback of the event loop.
 
 As long as somebody waits, nothing is idle and `_open` is at its limit: only `_settle()` makes something idle or `_open`
-less, and it serves the line before it ends; who joins the line calls it, too. So nobody who comes later can be quicker,
-and no wake-up is lost: what was handed to a waiter that was cancelled meanwhile is handed on by that waiter.
+less, and it serves the queue before it ends; who joins the queue calls it, too. So nobody who comes later can be
+quicker, and no wake-up is lost: what was handed to a waiter that was cancelled meanwhile is handed on by that waiter.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from contextlib import suppress
 from time import monotonic
 from typing import Any
@@ -31,56 +31,25 @@ from sqlalchemy.util import await_
 from sqlalchemy.util.concurrency import in_greenlet
 
 from dbsession.aio.holders import HeldByTasks
+from dbsession.core.pool.queue import QueuedPool
 
-# Somebody's place in the line. Its result: a record; or, in place of one, the right to open it; or None: time is up.
+# Somebody's place in the queue. Its result: a record; or (None,), the right to open one; or None: time is up.
 _Waiter = asyncio.Future[tuple[ConnectionPoolEntry | None] | None]
 
 
-class FairPool(AsyncAdaptedQueuePool):
-    """An `AsyncAdaptedQueuePool` that serves first come, first served. Lives as long as its engine, or until a
-    dispose() puts another in its place. Its arguments are QueuePool's. `held` says who has which connection, and
-    counts.
+class FairPool(QueuedPool[_Waiter], AsyncAdaptedQueuePool):
+    """An `AsyncAdaptedQueuePool` that serves first come, first served. Its arguments are QueuePool's.
 
     A connection is to be asked for in the greenlet in which SQLAlchemy runs what is awaited of an AsyncEngine or
     AsyncSession; asking waits (`pool_timeout`) where all are in use, and where one is opened.
-
-    `_do_get`, `_do_return_conn` and `_create_connection` are what SQLAlchemy's Pool has for its subclasses to
-    override and call; private by their names only (tests/unit/test_private_names.py).
     """
 
-    # As slots, because every checkout and checkin reads them (see dbsession.pool).
-    __slots__ = (
-        "_idle",
-        "_lifo",
-        "_limit",
-        "_loop",
-        "_max_idle",
-        "_open",
-        "_returned",
-        "_settling",
-        "_size",
-        "_thread",
-        "_waiting",
-        "held",
-    )
+    __slots__ = ("_idle", "_loop", "_settling", "_thread")
 
-    def __init__(
-        self,
-        creator: Any,
-        pool_size: int = 20,
-        max_overflow: int = 0,
-        timeout: float | None = 30.0,
-        use_lifo: bool = False,
-        **kw: Any,
-    ) -> None:
-        super().__init__(creator, pool_size, max_overflow, timeout, use_lifo, **kw)  # type: ignore[arg-type]
-        self._size, self._lifo = pool_size, use_lifo
-        self._limit = float("inf") if pool_size == 0 or max_overflow < 0 else pool_size + max_overflow
-        self._max_idle = pool_size or float("inf")  # 0: disposed, nothing is kept
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
         self._idle: deque[ConnectionPoolEntry] = deque()
-        self._waiting: OrderedDict[_Waiter, None] = OrderedDict()
-        self._returned: deque[ConnectionPoolEntry | None] = deque()
-        self._open, self._settling = 0, False
+        self._settling = False
         self._thread: int | None = None  # of those who take; before the first one nothing comes back
         self._loop: asyncio.AbstractEventLoop | None = None  # in which somebody has waited
         self.held = HeldByTasks()
@@ -119,7 +88,7 @@ class FairPool(AsyncAdaptedQueuePool):
             raise
 
     def _wait(self) -> ConnectionPoolEntry | None:
-        """Stand in the line until it is our turn. A record, or None: the right to open one."""
+        """Wait in the queue until it is our turn. A record, or None: the right to open one."""
         began = monotonic()
         self._loop = loop = asyncio.get_running_loop()
         waiter: _Waiter = loop.create_future()
@@ -136,12 +105,9 @@ class FairPool(AsyncAdaptedQueuePool):
         finally:
             if timer is not None:
                 timer.cancel()
-        waited_s = monotonic() - began
-        self.held.waited(waited_s, in_vain=granted is None)
-        if granted is not None:
-            return granted[0]
-        self._waiting.pop(waiter, None)
-        raise self.held.timeout(self, self.waiting(), waited_s)
+        self._waiting.pop(waiter, None)  # time is up, else it is no longer there
+        self._count_wait(began, granted is not None)
+        return None if granted is None else granted[0]
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         """Hand a connection to the longest waiter, or keep it idle. Closes one too many; only that may wait."""
@@ -149,7 +115,7 @@ class FairPool(AsyncAdaptedQueuePool):
         self._give_back(record)
 
     def _give_back(self, record: ConnectionPoolEntry | None) -> None:
-        """Give back a connection, or (None) a place where one may be opened. From any thread."""
+        """Give back a connection, or (None) a slot. From any thread."""
         self._returned.append(record)
         if threading.get_ident() == self._thread:
             self._settle()
@@ -166,7 +132,7 @@ class FairPool(AsyncAdaptedQueuePool):
             try:
                 while self._returned:
                     record = self._returned.popleft()
-                    if record is None or record.dbapi_connection is None:  # a place; or invalidated, or detached
+                    if record is None or record.dbapi_connection is None:  # a slot; or invalidated, or detached
                         self._open -= 1
                     else:
                         self._idle.append(record)
@@ -191,13 +157,13 @@ class FairPool(AsyncAdaptedQueuePool):
             waiter.set_result((record,))
 
     def _close(self, records: list[ConnectionPoolEntry]) -> None:
-        """Their places are free once they are closed, so that there are never more open than may be."""
+        """Their slots are free once they are closed, so that there are never more open than may be."""
         while records:
             record = records.pop()
             try:
                 # Outside of the greenlet nothing can be awaited, and close() would leave it open; this cuts it off.
                 record.close() if in_greenlet() else record.invalidate()
-            except BaseException:  # a cancellation in there costs no place, and leaves no other one open
+            except BaseException:  # a cancellation in there costs no slot, and leaves no other one open
                 self._returned.extend(records)
                 records.clear()
                 raise
@@ -211,28 +177,11 @@ class FairPool(AsyncAdaptedQueuePool):
         self._max_idle = 0
         self._settle()
 
-    def recreate(self) -> FairPool:
-        successor = super().recreate()
-        assert isinstance(successor, FairPool)
-        successor.held = self.held
-        return successor
-
     def checkedin(self) -> int:
         return len(self._idle)
 
     def checkedout(self) -> int:
         return self._open - len(self._idle) - len(self._returned)
-
-    def overflow(self) -> int:
-        return self._open - self._size if self._size else 0
-
-    def limit(self) -> int | None:
-        """How many connections there may be; None: any number."""
-        return None if self._limit == float("inf") else int(self._limit)
-
-    def waiting(self) -> int:
-        """How many wait for a connection."""
-        return len(self._waiting)
 
 
 def _expire(waiter: _Waiter) -> None:

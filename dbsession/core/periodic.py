@@ -9,12 +9,12 @@ from functools import partial
 from dbsession.core import fork
 
 
-class Turns:
+class PeriodicTask:
     """Calls `work` again and again in a thread. Lives as long as the process; a forked child has none until `start()`.
 
     Args:
-        work: returns the seconds until its next turn. It may wait. If it raises, the traceback goes to stderr, and the
-            next turn comes as after the last one that did not.
+        work: returns the seconds until its next call. It may wait. If it raises, the traceback goes to stderr, and the
+            next call comes as after the last one that did not.
         run_in_thread: runs what it is given in a thread, and never waits. Raises RuntimeError where there is none for
             it.
         sleep: stops such a thread for so many seconds.
@@ -46,7 +46,7 @@ class Turns:
     def _begin(self, epoch: int) -> None:
         self._run_in_thread(partial(self._for_ever, epoch))
 
-    def _turn(self) -> float:
+    def _work_once(self) -> float:
         try:
             self._pause_s = self._work()
         except Exception:  # mostly a log handler's; logging it might fail again
@@ -55,4 +55,4 @@ class Turns:
 
     def _for_ever(self, epoch: int) -> None:
         while epoch == fork.epoch:
-            self._sleep(self._turn())
+            self._sleep(self._work_once())

@@ -16,11 +16,9 @@ from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import READ_TIMEOUT
 from dbsession.core.interceptors import EngineConnections
 from dbsession.core.pool.leaks import LeakWatch
-from dbsession.green import leak_ticker
-from dbsession.green.holders import HeldByGreenlets
-from dbsession.green.homes import HOME, home_of
+from dbsession.green.holders import HeldByGreenlets, leak_watches, watch_leaks
 from dbsession.green.mysql.backend import PyMySQL
-from dbsession.green.pool import FairPool
+from dbsession.green.pool import OWNER_HUB, FairPool, owner_hub_of
 from dbsession.green.sqlite import PySQLite
 
 
@@ -41,7 +39,7 @@ class GreenConnections(EngineConnections):
         super().__init__(backend, held)
         self.database: object = None
         """Kept alive as long as the engine: after configure() somebody may still hold a connection of it."""
-        self._leaks = LeakWatch(config, held, leak_ticker.watches)  # for its life only
+        self._leaks = LeakWatch(config, held, leak_watches)  # for its life only
         self._records: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
     def follow(self, engine: Engine) -> None:
@@ -58,9 +56,9 @@ class GreenConnections(EngineConnections):
             self._records[connection] = weakref.ref(record)
         except TypeError:
             pass  # a driver without weak references: after a fork its pool is replaced, and that is all
-        leak_ticker.watch()
+        watch_leaks()
         fork.prepare()
-        record.info[HOME] = home_of(connection)
+        record.info[OWNER_HUB] = owner_hub_of(connection)
         super().on_connect(connection, record)
 
     def on_checkin(self, connection: Any, record: Any) -> None:

@@ -13,8 +13,10 @@ from dbsession.core.connection_info import CHECKOUT
 from dbsession.core.pool import callsites
 from dbsession.core.pool.checkout import Checkout
 from dbsession.core.pool.holders import HeldConnections
+from dbsession.core.pool.leaks import Watches
 from dbsession.core.scope import BaseScope
-from dbsession.green import ident
+from dbsession.green import hub, ident
+from dbsession.green.periodic import PeriodicTask
 
 
 class HeldByGreenlets(HeldConnections):
@@ -62,3 +64,15 @@ class HeldByGreenlets(HeldConnections):
 
 def _taker(note: Checkout) -> Any:
     return None if note.taker is None else note.taker()
+
+
+leak_watches = Watches(hub.run_aside)
+
+_leak_watch = PeriodicTask(leak_watches.look)
+
+
+def watch_leaks() -> None:
+    """See to it that this process has its leak watch. Called for each new connection, since a process without one has
+    nothing to watch."""
+    if leak_watches:
+        _leak_watch.start()

@@ -22,7 +22,7 @@ from dbsession.core.engine import Database, all_databases
 from dbsession.core.pool.stats import BOUNDS_S, Stats
 from dbsession.errors import ConfigError, describe
 from dbsession.green import hub
-from dbsession.green.periodic import Ticker
+from dbsession.green.periodic import PeriodicTask
 from dbsession.watch import metrics_folder
 from dbsession.watch.deltas import Changes
 
@@ -162,7 +162,7 @@ class Publisher:
 
 
 _publisher = Publisher()
-_ticker = Ticker(_publisher.turn)
+_ticker = PeriodicTask(_publisher.turn)
 
 
 class _Collector(prometheus_client.registry.Collector):

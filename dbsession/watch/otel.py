@@ -19,7 +19,7 @@ from dbsession.core.engine import all_databases
 from dbsession.core.pool.stats import BOUNDS_S, Histogram
 from dbsession.errors import ConfigError
 from dbsession.green import api
-from dbsession.green.periodic import Ticker
+from dbsession.green.periodic import PeriodicTask
 from dbsession.watch.deltas import Changes
 
 try:
@@ -79,7 +79,7 @@ class _Pools:
         for _ in self._changes.take():  # from now on, as the histograms
             pass
         os.register_at_fork(after_in_child=self._forget)
-        self._ticker = Ticker(self._turn)
+        self._ticker = PeriodicTask(self._turn)
         self._ticker.start()
         api.on_engine_created(self._listen)
 

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import text
 
 from dbsession import aio
-from dbsession.aio import leaks as aio_leaks
+from dbsession.aio import holders
 from dbsession.core.pool import leaks
 from support.loops import LOOPS, in_loop
 from support.processes import run_python
@@ -170,7 +170,7 @@ def test_several_loops_in_threads_have_one_watcher(managed, heard):
         thread.start()
     for thread in threads:
         thread.join(DEADLINE_S)
-    assert len(heard.lines) == 6 and len(aio_leaks._turns._started) == 1, heard.lines
+    assert len(heard.lines) == 6 and len(holders._leak_watch._started) == 1, heard.lines
 
 
 def test_handler_that_waits_or_fails_costs_no_other_report_and_holds_no_loop_up(run, managed, heard, capfd):
@@ -239,7 +239,7 @@ def test_nothing_is_watched_when_both_are_0(run, managed, heard):
     async def main():
         async with manager.engine().connect():
             watch = manager.database("default").connections._leaks
-            assert watch not in [reference() for reference in list(aio_leaks.watches._all)]
+            assert watch not in [reference() for reference in list(holders.leak_watches._all)]
 
     run(main)
 
@@ -251,7 +251,7 @@ def test_watches_end_with_their_engines(run, managed, heard):
         async def main():
             async with manager.engine().connect():
                 own = manager.database("default").connections._leaks
-                return [each for each in aio_leaks.watches._all if each() is own]
+                return [each for each in holders.leak_watches._all if each() is own]
 
         return run(main)
 
@@ -264,7 +264,7 @@ START = """
     from sqlalchemy import text
     from dbsession import aio
     from dbsession.core.pool import leaks
-    from dbsession.aio import leaks as aio_leaks
+    from dbsession.aio import holders
     from support.waiting import wait_until
     leaks._LONGEST_S = 0.05
     heard = []
@@ -307,7 +307,7 @@ def test_child_of_a_fork_watches_its_own_connections_and_never_the_parents(tmp_p
                     asyncio.events._set_running_loop(None)
                     heard.clear()
                     asyncio.run(hold("the child's"))
-                    assert len(heard) == 2 and len(aio_leaks._turns._started) == 2, heard
+                    assert len(heard) == 2 and len(holders._leak_watch._started) == 2, heard
                     return 0
                 except BaseException:
                     import traceback; traceback.print_exc()
@@ -394,7 +394,7 @@ def test_watch_begins_with_the_next_connection_when_no_thread_could_be_started(h
             f"""
             import dbsession
             from dbsession.green import hub
-            module, verbs = (aio_leaks, aio) if "{half}" == "asyncio" else (hub, dbsession)
+            module, verbs = (holders, aio) if "{half}" == "asyncio" else (hub, dbsession)
             start = module._start_thread
             def refuse(*_):
                 module._start_thread = start

@@ -13,7 +13,7 @@ START = """
     import gc, logging, os, re, sys
     from sqlalchemy import text
     from dbsession.core.pool import leaks
-    from dbsession.green import leak_ticker
+    from dbsession.green import holders
 
     leaks._LONGEST_S = 0.05  # so that the tests need not wait for the next look
     heard = []
@@ -129,7 +129,7 @@ def test_short_limit_is_kept_when_the_connection_is_taken_after_a_look(run, limi
         dbsession.configure(configure(**{"leak_after_s": 0, sys.argv[2]: 0.2}))
         with dbsession.session_scope("the first"):
             session.execute(text("SELECT 1"))
-        wait_until(lambda: leak_ticker._ticker._pause_s != 1.0, 20, "it has looked")
+        wait_until(lambda: holders._leak_watch._pause_s != 1.0, 20, "it has looked")
         end = Event()
         task = spawn(hold, end)
         told("WARNING", "the import")
@@ -146,7 +146,7 @@ def test_nothing_is_watched_when_both_are_0(run):
         dbsession.configure(configure(leak_after_s=0))
         with dbsession.session_scope():
             session.execute(text("SELECT 1"))
-            assert not leak_ticker._ticker._started and not leak_ticker.watches
+            assert not holders._leak_watch._started and not holders.leak_watches
         # One more database, with a limit: then there is a watcher, and it leaves the first alone.
         manager = dbsession.SessionManager(configure("watched", leak_after_s=0.1))
         end = Event()
@@ -157,7 +157,7 @@ def test_nothing_is_watched_when_both_are_0(run):
         told("INFO", "'watched'")
         end.set()
         join(first)
-        assert len(leak_ticker._ticker._started) == 1 and len(heard) == 2, heard
+        assert len(holders._leak_watch._started) == 1 and len(heard) == 2, heard
         """,
     )
 
@@ -266,7 +266,7 @@ def test_process_ends_in_silence_while_the_watch_runs(patched, ends, tmp_path):
         import atexit, gevent, dbsession, logging
         from sqlalchemy import text
         from dbsession.core.pool import leaks
-        from dbsession.green import leak_ticker
+        from dbsession.green import holders
         from support.waiting import wait_until
         logging.getLogger("dbsession").addHandler(logging.NullHandler())
         dbsession.configure({{"default": {{"url": "sqlite:///{tmp_path}/a.db", "leak_after_s": 0.05}}}})
@@ -279,7 +279,7 @@ def test_process_ends_in_silence_while_the_watch_runs(patched, ends, tmp_path):
             held.execute(text("SELECT 1"))
             atexit.register(held.connection.dbapi_connection.close)  # or Python says of a file that it is still open
             wait_until(lambda: not reported or held.connection.record_info["dbsession.checkout"].reported)
-        assert leak_ticker._ticker._started
+        assert holders._leak_watch._started
         {ends}
         """,
     )
@@ -293,7 +293,7 @@ def test_watch_does_not_stop_a_process_from_ending_in_a_thread_of_ours(tmp_path)
             f"""
             import atexit, dbsession
             from dbsession.core.pool import leaks
-            from dbsession.green import leak_ticker
+            from dbsession.green import holders
             leaks._SHORTEST_S = leaks._LONGEST_S = 0.00001
             dbsession.configure({{"default": {{"url": "sqlite:///{tmp_path}/a.db", "leak_after_s": 1000}}}})
             held = dbsession.get_engine().connect()
@@ -314,7 +314,7 @@ def test_watcher_is_one_for_all_engines_and_goes_on_after_them(run):
             manager.dispose()
             del manager
             gc.collect()
-        assert len(leak_ticker._ticker._started) == 1
-        wait_until(lambda: gc.collect() >= 0 and not leak_ticker.watches, 10)
+        assert len(holders._leak_watch._started) == 1
+        wait_until(lambda: gc.collect() >= 0 and not holders.leak_watches, 10)
         """,
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from support.processes import run_script
 
 
-def test_ticker_goes_on_after_a_turn_that_failed_and_is_one_in_each_process(mode):
+def test_task_goes_on_after_a_turn_that_failed_and_is_one_in_each_process(mode):
     done = run_script(
         mode,
         """
         import os
-        from dbsession.green.periodic import Ticker
+        from dbsession.green.periodic import PeriodicTask
 
         turns = []
 
@@ -21,19 +21,19 @@ def test_ticker_goes_on_after_a_turn_that_failed_and_is_one_in_each_process(mode
             return 0.001
 
         sleep(0)  # where there is a hub, it runs there
-        ticker = Ticker(work)
-        ticker._pause_s = 0.001
+        task = PeriodicTask(work)
+        task._pause_s = 0.001
         for _ in range(10):
-            ticker.start()
+            task.start()
         wait_until(lambda: len(turns) >= 6)
         so_far = list(turns)  # they go on
         assert so_far == sorted(set(so_far))
-        ticker.start()
+        task.start()
         if os.fork() == 0:
             seen = len(turns)
             sleep(0.05)
             assert len(turns) == seen  # it has none
-            ticker.start()
+            task.start()
             wait_until(lambda: len(turns) > seen + 3)
             os._exit(0)
         assert os.waitpid(-1, 0)[1] == 0
@@ -44,15 +44,15 @@ def test_ticker_goes_on_after_a_turn_that_failed_and_is_one_in_each_process(mode
     assert done.stderr.count("RuntimeError: turn") == 2
 
 
-def test_ticker_keeps_no_process_running(mode):
+def test_task_keeps_no_process_running(mode):
     run_script(
         mode,
         """
-        from dbsession.green.periodic import Ticker
+        from dbsession.green.periodic import PeriodicTask
 
         turns = []
         sleep(0)  # where there is a hub, it runs there
-        Ticker(lambda: turns.append(1) or 0.001).start()
+        PeriodicTask(lambda: turns.append(1) or 0.001).start()
         wait_until(lambda: turns)
         if MODE != "threads":
             import gevent

@@ -10,7 +10,7 @@ import gevent
 import pytest
 from sqlalchemy import exc
 
-from dbsession.green.homes import HOME
+from dbsession.green.pool import OWNER_HUB
 from support.pools import Connection, counts, make
 
 
@@ -159,7 +159,7 @@ def test_idle_connections_of_hubs_that_have_none_left_are_forgotten():
     def use():
         gevent.get_hub()
         connection = pool.connect()
-        connection.info[HOME] = home = gevent.get_hub()
+        connection.info[OWNER_HUB] = home = gevent.get_hub()
         connection.close()
         again = pool.connect()
         again.invalidate()
