@@ -100,6 +100,7 @@ def test_function_that_fails_is_named_and_the_engine_used(url, caplog):
     assert len(told) == 1
     with manager.scope():
         assert manager.get("unlucky")().scalar(text("SELECT 1")) == 1
+    manager.dispose()
 
 
 def test_function_that_is_killed_builds_nothing(url):
@@ -125,6 +126,7 @@ def test_function_is_called_after_our_own_listeners(url):
     with manager.engine().connect():
         pass
     assert in_use == [1]
+    manager.dispose()
 
 
 def test_function_is_called_once_when_threads_build_and_register_at_once(url):

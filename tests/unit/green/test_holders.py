@@ -203,7 +203,8 @@ def test_label_of_a_holder_without_a_scope_is_its_function(managed):
 def test_no_note_is_left_behind_when_a_listener_of_the_users_fails(managed, moment, error, caplog):
     caplog.set_level("CRITICAL", "sqlalchemy.pool")
     manager = managed(options={"pool_size": 1})
-    armed = []
+    armed, opened = [], []
+    event.listen(manager.engine(), "connect", lambda connection, _: opened.append(connection))
 
     @event.listens_for(manager.engine(), moment)
     def listener(*_):
@@ -222,6 +223,8 @@ def test_no_note_is_left_behind_when_a_listener_of_the_users_fails(managed, mome
     if moment != "checkin":  # an error there costs the place, SQLAlchemy's own as well
         attempt()
     assert not manager.database("default").held.notes()
+    for driver in opened:
+        driver.close()
 
 
 # -- nothing is kept alive ---------------------------------------------------------------------------------------------

@@ -269,6 +269,7 @@ def test_process_ends_in_silence_while_the_watch_runs(patched, ends, tmp_path):
         from dbsession.green import holders
         from support.waiting import wait_until
         logging.getLogger("dbsession").addHandler(logging.NullHandler())
+        atexit.register(dbsession.dispose)  # or Python says of a file that it is still open
         dbsession.configure({{"default": {{"url": "sqlite:///{tmp_path}/a.db", "leak_after_s": 0.05}}}})
         session = dbsession.get_dbsession()
         gevent.sleep(0)
@@ -277,7 +278,7 @@ def test_process_ends_in_silence_while_the_watch_runs(patched, ends, tmp_path):
             global held
             held = dbsession.get_engine().connect()
             held.execute(text("SELECT 1"))
-            atexit.register(held.connection.dbapi_connection.close)  # or Python says of a file that it is still open
+            atexit.register(held.connection.dbapi_connection.close)
             wait_until(lambda: not reported or held.connection.record_info["dbsession.checkout"].reported)
         assert holders._leak_watch._started
         {ends}
