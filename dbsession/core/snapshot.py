@@ -20,7 +20,7 @@ from dbsession.core.scope import BaseScope
 from dbsession.core.session import ManagedSession
 
 VERSION = 1
-"""Of the shape of `Snapshot.as_dict()`."""
+"""The version of the shape that `Snapshot.as_dict()` has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def snapshot_of(kind: type[Database]) -> Snapshot:
     return Snapshot(
         pid=os.getpid(),
         time_s=time.time(),
-        databases=tuple(map(picture, databases)),
+        databases=tuple(map(database_snapshot, databases)),
         holders=tuple(sorted(holders, key=lambda holder: -holder.held_s)),
         scopes=tuple(_scopes(kind, now)),
     )
@@ -128,7 +128,8 @@ def live(kind: type[Database] = Database) -> list[Database]:
     return sorted((each for each in ours if not each.retired or each.held.notes()), key=lambda each: each.name)
 
 
-def picture(database: Database) -> DatabaseSnapshot:
+def database_snapshot(database: Database) -> DatabaseSnapshot:
+    """Take the snapshot of one database: its pool and its counts."""
     pool: Any = database.sync_engine.pool
     ours = hasattr(pool, "limit")  # a FairPool of either half
     sized = isinstance(pool, QueuePool)

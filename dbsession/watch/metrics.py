@@ -103,7 +103,7 @@ def _increments(name: str) -> list[Callable[[float], object]]:
 
 
 def _gauges(database: Database) -> Iterator[tuple[prometheus_client.Gauge, tuple[str, ...], float | None]]:
-    pool, name = snapshot.picture(database), database.name
+    pool, name = snapshot.database_snapshot(database), database.name
     yield CONNECTIONS, (name, "in_use"), pool.in_use
     yield CONNECTIONS, (name, "idle"), pool.idle
     yield SIZE, (name,), pool.size

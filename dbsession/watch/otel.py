@@ -129,7 +129,7 @@ _pools: _Pools | None = None
 def _observed(field: str, attributes: dict[str, str], _: CallbackOptions) -> Iterable[Observation]:
     totals: dict[str, int] = {}  # databases of one name are counted together
     for database in snapshot.live():
-        value = getattr(snapshot.picture(database), field)
+        value = getattr(snapshot.database_snapshot(database), field)
         if value is not None:
             totals[database.name] = totals.get(database.name, 0) + value
     return [Observation(total, {POOL: name, **attributes}) for name, total in totals.items()]

@@ -164,7 +164,7 @@ def test_sqlalchemys_async_scoped_session_asks_proxied_for_the_session_of_each_m
 
 
 def test_sqlalchemy_keeps_its_live_sessions_in_a_mapping_of_weak_references(tmp_path):
-    """watch.pictures reads it without waiting, whatever other threads do: `valuerefs()` copies in one step."""
+    """core.snapshot reads it without waiting, whatever other threads do: `valuerefs()` copies in one step."""
     import weakref
 
     from sqlalchemy.orm import Session

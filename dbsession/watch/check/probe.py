@@ -34,7 +34,7 @@ _PAUSES = {
 
 @dataclass(frozen=True)
 class PoolFacts:
-    """Of one process's pool.
+    """What is known of one process's pool.
 
     Attributes:
         limit: connections that it opens at most; None: as many as are asked for.

@@ -16,7 +16,7 @@ from typing import Any
 import gevent
 import gevent.socket
 from gevent.pool import Pool
-from gevent.pywsgi import WSGIHandler, WSGIServer
+from gevent.pywsgi import WSGIServer
 
 from dbsession.errors import ConfigError, plain
 from dbsession.watch.dashboard.history import INTERVAL_S, History
@@ -28,9 +28,6 @@ LOOPBACK = ("127.0.0.1", "::1")
 
 CLIENTS = 100
 """Connections served at a time; the others wait in the kernel."""
-
-CLIENT_S = 30.0
-"""How long a connection is kept on which no whole request comes, or its answer is not read."""
 
 WORKER_TIMEOUT_S = 1.0
 
@@ -147,27 +144,6 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-class _Handler(WSGIHandler):
-    """One client connection."""
-
-    def handle_one_request(self) -> Any:
-        # A request as a whole, the wait for it included: one that comes byte by byte would hold its place for ever.
-        answered: Any = None
-        with gevent.Timeout(CLIENT_S) as timeout:
-            try:
-                answered = super().handle_one_request()
-            except gevent.Timeout as over:
-                if over is not timeout:
-                    raise
-        return answered
-
-    def handle_error(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, gevent.Timeout):  # ours, in the middle of the application: nothing went wrong there
-            self.close_connection = True
-        else:
-            super().handle_error(kind, error, trace)
-
-
 def _serve(listener: Any, path: Path | None, history: History, workers: Workers, folder: str) -> None:
     from dbsession.watch.dashboard.app import create_app  # Flask is an extra
 
@@ -180,7 +156,7 @@ def _serve(listener: Any, path: Path | None, history: History, workers: Workers,
     tunnel = f"ssh -L {port}:{plain(there)} HOST", f"http://127.0.0.1:{port}/"
     app = create_app(history, plain(os.path.abspath(folder)), tunnel)
     # No access log: one line for each poll of each page says nothing.
-    server = WSGIServer(listener, app, spawn=Pool(CLIENTS), handler_class=_Handler, log=None)
+    server = WSGIServer(listener, app, spawn=Pool(CLIENTS), log=None)
     for signum in (signal.SIGINT, signal.SIGTERM):
         gevent.signal_handler(signum, server.close)
     poller = gevent.spawn(_poll, history, workers)

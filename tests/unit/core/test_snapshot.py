@@ -1,4 +1,4 @@
-"""snapshot(): a picture of this process that is right for its moment, wherever it is asked for."""
+"""snapshot(): this process, right for its moment, wherever it is asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sqlalchemy import event, exc, pool, text
 
 from dbsession import SessionManager, session_scope, snapshot
 from dbsession.core.pool.stats import BOUNDS_S, Histogram, quantile
-from dbsession.core.snapshot import picture
+from dbsession.core.snapshot import database_snapshot
 from support.processes import run_python, run_script
 from support.waiting import wait_until
 
@@ -368,6 +368,6 @@ def test_waits_have_every_checkout_when_those_who_waited_before_could_not_connec
     down = False
     for _ in range(3):
         work()
-    database = picture(manager.database("default"))
+    database = database_snapshot(manager.database("default"))
     assert (database.checkouts, sum(database.waits.counts)) == (3, 9 + 3)
     manager.dispose()
