@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any, ClassVar
 
+from sqlalchemy.engine import Connection
+
 from dbsession.core.config import DatabaseConfig
 
 
@@ -36,6 +38,11 @@ class Backend:
     """Drivers that wait in the calling thread, and what stands in for them in asyncio. One that has both, such as
     psycopg, is taken as it is."""
 
+    PAUSES: ClassVar[dict[str, str]] = {"postgresql": "SELECT pg_sleep(0.05)"}
+    """A statement that waits at the server for a moment, by SQLAlchemy's name of the dialect."""
+    IS_FILE: ClassVar[bool] = False
+    """It has no server, and its connections cost none anything."""
+
     in_process = False
     """Nothing can be lost on the way to it, and it undoes nothing behind our back."""
     no_op = "SELECT 1"
@@ -48,6 +55,12 @@ class Backend:
     def keys(cls, driver: str) -> frozenset[str]:
         """Return the keys of an entry that it takes by `driver`, besides the common ones."""
         return cls.KEYS | cls.DRIVER_KEYS.get(driver, frozenset())
+
+    @staticmethod
+    def product(connection: Connection) -> str:
+        """Return the name and version of the database that answers. Switches."""
+        dialect = connection.dialect
+        return " ".join([dialect.name, ".".join(map(str, dialect.server_version_info or ()))]).strip()
 
     # What its engine is made with.
 

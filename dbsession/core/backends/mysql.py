@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from sqlalchemy.engine import Connection
+
 from dbsession.core.backends import mysql_errors
 from dbsession.core.backends.base import Backend, Verdict
 from dbsession.core.config import TIMEOUTS
@@ -24,7 +26,15 @@ class MySQL(Backend):
 
     ASYNC_DRIVERS: ClassVar[dict[str, str]] = {"pymysql": "asyncmy", "mysqldb": "asyncmy"}
 
+    PAUSES: ClassVar[dict[str, str]] = dict.fromkeys(("mysql", "mariadb"), "SELECT SLEEP(0.05)")
+
     no_op = "DO 0"
+
+    @staticmethod
+    def product(connection: Connection) -> str:
+        dialect: Any = connection.dialect
+        name = "MariaDB" if dialect.is_mariadb else "MySQL"
+        return f"{name} {connection.exec_driver_sql('SELECT VERSION()').scalar()}"
 
     def connected(self, connection: Any, info: dict[Any, Any]) -> None:
         if self.config.readonly:

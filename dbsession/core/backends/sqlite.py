@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Any, ClassVar
 
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, Connection
 
 from dbsession.core.backends.base import Backend
 from dbsession.errors import ConfigError
@@ -22,6 +22,12 @@ class SQLite(Backend):
     }
 
     ASYNC_DRIVERS: ClassVar[dict[str, str]] = {"pysqlite": "aiosqlite"}
+    PAUSES: ClassVar[dict[str, str]] = {}
+    IS_FILE = True
+
+    @staticmethod
+    def product(connection: Connection) -> str:
+        return f"SQLite {connection.exec_driver_sql('SELECT sqlite_version()').scalar()}"
 
     def engine_options(self) -> dict[str, Any]:
         config = self.config

@@ -87,7 +87,7 @@ def _grouped(all_facts: Sequence[Facts], attributes: tuple[str, ...]) -> list[li
 
 def _of_pool(workers: Workers, facts: Facts) -> Iterator[Finding]:
     limit, at_once = facts.pool.limit, workers.at_once
-    if facts.driver.startswith("sqlite"):
+    if facts.is_file:
         return  # its connections cost no server anything, and its writers wait for each other anyway
     if limit is None:
         advice = "Set pool_size and max_overflow, so that a rush of requests waits here and not at the server."

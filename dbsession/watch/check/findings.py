@@ -70,7 +70,7 @@ def of(facts: Facts) -> Iterator[Finding]:
 
 
 def _how_to_connect(facts: Facts) -> str:
-    if facts.driver.startswith("sqlite"):
+    if facts.is_file:
         return "See that the file's folder exists, and that this user may write to both."
     advice = _ADVICE.get(facts.error_number or 0)
     return advice or "Look at the URL's host and port, at the server's log, and at what is in between."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,10 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool, Pool, QueuePool, StaticPool
 
+from dbsession.core.backends import KINDS, kind_of
+from dbsession.core.backends.base import Backend
+from dbsession.core.backends.mysql import MySQL
+from dbsession.core.backends.sqlite import SQLite
 from dbsession.errors import describe
 from dbsession.green import hub
 
@@ -23,14 +27,6 @@ BOUND_S = 15.0
 
 ROUND_TRIPS = 5
 _ONE = select(literal_column("1", Integer))
-
-# Statements that wait at the server for a moment, so that the driver has to wait, too.
-_PAUSES = {
-    "mysql": "SELECT SLEEP(0.05)",
-    "mariadb": "SELECT SLEEP(0.05)",
-    "postgresql": "SELECT pg_sleep(0.05)",
-}
-
 
 @dataclass(frozen=True)
 class PoolFacts:
@@ -97,6 +93,11 @@ class Facts:
     error: str | None = None
     error_number: int | None = None
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file, and no server."""
+        return KINDS.get(self.driver.partition("+")[0], Backend).IS_FILE
+
 
 def gather_all(engines: Mapping[str, Engine]) -> list[Facts]:
     """Ask all databases at once; takes BOUND_S at most. Switches greenlets.
@@ -144,16 +145,15 @@ class _Job:
 def gather(name: str, engine: Engine) -> Facts:
     """Ask one database, on a connection opened by its engine, and so by whatever listens to that, but outside the
     limit of its pool, and closed at the end. Switches greenlets, or blocks, for as long as the driver does."""
-    found = _blank(name, engine)
+    found, kind = _blank(name, engine), kind_of(engine.url)
     try:
         with engine.connect() as connection:
             if isinstance(engine.pool, QueuePool):
                 connection.detach()  # a connection belongs to its thread, which ends
-            found = replace(found, version=_version(connection), latency_ms=_latency_ms(connection))
-            if engine.dialect.name in ("mysql", "mariadb"):
-                found = replace(found, server=_server(connection))
-            elif engine.dialect.name == "sqlite":
-                found = replace(found, file=_file(connection))
+            found = replace(found, version=kind.product(connection), latency_ms=_latency_ms(connection))
+            asked = _QUESTIONS.get(kind)
+            if asked is not None:
+                found = replace(found, **asked(connection))
             return replace(found, cooperative=_cooperates(connection))
     except Exception as error:  # a driver may raise anything; its text may hold the password and is not shown
         number = next(iter(getattr(getattr(error, "orig", error), "args", ())), None)
@@ -175,16 +175,6 @@ def _pool(pool: Pool) -> PoolFacts:
     return PoolFacts(limit, not isinstance(pool, NullPool), recycle_s if recycle_s >= 0 else None, pool._pre_ping)
 
 
-def _version(connection: Connection) -> str:
-    dialect: Any = connection.dialect
-    if dialect.name in ("mysql", "mariadb"):
-        product = "MariaDB" if dialect.is_mariadb else "MySQL"
-        return f"{product} {connection.exec_driver_sql('SELECT VERSION()').scalar()}"
-    if dialect.name == "sqlite":
-        return f"SQLite {connection.exec_driver_sql('SELECT sqlite_version()').scalar()}"
-    return " ".join([dialect.name, ".".join(map(str, dialect.server_version_info or ()))]).strip()
-
-
 def _latency_ms(connection: Connection) -> float:
     taken = []
     for _ in range(ROUND_TRIPS):
@@ -194,7 +184,7 @@ def _latency_ms(connection: Connection) -> float:
     return round(statistics.median(taken), 3)
 
 
-def _server(connection: Connection) -> ServerFacts:
+def _server(connection: Connection) -> dict[str, ServerFacts]:
     row = connection.exec_driver_sql(
         "SELECT @@hostname, @@port, CURRENT_USER(), @@session.time_zone, @@system_time_zone,"
         " TIMESTAMPDIFF(SECOND, UTC_TIMESTAMP(), NOW()), @@session.sql_mode, @@max_connections,"
@@ -202,7 +192,7 @@ def _server(connection: Connection) -> ServerFacts:
     ).one()
     zone = f"SYSTEM ({row[4]})" if row[3] == "SYSTEM" else str(row[3])
     cipher, protocol = (_status(connection, f"SESSION STATUS LIKE 'Ssl_{name}'") for name in ("cipher", "version"))
-    return ServerFacts(
+    server = ServerFacts(
         host=str(row[0]),
         port=int(row[1]),
         account=str(row[2]),
@@ -216,6 +206,7 @@ def _server(connection: Connection) -> ServerFacts:
         wait_timeout_s=int(row[9]),
         threads_connected=int(_status(connection, "GLOBAL STATUS LIKE 'Threads_connected'")),
     )
+    return {"server": server}
 
 
 def _status(connection: Connection, what: str) -> str:
@@ -223,10 +214,10 @@ def _status(connection: Connection, what: str) -> str:
     return "" if row is None else str(row[1])
 
 
-def _file(connection: Connection) -> FileFacts:
+def _file(connection: Connection) -> dict[str, FileFacts]:
     journal_mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar())
     if connection.exec_driver_sql("PRAGMA query_only").scalar():
-        return FileFacts(journal_mode, None)
+        return {"file": FileFacts(journal_mode, None)}
     try:
         # Rolled back. BEGIN IMMEDIATE alone does not fail where only reading is allowed.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -235,12 +226,16 @@ def _file(connection: Connection) -> FileFacts:
     except SQLAlchemyError as error:
         name = getattr(getattr(error, "orig", None), "sqlite_errorname", "")
         if name.startswith("SQLITE_BUSY"):
-            return FileFacts(journal_mode, None)
+            return {"file": FileFacts(journal_mode, None)}
         if name.startswith("SQLITE_READONLY"):
-            return FileFacts(journal_mode, False)
+            return {"file": FileFacts(journal_mode, False)}
         raise
     connection.rollback()
-    return FileFacts(journal_mode, True)
+    return {"file": FileFacts(journal_mode, True)}
+
+
+# What is asked of a kind of database besides its name and its latency, as Facts' attributes.
+_QUESTIONS: dict[type[Backend], Callable[[Connection], dict[str, Any]]] = {MySQL: _server, SQLite: _file}
 
 
 def _patched() -> bool:
@@ -250,7 +245,7 @@ def _patched() -> bool:
 def _cooperates(connection: Connection) -> bool | None:
     """Measured, since no list of drivers knows what was patched. A greenlet just spawned runs first thing when anybody
     switches to the hub, however long the wait is then."""
-    pause = _PAUSES.get(connection.dialect.name)
+    pause = kind_of(connection.engine.url).PAUSES.get(connection.dialect.name)
     if pause is None or not _patched():
         return None
     turns: list[bool] = []
