@@ -27,6 +27,9 @@ class KnownConnection:
     """Base of our own connection classes. Whatever interrupts one in the middle of an answer has closed it; of another
     driver's connection nobody can say whether it is still in step with its server."""
 
+    open: bool
+    """Whether it can still be used."""
+
     gave_up: bool
     """Closed by us, while the server may be well: no reason to mistrust the pool's other connections."""
 

@@ -30,7 +30,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from dbsession.core.backends.base import Backend
-from dbsession.core.connection_info import CHECKOUT, COMMITTING, DOOMED, SCOPE
+from dbsession.core.connection_info import CHECKOUT, COMMITTING, DOOMED, READ_TIMEOUT, SCOPE, KnownConnection
 from dbsession.core.outcome import TransactionWatch
 from dbsession.core.pool.checkout import Checkout
 from dbsession.core.pool.holders import HeldConnections
@@ -77,14 +77,12 @@ class StatementNotes:
     def around_do_execute(inner: Callable[..., None]) -> Callable[..., None]:
         def do_execute(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
             note = _begun(statement, context)
-            if note is None:
-                inner(cursor, statement, parameters, context)
-                return
             try:
                 inner(cursor, statement, parameters, context)
             finally:
-                note.executing = False
-                note.changed = monotonic()
+                if note is not None:
+                    note.executing = False
+                    note.changed = monotonic()
 
         return do_execute
 
@@ -166,7 +164,9 @@ class EngineConnections:
         info = record.info
         for key in (SCOPE, COMMITTING, DOOMED):
             info.pop(key, None)
-        if self.closing or self.backend.is_useless(connection):
+        if READ_TIMEOUT in info:
+            connection.read_within(info.pop(READ_TIMEOUT))
+        if self.closing or (isinstance(connection, KnownConnection) and not connection.open):
             self.close(record)
 
     def close(self, record: Any) -> None:

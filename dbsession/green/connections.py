@@ -13,7 +13,6 @@ from dbsession.core.backends.base import Backend
 from dbsession.core.backends.mysql import MySQL
 from dbsession.core.backends.sqlite import SQLite
 from dbsession.core.config import DatabaseConfig
-from dbsession.core.connection_info import READ_TIMEOUT
 from dbsession.core.interceptors import EngineConnections
 from dbsession.core.pool.leaks import LeakWatch
 from dbsession.green.holders import HeldByGreenlets, leak_watches, watch_leaks
@@ -60,12 +59,6 @@ class GreenConnections(EngineConnections):
         fork.prepare()
         record.info[OWNER_HUB] = owner_hub_of(connection)
         super().on_connect(connection, record)
-
-    def on_checkin(self, connection: Any, record: Any) -> None:
-        """A connection comes back: forget what was its user's."""
-        if connection is not None and READ_TIMEOUT in record.info:
-            connection.read_within(record.info.pop(READ_TIMEOUT))
-        super().on_checkin(connection, record)
 
     def abandon(self) -> None:
         """In a forked child: give up the parent's connections. No I/O."""

@@ -81,10 +81,6 @@ class Backend:
     def connected(self, connection: Any, info: dict[Any, Any]) -> None:
         """Give a DBAPI connection just opened what it needs; `info` is its pool record's. May switch."""
 
-    def is_useless(self, connection: Any) -> bool:
-        """Return whether a DBAPI connection that comes back to the pool is to be closed."""
-        return False
-
     async def closed(self) -> None:
         """Wait, in asyncio, for what ends aside after its connections were closed; bounded."""
 

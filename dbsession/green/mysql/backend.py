@@ -97,9 +97,6 @@ class PyMySQL(MySQL):
 
     # Coming back.
 
-    def is_useless(self, connection: Any) -> bool:
-        return isinstance(connection, Connection) and not connection.open
-
     def cleaning(self, record: ConnectionPoolEntry) -> Callable[[], None] | None:
         """Return what a returned connection needs before somebody else gets it; None: nothing."""
         connection = record.dbapi_connection

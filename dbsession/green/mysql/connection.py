@@ -1,20 +1,16 @@
 """A PyMySQL connection that knows from its server whether a transaction is open, and gives up what nobody waits for.
 
-It overrides private methods through which every answer goes; there is no public way. tests/unit/test_private_names.py
-fails loudly when one of these names goes.
+What it sends and reads is `wire`'s; here is what a pool and a session ask of it.
 """
 
 from __future__ import annotations
 
 import re
 import select
-import struct
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-import pymysql.connections
 from gevent import monkey
 from pymysql import err
 from pymysql.constants import CR, SERVER_STATUS
@@ -27,8 +23,6 @@ from dbsession.green.mysql.wire import Wire
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")  # which, with 0, never waits
 _SET_TRANSACTION = re.compile(r"\s*SET\s+TRANSACTION\b", re.IGNORECASE)
-_EOF = struct.Struct("<xHH")  # an EOF packet's count of warnings, and status
-_StockResult: Any = pymysql.connections.MySQLResult  # its stub leaves the private names out
 _BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 
 
@@ -121,7 +115,8 @@ class Connection(Wire, KnownConnection):
         """Commit, unless the server said that there is nothing to."""
         self.commit_sent = False
         if not self.settled:
-            self._read_rest()
+            if self.unread:
+                self._read_rest()
             self.commit_sent = True
             super().commit()
             self._next_transaction_set = False
@@ -175,18 +170,6 @@ class Connection(Wire, KnownConnection):
             self._next_transaction_set = True
         return affected
 
-    def _execute_command(self, command: int, sql: Any) -> None:
-        if self._result is not None:
-            self._read_rest()
-        super()._execute_command(command, sql)
-
-    def _read_rest(self) -> None:
-        """Read what is left of a server-side stream, which somebody has stopped reading."""
-        if self.unread:
-            if not self._result.left:
-                warnings.warn("Previous unbuffered result was left incomplete", stacklevel=2)  # as PyMySQL does
-            self._result._finish_unbuffered_query()
-
     def _abandon(self) -> None:
         """Nobody waits for the answer any more: close the socket, and have the statement ended at the server."""
         self.gave_up = True
@@ -196,61 +179,3 @@ class Connection(Wire, KnownConnection):
         self._force_close()
         if self._on_abandon is not None and self._epoch == fork.epoch:  # in a forked child it is the parent's
             self._on_abandon(self)
-
-    def _read_query_result(self, unbuffered: bool = False) -> Any:
-        self._result = None
-        result = Result(self)
-        self._answering = True
-        try:
-            if unbuffered:
-                result.init_unbuffered_query()
-            else:
-                result.read()
-        except err.MySQLError:
-            if self._killed_by is not None:  # by LOAD DATA LOCAL, which goes on writing
-                raise self._killed_by from None
-            raise  # an error packet, read in full
-        except BaseException:
-            if self.open:  # in the middle of the answer, where a converter failed, say
-                self._abandon()
-            raise
-        finally:
-            self._answering = False
-            self._killed_by = None
-        self._result = result
-        self._heard = time.monotonic()
-        if result.server_status is not None:
-            self.server_status = result.server_status
-            self._settled = True
-        return result.affected_rows
-
-    def _read_ok_packet(self) -> Any:
-        packet = super()._read_ok_packet()
-        self._settled = True
-        self._heard = time.monotonic()
-        return packet
-
-
-class Result(_StockResult):  # type: ignore[misc]
-    """The answer to one statement, whose last word is kept. Lives until the next one.
-
-    Each OK and EOF packet says whether a transaction is open. Stock PyMySQL drops it after a SELECT, so that its
-    `server_status` is wrong whenever it matters.
-    """
-
-    left = False
-    """Its cursor was closed before its end."""
-
-    def _check_packet_is_eof(self, packet: Any) -> bool:
-        if not packet.is_eof_packet():
-            return False
-        self.warning_count, status = _EOF.unpack_from(packet.get_all_data())
-        self.has_next = status & SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
-        self.server_status = status
-        if self.unbuffered_active:
-            self.connection.server_status = status
-            self.connection._settled = True
-        return True
-
-    def __del__(self) -> None:
-        pass  # stock reads a stream to its end here, wherever the collector found it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import gevent
 import gevent.socket
 import pymysql.connections
 from pymysql import err
-from pymysql.constants import CR
+from pymysql.constants import CR, SERVER_STATUS
 from pymysql.protocol import FieldDescriptorPacket, MysqlPacket
 
 from dbsession.core import fork
@@ -28,8 +29,11 @@ _HEAD = struct.Struct("<IB")  # a packet's length (3 bytes) and number, and the 
 _ERROR = 0xFF
 _AHEAD, _PIECE = 2**13, 2**18  # bytes asked for at once: what the socket's reader has a buffer for; of large packets
 
-# Its stub leaves the private names out.
+_EOF = struct.Struct("<xHH")  # an EOF packet's count of warnings, and status
+
+# Their stubs leave the private names out.
 _Connection: Any = pymysql.connections.Connection
+_StockResult: Any = pymysql.connections.MySQLResult
 
 
 class Wire(_Connection):  # type: ignore[misc]  # of Any
@@ -45,7 +49,9 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
     # Class attributes, so that they are there while PyMySQL's __init__ connects.
     gave_up = False
     """Closed by us, while the server may be well: no reason to mistrust the pool's other connections."""
+    server_status: int
     _epoch = -1
+    _heard = 0.0  # when the last answer came
     _settled = False  # everything sent was answered, and the last answer was no error
     _answering = False
     _killed_by: BaseException | None = None
@@ -81,6 +87,55 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
         self._ahead = b""
         self._at = 0
         super()._force_close()
+
+    # A statement, and its answer.
+
+    def _execute_command(self, command: int, sql: Any) -> None:
+        result = self._result
+        if result is not None and result.unbuffered_active:
+            self._read_rest()
+        super()._execute_command(command, sql)
+
+    def _read_rest(self) -> None:
+        """Read what is left of a server-side stream, which somebody has stopped reading."""
+        if not self._result.left:
+            warnings.warn("Previous unbuffered result was left incomplete", stacklevel=2)  # as PyMySQL does
+        self._result._finish_unbuffered_query()
+
+    def _read_query_result(self, unbuffered: bool = False) -> Any:
+        self._result = None
+        result = Result(self)
+        self._answering = True
+        try:
+            if unbuffered:
+                result.init_unbuffered_query()
+            else:
+                result.read()
+        except err.MySQLError:
+            if self._killed_by is not None:  # by LOAD DATA LOCAL, which goes on writing
+                raise self._killed_by from None
+            raise  # an error packet, read in full
+        except BaseException:
+            if self.open:  # in the middle of the answer, where a converter failed, say
+                self._abandon()
+            raise
+        finally:
+            self._answering = False
+            self._killed_by = None
+        self._result = result
+        self._heard = time.monotonic()
+        if result.server_status is not None:
+            self.server_status = result.server_status
+            self._settled = True
+        return result.affected_rows
+
+    def _read_ok_packet(self) -> Any:
+        packet = super()._read_ok_packet()
+        self._settled = True
+        self._heard = time.monotonic()
+        return packet
+
+    # Its bytes.
 
     def _write_bytes(self, data: Any) -> None:
         self._settled = False
@@ -188,3 +243,28 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
     def _note_kill(self, error: BaseException) -> None:
         if self._answering and self._killed_by is None and not is_from_socket(error):
             self._killed_by = error
+
+
+class Result(_StockResult):  # type: ignore[misc]
+    """The answer to one statement, whose last word is kept. Lives until the next one.
+
+    Each OK and EOF packet says whether a transaction is open. Stock PyMySQL drops it after a SELECT, so that its
+    `server_status` is wrong whenever it matters.
+    """
+
+    left = False
+    """Its cursor was closed before its end."""
+
+    def _check_packet_is_eof(self, packet: Any) -> bool:
+        if not packet.is_eof_packet():
+            return False
+        self.warning_count, status = _EOF.unpack_from(packet.get_all_data())
+        self.has_next = status & SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
+        self.server_status = status
+        if self.unbuffered_active:
+            self.connection.server_status = status
+            self.connection._settled = True
+        return True
+
+    def __del__(self) -> None:
+        pass  # stock reads a stream to its end here, wherever the collector found it
