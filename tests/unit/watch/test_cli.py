@@ -6,6 +6,9 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+from dbsession.watch import cli
 from dbsession.watch.check.findings import LEVELS
 from support.processes import script_env
 
@@ -93,13 +96,19 @@ def test_check_ends_with_2_and_shows_no_secret_when_config_cannot_be_used(tmp_pa
         assert SECRET not in done.stdout + done.stderr
 
 
-def test_wrong_usage_ends_with_2():
-    assert run().returncode == 2
-    assert run("chekc").returncode == 2
+def test_wrong_usage_ends_with_2(capsys):
+    def status(*arguments):
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        return end.value.code
+
+    assert status() == status("chekc") == 2
     for wrong in ("0", "-1", "1.5", "many", ""):
-        done = run("check", f"--workers={wrong}")
-        assert done.returncode == 2 and f"{wrong!r} is no number" in done.stderr and "_" not in done.stderr, done
-    assert run("--help").returncode == 0
+        capsys.readouterr()
+        assert status("check", f"--workers={wrong}") == 2
+        said = capsys.readouterr().err
+        assert f"{wrong!r} is no number" in said and "_" not in said
+    assert status("--help") == 0
 
 
 def test_command_ends_without_a_traceback_when_nobody_reads_its_output(tmp_path):
