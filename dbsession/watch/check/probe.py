@@ -28,6 +28,7 @@ BOUND_S = 15.0
 ROUND_TRIPS = 5
 _ONE = select(literal_column("1", Integer))
 
+
 @dataclass(frozen=True)
 class PoolFacts:
     """What is known of one process's pool.

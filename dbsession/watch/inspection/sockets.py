@@ -111,7 +111,7 @@ def connect(path: Path) -> socket.socket | None:
     """A connection to a process's socket, not blocking; None where nobody listens any more, and the socket is removed.
 
     Raises:
-        NoSocketOfOurs: it is no socket, or not of the user to whom the folder belongs.
+        NoSocketOfOurs: it is no socket, or of a user who is neither root nor has the folder.
         OSError: somebody may listen, and did not take the connection.
     """
     try:
@@ -120,27 +120,23 @@ def connect(path: Path) -> socket.socket | None:
         return None
     if not stat.S_ISSOCK(found.st_mode):
         raise NoSocketOfOurs("there is no socket, but something else of its name")
-    foreign = f"its socket belongs to the user number {found.st_uid}, the folder to {owner}"
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.setblocking(False)  # a Unix socket connects at once or not at all
         connection.connect(str(path))
-    except ConnectionRefusedError:  # said by the kernel: whoever bound it is gone
-        connection.close()
+        failed = None
+    except OSError as error:
+        failed = error
+    if failed is None and found.st_uid in (owner, 0):
+        return connection
+    connection.close()
+    if isinstance(failed, ConnectionRefusedError):  # said by the kernel: whoever bound it is gone
         path.unlink(missing_ok=True)
-        return None
-    except FileNotFoundError:
-        connection.close()
-        return None
-    except OSError:
-        connection.close()
-        if found.st_uid != owner:
-            raise NoSocketOfOurs(foreign) from None
-        raise
-    if found.st_uid != owner:
-        connection.close()
-        raise NoSocketOfOurs(foreign)
-    return connection
+    elif found.st_uid not in (owner, 0):
+        raise NoSocketOfOurs(f"its socket belongs to the user number {found.st_uid}, the folder to {owner}")
+    elif failed is not None and not isinstance(failed, FileNotFoundError):
+        raise failed
+    return None
 
 
 def listen(path: Path, kind: type[Any]) -> Any:
