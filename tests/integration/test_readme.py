@@ -20,7 +20,8 @@ import dbsession
 from dbsession import aio, errors
 from dbsession.core.config import TIMEOUTS
 from dbsession.core.entries import KEYS
-from dbsession.green.mysql import connector
+from dbsession.core.pool.stats import Stats
+from dbsession.green.mysql.backend import PyMySQL
 from support.gunicorn import Gunicorn
 from support.processes import run_python
 from support.uvicorn import Uvicorn
@@ -425,7 +426,7 @@ def test_knob_table_tells_the_defaults():
         "idle_in_transaction_s": f"{manager.database('default').config.idle_in_transaction_s:g}",
         "guard": "off",
         "kill_abandoned": manager.database("default").config.kill_abandoned,
-        "charset": connector.engine_options(manager.database("default").config)["connect_args"]["charset"],
+        "charset": PyMySQL(manager.database("default").config, Stats()).engine_options()["connect_args"]["charset"],
         "pool_size": pool.size(),
         "max_overflow": pool._max_overflow,
         "pool_timeout": f"{pool.timeout():g}",
