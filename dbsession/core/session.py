@@ -18,7 +18,7 @@ from sqlalchemy.orm.session import _SessionCloseState as _State
 from dbsession.core import teardown
 from dbsession.core.connection_info import READ_TIMEOUT, SCOPE, KnownConnection
 from dbsession.core.engine import Database
-from dbsession.core.outcome import is_autocommit, wrote
+from dbsession.core.outcome import wrote
 from dbsession.errors import ConfigError, UnsavedWork
 
 # The connections of the transactions under way in scopes. SQLAlchemy's own finalizer would roll one back wherever the
@@ -179,8 +179,10 @@ def _note_outcome(session: ManagedSession, outcome: str) -> None:
     if scope is None or not session._open_connections:
         return
     lasting = False
+    level = session._database.config.isolation_level
     for held in session._open_connections:
-        if is_autocommit(held, session._database.config):
+        # is_autocommit(), without its call at the end of each transaction
+        if (held.get_execution_options().get("isolation_level") or level) == "AUTOCOMMIT":
             return
         lasting = lasting or held in wrote
     if scope.outcomes:

@@ -73,40 +73,40 @@ class Waiter:
     maker, so nothing here is shared but what wakes it: a callback of its hub's loop, or a native lock.
     """
 
-    __slots__ = ("_lock", "_parked", "home")
+    __slots__ = ("_lock", "_parked", "hub")
 
     def __init__(self) -> None:
-        self.home: Any = here()
-        if self.home is None:
+        self.hub: Any = here()
+        if self.hub is None:
             self._lock = allocate_lock()
             self._lock.acquire()
         else:
-            self._parked: Any = gevent.hub.Waiter(self.home)
+            self._parked: Any = gevent.hub.Waiter(self.hub)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """True once woken, False after `timeout_s` seconds (None: never). Switches greenlets where the thread has a
         hub, blocks the thread where it has none."""
-        if self.home is None:
+        if self.hub is None:
             return bool(self._lock.acquire(timeout=-1 if timeout_s is None else min(timeout_s, TIMEOUT_MAX)))
         # A timer in any case: a loop with nothing to wait for ends, though another thread may still wake us.
-        timer = start_timer(self.home, TIMEOUT_MAX if timeout_s is None else timeout_s, self._parked.switch, False)
+        timer = start_timer(self.hub, TIMEOUT_MAX if timeout_s is None else timeout_s, self._parked.switch, False)
         try:
             return bool(self._parked.get())
         finally:
             timer.close()
 
     def wake(self) -> None:
-        if self.home is None:
+        if self.hub is None:
             try:
                 self._lock.release()
             except RuntimeError:  # woken already
                 pass
             return
-        loop = self.home.loop
+        loop = self.hub.loop
         if loop is None:
             return  # destroyed with its thread, and so is who waited there
         try:
-            if here() is self.home:
+            if here() is self.hub:
                 loop.run_callback(self._parked.switch, True)
             else:
                 loop.run_callback_threadsafe(self._parked.switch, True)

@@ -233,7 +233,7 @@ class FairPool(QueuedPool[_PoolWaiter]):
             return True
         owner = record.info.get(OWNER_HUB)
         if self._waiting and self._max_idle:
-            if owner is not None and next(iter(self._waiting)).home is not owner:
+            if owner is not None and next(iter(self._waiting)).hub is not owner:
                 return False
             self._grant(record)
             return True

@@ -81,7 +81,7 @@ class AsyncMySQL(MySQL):
         if self._killer is not None and wire is not None:
             self._killer.opened(connection, wire, info)
         if wire is not None:
-            wire.done(None)  # the connect timer
+            wire.done()  # the connect timer
 
     # Statements, and the ends of transactions.
 
@@ -110,10 +110,8 @@ class AsyncMySQL(MySQL):
             execute(*arguments)
             return
         info = _info_of(proxied)
-        earlier = wire.expect(self._read_s_of(info))
         try:
-            execute(*arguments)
-            wire.answered()  # the others may send nothing: a ROLLBACK, or a level, of a connection in AUTOCOMMIT
+            wire.within(self._read_s_of(info), execute, *arguments, answers=True)
         except BaseException as error:
             module = context.dialect.loaded_dbapi
             if _is_lost(error, wire):
@@ -121,8 +119,6 @@ class AsyncMySQL(MySQL):
             if self._killer is not None and (wire.late or not isinstance(error, module.Error)):
                 self._killer.abandon_connection(info, module.driver.connect)
             raise
-        finally:
-            wire.done(earlier)
 
     def _read_s_of(self, info: dict[Any, Any]) -> float:
         scope = info.get(SCOPE, _nobody)()
@@ -172,15 +168,12 @@ class AsyncMySQL(MySQL):
         wire = wire_of(connection)
         if wire is None:
             return ask(connection, *arguments)
-        earlier = wire.expect(seconds)
         try:
-            return ask(connection, *arguments)
+            return wire.within(seconds, ask, connection, *arguments)
         except RuntimeError as error:
             if _is_lost(error, wire):
                 raise wire.module.OperationalError(*_RESET) from error
             raise
-        finally:
-            wire.done(earlier)
 
     # Liveness, and the end.
 

@@ -54,7 +54,7 @@ class Wire:
 
     def expect(self, seconds: float) -> float | None:
         """From now on, until `done()`: close the connection when the answer is not there in so many seconds. Returns
-        what `done()` needs: until when what this is a part of is expected."""
+        until when what this is a part of is expected."""
         self._asked = now = self._loop.time()
         earlier, due = self._due, now + seconds
         if earlier is not None and earlier < due:
@@ -67,12 +67,21 @@ class Wire:
             self._timer = self._loop.call_at(due, self._look, context=self._context)
         return earlier
 
-    def done(self, earlier: float | None) -> None:
-        self._due = earlier
+    def done(self) -> None:
+        """Expect nothing any more."""
+        self._due = None
 
-    def answered(self) -> None:
-        """What was asked last was answered, or at least begun to be."""
-        self._heard = self._asked
+    def within(self, seconds: float, ask: Callable[..., Any], *arguments: Any, answers: bool = False) -> Any:
+        """Return what `ask(*arguments)` does, and close the connection when that takes longer. `answers`: the server
+        has answered something then; other calls may send nothing, as a ROLLBACK of a connection in AUTOCOMMIT."""
+        earlier = self.expect(seconds)
+        try:
+            found = ask(*arguments)
+            if answers:
+                self._heard = self._asked
+            return found
+        finally:
+            self._due = earlier
 
     def lives(self, seconds: float) -> bool:
         """Whether it, which is not closed here, answered to something asked less than so many seconds ago, and is not
@@ -142,11 +151,7 @@ class Stream:
         self._ended()
 
     def _within(self, read: Callable[..., Any], *arguments: Any) -> Any:
-        earlier = self._wire.expect(self._seconds)
-        try:
-            return read(*arguments)
-        finally:
-            self._wire.done(earlier)
+        return self._wire.within(self._seconds, read, *arguments)
 
     def _ended(self) -> None:
         if self._wire.unread is self._reader:
