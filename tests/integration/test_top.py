@@ -162,17 +162,21 @@ def test_wrong_usage_ends_with_2_and_a_sentence(arguments, said, capsys):
     assert status == 2 and said in capsys.readouterr().err
 
 
+SIZE = (30, 120)
+# LINES and COLUMNS count more than the terminal's size, and readline, which pytest loads, has set them to 24 and 80.
+TERMINAL = {"TERM": "xterm-256color", "LINES": "30", "COLUMNS": "120"}
+
+
 def in_terminal(*command, keys=b"", env=None):
-    """Exit status and output of a command on a terminal of its own; `keys` are typed whenever it has drawn something:
-    what is typed while it sets the terminal up is lost."""
+    """Exit status and output of a command on a terminal of its own; `keys` are typed once it has drawn something."""
     master, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (30, 120))
+    termios.tcsetwinsize(terminal, SIZE)
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
-        env=script_env({"TERM": "xterm-256color", **(env or {})}),
+        env=script_env({**TERMINAL, **(env or {})}),
         start_new_session=True,
     )
     os.close(terminal)
@@ -189,8 +193,8 @@ def in_terminal(*command, keys=b"", env=None):
                 break
             output += piece
             if keys and b"pause" in output:  # the last line is there
-                with suppress(OSError):  # it has ended
-                    os.write(master, keys)
+                os.write(master, keys)
+                keys = b""
         return process.wait(30), output.decode(errors="replace")
     finally:
         process.kill()
@@ -207,13 +211,13 @@ def test_screen_comes_up_in_a_terminal_and_ends_by_its_key(folder):
 def test_screen_ends_with_its_terminal_when_no_signal_says_so(folder):
     """Whose controlling terminal it is not, as under some supervisors, gets no SIGHUP."""
     master, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (30, 120))
+    termios.tcsetwinsize(terminal, SIZE)
     process = subprocess.Popen(
         [sys.executable, "-m", "dbsession", "top", "--folder", str(folder)],
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
-        env=script_env({"TERM": "xterm-256color"}),
+        env=script_env(TERMINAL),
         start_new_session=True,
     )
     os.close(terminal)
