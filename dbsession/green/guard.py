@@ -26,17 +26,17 @@ GUARDED = (
 class Opened:
     """Who opened a session, and where. Lives as long as the session; keeps nobody alive."""
 
-    __slots__ = ("_greenlet", "_stack", "_thread", "told")
+    __slots__ = ("_greenlet", "_opened_at", "_thread", "told")
 
     def __init__(self) -> None:
         self._greenlet = weakref.ref(ident.current())
         self._thread = ident.thread()
-        self._stack = callsites.users(callsites.outwards(sys._getframe(1)), 1)
+        self._opened_at = callsites.users(callsites.outwards(sys._getframe(1)), 1)
         self.told = False
 
     def __str__(self) -> str:
-        (place,) = callsites.written(self._stack) or (callsites.UNKNOWN,)
-        return f"{ident.name_of(self._greenlet(), self._thread)} at {place}"
+        (site,) = callsites.written(self._opened_at) or (callsites.UNKNOWN,)
+        return f"{ident.name_of(self._greenlet(), self._thread)} at {site}"
 
 
 def guarded(session_class: type[Any], database: str, mode: str) -> type[Any]:
@@ -49,24 +49,24 @@ def guarded(session_class: type[Any], database: str, mode: str) -> type[Any]:
 def _checked(method: Callable[..., Any], database: str, mode: str) -> Callable[..., Any]:
     @functools.wraps(method)
     def checked(session: Any, *args: Any, **kwargs: Any) -> Any:
-        home = session._scope() if session._scope is not None else None
+        owner = session._scope() if session._scope is not None else None
         # Anywhere in the stack: the session of an outer scope may be used inside an inner one. That of a scope that has
         # ended is closed, and says so itself.
-        if home is not None and not home.ended and home not in scope.stack_here():
-            _found(session, home, method.__name__, database, mode)
+        if owner is not None and not owner.ended and owner not in scope.stack_here():
+            _found(session, owner, method.__name__, database, mode)
         return method(session, *args, **kwargs)
 
     return checked
 
 
-def _found(session: Any, home: scope.Scope, verb: str, database: str, mode: str) -> None:
+def _found(session: Any, owner: scope.Scope, verb: str, database: str, mode: str) -> None:
     opened: Opened = session._opened
     if mode == "warn" and opened.told:
         return
     opened.told = True
     foreign = ForeignSession(
-        f"Database {database!r}: the session of {home.label}, opened by {opened}, was used ({verb}) by {Opened()}. Two "
-        "who use one session get each other's rows and transactions. Take the session with get_dbsession() in the "
+        f"Database {database!r}: the session of {owner.label}, opened by {opened}, was used ({verb}) by {Opened()}. "
+        "Two who use one session get each other's rows and transactions. Take the session with get_dbsession() in the "
         "greenlet or thread that uses it, and hand over keys or values in place of its objects."
     )
     if mode == "raise":

@@ -137,7 +137,7 @@ class HeldConnections:
             self.stats.timeouts += 1
 
     def not_connected(self, waited: bool) -> None:
-        """Somebody's connection, for whose place they had perhaps waited, could not be opened."""
+        """Somebody's connection, for whose slot they had perhaps waited, could not be opened."""
         self.stats.unserved += waited
 
     def timeout(self, pool: QueuePool, waiting: int, waited_s: float) -> PoolTimeout:
@@ -159,11 +159,11 @@ class HeldConnections:
                 return sorted((note for note in list(self._notes) if note.in_use), key=lambda note: note.since)
 
     def holders(self) -> tuple[Holder, ...]:
-        """The same, as pictures."""
+        """What people and programs are shown of the connections in use, the longest held first."""
         now = monotonic()
-        return tuple(self.picture(note, now) for note in self.notes())
+        return tuple(self.holder_of(note, now) for note in self.notes())
 
-    def picture(self, note: Checkout, now: float) -> Holder:
+    def holder_of(self, note: Checkout, now: float) -> Holder:
         """`note` for people and programs, at `now` by time.monotonic()."""
         taker = self.name_of(note)
         stack = self.stack_of(note)

@@ -75,7 +75,7 @@ class LeakWatch:
         return soonest
 
     def _report(self, what: str, note: Checkout, taken: float, now: float) -> None:
-        holder = self._held.picture(note, now)
+        holder = self._held.holder_of(note, now)
         earlier = note.reported if note.reported_since == taken else ()
         if not note.in_use or note.since != taken:
             return  # where we are in a thread of our own, it may have come back meanwhile, and gone to somebody else
@@ -111,6 +111,6 @@ class LeakWatch:
 
     def _returned(self, note: Checkout) -> None:
         """A connection that was reported came back. Never waits: it is called in the middle of the return, where a
-        kill would cost the connection's place."""
+        kill would cost the connection's slot."""
         text, held_s = "Database %r: the connection of %s was returned after %.1f s.", time.monotonic() - note.since
         self._aside(partial(logger.info, text, self._held.name, note.reported_as, held_s))
