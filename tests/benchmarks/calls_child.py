@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-import gevent
 import greenlet
 
 Event = tuple[str, str, str]
@@ -25,24 +24,25 @@ ENVIRON = {"REQUEST_METHOD": "GET", "PATH_INFO": "/"}
 WARM = 5
 
 
-def traced(events: list[Event], others: object = None) -> Callable[[FrameType, str, object], None]:
-    """A profile function that appends what happens to frames of dbsession's own, outside the greenlet `others`."""
+def traced(events: list[Event], only: object = None) -> Callable[[FrameType, str, object], None]:
+    """A profile function that appends what happens to frames of dbsession's own; those of the greenlet `only`, if that
+    is given."""
     import dbsession
 
     root = os.path.dirname(dbsession.__file__) + "/"
 
     def profile(frame: FrameType, event: str, _: object) -> None:
         path = frame.f_code.co_filename
-        if event in ("call", "return") and path.startswith(root) and greenlet.getcurrent() is not others:
+        if event in ("call", "return") and path.startswith(root) and only in (None, greenlet.getcurrent()):
             events.append((event, path.removeprefix(root), frame.f_code.co_qualname))
 
     return profile
 
 
 def during(work: Callable[[], object]) -> list[Event]:
-    """In gevent: what `work` does, and not what the Hub does meanwhile."""
+    """In gevent: what `work` does, and not what periodic tasks do in other greenlets meanwhile."""
     events: list[Event] = []
-    sys.setprofile(traced(events, gevent.get_hub()))
+    sys.setprofile(traced(events, greenlet.getcurrent()))
     try:
         work()
     finally:
