@@ -112,7 +112,9 @@ class Managed:
 
     def __init__(self, url: str, variant: Variant) -> None:
         options = {"pool_size": 2, "pool_timeout": 10, **variant.options}
-        entry = {"url": url, "options": options, "ping_idle_s": variant.ping_idle_s}
+        entry = {"url": url, "options": options}
+        if not url.startswith("sqlite"):
+            entry["ping_idle_s"] = variant.ping_idle_s
         self._manager = manager = aio.SessionManager(dict.fromkeys(variant.names, entry))
         self.get, self.scope, self.dispose = manager.get, manager.scope, manager.dispose
         self.run_in_transaction = manager.run_in_transaction
