@@ -1,11 +1,9 @@
-"""The leak watch of asyncio: as the gevent half's, from a thread, whatever the loops do."""
+"""The leak watch of asyncio: from a thread, whatever the loops do; what both halves have is in core/pool."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
-import re
 import textwrap
 import threading
 
@@ -69,61 +67,6 @@ def heard(monkeypatch):
 def managed(tmp_path):
     """Makes a manager of one SQLite database; `managed(**entry)`."""
     return lambda **entry: aio.SessionManager({"default": {"url": f"sqlite:///{tmp_path}/a.db", **entry}})
-
-
-def test_leak_is_told_once_with_holder_and_stack_and_its_return(run, managed, heard):
-    manager = managed(leak_after_s=0.2)
-
-    async def hold(label, end):
-        async with manager.scope(label):
-            await manager.get().execute(text("SELECT 'secret'"))
-            await end.wait()
-
-    async def main():
-        end, other = asyncio.Event(), asyncio.Event()
-        tasks = [asyncio.create_task(hold(label, end)) for label in ("the import", "the export")]
-        said = await heard.told("WARNING", "the import")
-        assert "Database 'default'" in said and "leak_after_s=0.2 s" in said
-        assert "secret" not in said and "last statement: SELECT ?" in said and ".hold in Task-" in said
-        (place,) = said.partition(" Its stack now, innermost first:\n")[2].splitlines()
-        assert place.startswith(f"    {__file__}:") and place.endswith(".hold")
-        await heard.told("WARNING", "the export")
-        for _ in range(20):
-            async with manager.scope("short"):
-                await manager.get().execute(text("SELECT 1"))
-        end.set()
-        await asyncio.gather(*tasks)
-        assert re.search(r"was returned after \d+\.\d s\.$", await heard.told("INFO", "the import"))
-        await heard.told("INFO", "the export")
-        third = asyncio.create_task(hold("the third", other))  # of the same connection
-        await heard.told("WARNING", "the third")
-        other.set()
-        await third
-        await heard.told("INFO", "the third")
-        assert len(heard.lines) == 6, heard.lines
-
-    run(main)
-
-
-def test_idle_transaction_is_told_once_and_only_while_nothing_runs(run, managed, heard):
-    manager = managed(leak_after_s=0, idle_in_transaction_s=0.2)
-
-    async def main():
-        async with manager.scope("tables"):
-            await manager.get().execute(text("CREATE TABLE t (n INTEGER)"))
-            await manager.get().commit()
-        async with manager.engine().connect() as reader:
-            await reader.execute(text("SELECT 1"))
-            await reader.rollback()
-            async with manager.scope("the import"):
-                await manager.get().execute(text("INSERT INTO t VALUES (4711)"))
-                said = await heard.told("WARNING", "the import")
-                assert "idle_in_transaction_s=0.2 s" in said and "INSERT INTO t VALUES (?)" in said
-                assert "4711" not in said
-        await heard.told("INFO", "the import")
-        assert len(heard.lines) == 2, heard.lines
-
-    run(main)
 
 
 def test_leak_is_told_while_the_loop_is_blocked(run, managed, heard):
@@ -210,53 +153,6 @@ def test_handler_that_waits_or_fails_costs_no_other_report_and_holds_no_loop_up(
         for handler in added:
             logger.removeHandler(handler)
     wait_until(lambda: "this handler fails" in capfd.readouterr().err, DEADLINE_S)
-
-
-def test_report_of_a_checkout_that_is_over_says_nothing_of_the_next_one(run, managed, heard):
-    """The watcher reads a note while the loop goes on: what it says holds for the checkout that it saw."""
-    manager = managed(leak_after_s=1000)
-
-    async def main():
-        database = manager.database("default")
-        async with manager.engine().connect():
-            (note,) = database.held.notes()
-            taken = note.since
-        async with manager.engine().connect():
-            database.connections._leaks._report("leak", note, taken, taken + 1001)
-            assert not note.reported
-            note.reported, note.reported_since = ("leak",), taken  # written a moment later still
-            manager.database("default").connections._leaks.look()
-        async with manager.engine().connect():
-            assert not note.reported
-        assert not heard.lines
-
-    run(main)
-
-
-def test_nothing_is_watched_when_both_are_0(run, managed, heard):
-    manager = managed(leak_after_s=0)
-
-    async def main():
-        async with manager.engine().connect():
-            watch = manager.database("default").connections._leaks
-            assert watch not in [reference() for reference in list(holders.leak_watches._all)]
-
-    run(main)
-
-
-def test_watches_end_with_their_engines(run, managed, heard):
-    def used():
-        manager = managed(leak_after_s=0.1)
-
-        async def main():
-            async with manager.engine().connect():
-                own = manager.database("default").connections._leaks
-                return [each for each in holders.leak_watches._all if each() is own]
-
-        return run(main)
-
-    (watch,) = used()
-    wait_until(lambda: gc.collect() >= 0 and watch() is None, DEADLINE_S)
 
 
 START = """

@@ -1,4 +1,4 @@
-"""The leak watch: says once what is held too long, and when it came back; takes nothing away and holds nothing up."""
+"""The leak watch of greenlets and threads, in each mode; what both halves have is in core/pool."""
 
 from __future__ import annotations
 
@@ -93,33 +93,6 @@ def test_leak_is_told_once_with_holder_and_stack_and_its_return(run):
     )
 
 
-def test_idle_transaction_is_told_once_and_only_while_nothing_runs(run):
-    run(
-        """
-        dbsession.configure(configure(leak_after_s=0, idle_in_transaction_s=1))
-        with dbsession.session_scope("tables"):
-            session.execute(text("CREATE TABLE t (n INTEGER)"))
-            session.commit()
-        end = Event()
-        def write():
-            session.execute(text("INSERT INTO t VALUES (4711)"))
-        task = spawn(hold, end, "the import", write)
-        reader = spawn(hold, end, "the reader")  # a SELECT that was read is one, too: for SQLAlchemy
-        said = told("WARNING", "the import")
-        assert "idle_in_transaction_s=1 s" in said and "4711" not in said and "INSERT INTO t VALUES (?)" in said
-        told("WARNING", "the reader")
-        with dbsession.session_scope("another"):
-            session.execute(text("SELECT 1"))
-            sleep(0)
-        end.set()
-        join([task, reader])
-        for label in ("the import", "the reader"):
-            told("INFO", label)
-        assert len(heard) == 4, heard
-        """,
-    )
-
-
 @pytest.mark.parametrize("limit", ["leak_after_s", "idle_in_transaction_s"])
 def test_short_limit_is_kept_when_the_connection_is_taken_after_a_look(run, limit):
     """The pause between two looks is short then, too."""
@@ -137,43 +110,6 @@ def test_short_limit_is_kept_when_the_connection_is_taken_after_a_look(run, limi
         join([task])
         """,
         limit,
-    )
-
-
-def test_nothing_is_watched_when_both_are_0(run):
-    run(
-        """
-        dbsession.configure(configure(leak_after_s=0))
-        with dbsession.session_scope():
-            session.execute(text("SELECT 1"))
-            assert not holders._leak_watch._started and not holders.leak_watches
-        # One more database, with a limit: then there is a watcher, and it leaves the first alone.
-        manager = dbsession.SessionManager(configure("watched", leak_after_s=0.1))
-        end = Event()
-        first = spawn(hold, end, "not watched")
-        with manager.scope("watched"):
-            manager.get("watched").execute(text("SELECT 1"))
-            told("WARNING", "'watched'")
-        told("INFO", "'watched'")
-        end.set()
-        join(first)
-        assert len(holders._leak_watch._started) == 1 and len(heard) == 2, heard
-        """,
-    )
-
-
-def test_each_database_has_its_own_limits(run):
-    run(
-        """
-        dbsession.configure({**configure(leak_after_s=1000), **configure("audit", leak_after_s=0.1)})
-        audit = dbsession.get_dbsession("audit")
-        with dbsession.session_scope("both"):
-            session.execute(text("SELECT 1"))
-            audit.execute(text("SELECT 1"))
-            told("WARNING", "'audit'")
-        told("INFO", "'audit'")
-        assert len(heard) == 2, heard
-        """,
     )
 
 
