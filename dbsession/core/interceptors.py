@@ -1,7 +1,8 @@
 """Interceptors: the one place where an engine's dialect methods are replaced, and where its events are listened to.
 
 A *layer* is an object with methods `around_<name>(inner)`, which return what is called in place of the dialect's method
-(or class) of that name, and `on_<event>`, which listen. `install()` takes the layers of an engine from the innermost to
+(or class) of that name, and `on_<event>`, which listen; `executing(inner, context, *arguments)` stands for the three
+methods that execute a statement. `install()` takes the layers of an engine from the innermost to
 the outermost:
 
     notes        StatementNotes       who executes what, for those who look in
@@ -35,8 +36,9 @@ from dbsession.core.outcome import TransactionWatch
 from dbsession.core.pool.checkout import Checkout
 from dbsession.core.pool.holders import HeldConnections
 
+STATEMENTS = ("do_execute", "do_executemany", "do_execute_no_params")
 REPLACED = (
-    *("connect", "do_execute", "do_executemany", "do_execute_no_params", "execution_ctx_cls"),
+    *("connect", *STATEMENTS, "execution_ctx_cls"),
     *("do_commit", "do_commit_twophase", "do_rollback", "do_rollback_twophase"),
     *("do_ping", "do_terminate", "set_isolation_level", "reset_isolation_level"),
 )
@@ -44,7 +46,7 @@ REPLACED = (
 
 EVENTS = (
     *("do_connect", "connect", "checkin", "reset", "invalidate"),
-    *("do_execute", "do_executemany", "do_execute_no_params", "handle_error"),
+    *(*STATEMENTS, "handle_error"),
 )
 """What of an engine may be listened to."""
 
@@ -57,6 +59,8 @@ def install(engine: Engine, layers: Sequence[Any]) -> None:
             around = getattr(layer, f"around_{name}", None)
             if around is not None:
                 setattr(dialect, name, around(getattr(dialect, name)))
+            elif name in STATEMENTS and hasattr(layer, "executing"):
+                setattr(dialect, name, _around_statement(name, getattr(dialect, name), layer.executing))
     for layer in layers:
         if hasattr(layer, "on_connect_first"):
             event.listen(engine, "connect", layer.on_connect_first, insert=True)
@@ -67,6 +71,21 @@ def install(engine: Engine, layers: Sequence[Any]) -> None:
                 event.listen(engine, name, listener)
 
 
+def _around_statement(name: str, inner: Callable[..., None], executing: Callable[..., None]) -> Callable[..., None]:
+    """Return what is called in place of the dialect's method of that name, which executes a statement."""
+
+    def do_execute(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        executing(inner, context, cursor, statement, parameters, context)
+
+    def do_executemany(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        executing(inner, context, cursor, statement, parameters, context)
+
+    def do_execute_no_params(cursor: Any, statement: str, context: Any = None) -> None:
+        executing(inner, context, cursor, statement, context)
+
+    return {each.__name__: each for each in (do_execute, do_executemany, do_execute_no_params)}[name]
+
+
 class StatementNotes:
     """Notes with which statement a connection in use is busy. Without state.
 
@@ -74,60 +93,23 @@ class StatementNotes:
     """
 
     @staticmethod
-    def around_do_execute(inner: Callable[..., None]) -> Callable[..., None]:
-        def do_execute(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-            note = _begun(statement, context)
-            try:
-                inner(cursor, statement, parameters, context)
-            finally:
-                if note is not None:
-                    note.executing = False
-                    note.changed = monotonic()
-
-        return do_execute
-
-    @staticmethod
-    def around_do_executemany(inner: Callable[..., None]) -> Callable[..., None]:
-        def do_executemany(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-            note = _begun(statement, context)
-            try:
-                inner(cursor, statement, parameters, context)
-            finally:
-                _ended(note)
-
-        return do_executemany
-
-    @staticmethod
-    def around_do_execute_no_params(inner: Callable[..., None]) -> Callable[..., None]:
-        def do_execute_no_params(cursor: Any, statement: str, context: Any = None) -> None:
-            note = _begun(statement, context)
-            try:
-                inner(cursor, statement, context)
-            finally:
-                _ended(note)
-
-        return do_execute_no_params
-
-
-def _begun(statement: str, context: Any) -> Checkout | None:
-    if context is None:  # a recipe of the user's, which names no context
-        return None
-    record = context.root_connection.connection.record_info
-    note: Checkout | None = None if record is None else record.get(CHECKOUT)
-    if note is None:  # SQLAlchemy asks a new server what it can; or it was detached from the pool
-        return None
-    note.statement = statement
-    if note.connection is None:
-        note.connection = weakref.ref(context.root_connection)
-    note.executing = True
-    note.changed = monotonic()
-    return note
-
-
-def _ended(note: Checkout | None) -> None:
-    if note is not None:
-        note.executing = False
+    def executing(inner: Callable[..., None], context: Any, cursor: Any, statement: str, *arguments: Any) -> None:
+        """Execute the statement; `context` is None in a recipe of the user's that names none."""
+        record = None if context is None else context.root_connection.connection.record_info
+        note: Checkout | None = None if record is None else record.get(CHECKOUT)
+        if note is None:  # SQLAlchemy asks a new server what it can; or it was detached from the pool
+            inner(cursor, statement, *arguments)
+            return
+        note.statement = statement
+        if note.connection is None:
+            note.connection = weakref.ref(context.root_connection)
+        note.executing = True
         note.changed = monotonic()
+        try:
+            inner(cursor, statement, *arguments)
+        finally:
+            note.executing = False
+            note.changed = monotonic()
 
 
 class EngineConnections:

@@ -85,33 +85,16 @@ class AsyncMySQL(MySQL):
 
     # Statements, and the ends of transactions.
 
-    def around_do_execute(self, inner: Callable[..., None]) -> Callable[..., None]:
-        def do_execute(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-            self._bounded(context, inner, cursor, statement, parameters, context)
-
-        return do_execute
-
-    def around_do_executemany(self, inner: Callable[..., None]) -> Callable[..., None]:
-        def do_executemany(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-            self._bounded(context, inner, cursor, statement, parameters, context)
-
-        return do_executemany
-
-    def around_do_execute_no_params(self, inner: Callable[..., None]) -> Callable[..., None]:
-        def do_execute_no_params(cursor: Any, statement: str, context: Any = None) -> None:
-            self._bounded(context, inner, cursor, statement, context)
-
-        return do_execute_no_params
-
-    def _bounded(self, context: Any, execute: Callable[..., None], *arguments: Any) -> None:
+    def executing(self, inner: Callable[..., None], context: Any, *arguments: Any) -> None:
+        """Execute a statement whose answer has to be there in time; have it ended at the server if nobody waits."""
         proxied = None if context is None else context.root_connection.connection
         wire = None if proxied is None else wire_of(proxied)
         if proxied is None or wire is None:
-            execute(*arguments)
+            inner(*arguments)
             return
         info = _info_of(proxied)
         try:
-            wire.within(self._read_s_of(info), execute, *arguments, answers=True)
+            wire.within(self._read_s_of(info), inner, *arguments, answers=True)
         except BaseException as error:
             module = context.dialect.loaded_dbapi
             if _is_lost(error, wire):
