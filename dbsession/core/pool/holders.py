@@ -12,6 +12,7 @@ each of its checkouts records its call site and scope as well.
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from dbsession.core.connection_info import CHECKOUT, SCOPE
 from dbsession.core.pool import callsites
 from dbsession.core.pool.checkout import Checkout
-from dbsession.core.pool.stats import Stats
+from dbsession.core.pool.stats import BOUNDS_S, Stats
 from dbsession.core.scope import BaseScope
 from dbsession.core.sql import masked
 from dbsession.errors import PoolTimeout
@@ -91,7 +92,11 @@ class HeldConnections:
         raise NotImplementedError
 
     def stack_of(self, note: Checkout) -> list[callsites.CallSite] | str:
-        """The present stack of who took it, innermost first; or a text that says what has become of them."""
+        """The present stack of who took it, innermost first; or a text that says what has become of them.
+
+        From any thread. What is suspended stands still meanwhile; the frames of one that runs may go on while they are
+        read, so that a line of them is a moment old, but nothing is written to them, and none is kept.
+        """
         raise NotImplementedError
 
     def scopes_of(self, note: Checkout) -> list[BaseScope]:
@@ -118,7 +123,11 @@ class HeldConnections:
             return
         note.in_use = False
         note.statement = note.connection = None  # the first may be large
-        self.stats.holds.add(monotonic() - note.since)
+        held_s, holds = monotonic() - note.since, self.stats.holds
+        holds.counts[bisect_left(BOUNDS_S, held_s)] += 1  # as Histogram.add() does, without its call
+        holds.sum_s += held_s
+        if holds.tell is not None:
+            holds.tell(held_s)
         if note.reported:
             if self.tell is not None and note.reported_since == note.since:
                 self.tell(note)
