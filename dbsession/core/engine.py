@@ -154,9 +154,7 @@ def driver_of(config: DatabaseConfig, examples: str) -> str:
     return driver
 
 
-def _defaults(
-    backend: Backend, options: dict[str, Any], stock_pool: type[Any], fair_pool: type[Any]
-) -> dict[str, Any]:
+def _defaults(backend: Backend, options: dict[str, Any], stock_pool: type[Any], fair_pool: type[Any]) -> dict[str, Any]:
     """Return the arguments below the user's own, as far as the pool class in use takes them."""
     config = backend.config
     if not isinstance(options.get("connect_args", {}), dict):

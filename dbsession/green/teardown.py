@@ -43,7 +43,8 @@ def close_all(sessions: Sessions, label: str) -> None:
                 session.close()
         except BaseException as error:
             failure = core_teardown.not_in_time() if isinstance(error, hub.BoundExceeded) else error
-            kill = kill or _give_up(database, session, label, failure)
+            landed = _give_up(database, session, label, failure)
+            kill = kill or landed
     if kill is not None:
         raise kill
 

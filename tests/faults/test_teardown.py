@@ -10,6 +10,7 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import InvalidRequestError
 
 from dbsession import SessionManager
+from dbsession.green import teardown
 from support.processes import run_python
 
 NAMES = ("a", "b", "c")
@@ -165,6 +166,32 @@ def test_f08_kill_goes_before_an_error(manager):
         for name, error in zip(NAMES, (Boom(), kill, Boom()), strict=True):
             fail_rollback(manager.engine(name), error)
     assert caught.value is kill and in_use(manager) == 0
+
+
+def test_f08_session_that_fails_after_a_kill_is_given_up_as_well(manager, caplog):
+    class Held:  # fails in its close() before that has thrown anything away
+        def __init__(self, error):
+            self.error, self.invalidated = error, False
+
+        def in_transaction(self):
+            return False
+
+        def close(self):
+            raise self.error
+
+        def invalidate(self):
+            self.invalidated = True
+
+    kill = gevent.GreenletExit()
+    databases = [manager.database(name) for name in NAMES]
+    # Closed from the last one on.
+    sessions = [Held(error) for error in (Boom(), SystemExit(), kill)]
+    with pytest.raises(gevent.GreenletExit) as caught:
+        teardown.close_all(dict(zip(databases, sessions, strict=True)), "a job")
+    assert caught.value is kill
+    assert all(session.invalidated for session in sessions)
+    assert [database.stats.teardown_failures for database in databases] == [1, 1, 1]
+    assert len([record for record in caplog.records if record.name == "dbsession.teardown"]) == 3
 
 
 def test_f08_real_kill_at_each_switch_of_a_teardown(mariadb_url):
