@@ -40,8 +40,9 @@ def when_ready(server: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """The same in a worker, which has just imported the application; and serves the worker's snapshot (see
-    `dbsession.serve_snapshots`) where the environment variable DBSESSION_INSPECT names a folder.
+    """In a worker, which has just imported the application: closes what the import used, as `when_ready()` does; and
+    serves the worker's snapshot (see `dbsession.serve_snapshots`) where the environment variable DBSESSION_INSPECT
+    names a folder.
 
     The first worker that a master starts also looks at its databases as `dbsession check` does, with gunicorn's own
     settings, and logs what is wrong. It does so aside: neither its start nor that of the others waits for it. Here and

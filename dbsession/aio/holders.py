@@ -124,7 +124,9 @@ def _outermost(task: Any) -> FrameType | None:
 
 def _suspended(coroutine: Any) -> Iterator[FrameType]:
     """The frames of a coroutine that waits, and of what it awaits, outermost first."""
-    while coroutine is not None:
+    seen = set()  # an awaitable of the user's may refer to whoever awaits it
+    while coroutine is not None and coroutine not in seen:
+        seen.add(coroutine)
         frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
         frame = frame or getattr(coroutine, "ag_frame", None)
         if frame is not None:

@@ -26,7 +26,7 @@ class BaseSessionManager(Generic[Proxy]):
         self._new_proxy = proxy
         self._proxies: dict[str, Proxy] = {}
         self.ready: dict[str, Proxy] = {}
-        """Those of `_proxies` whose names were found right under the present configuration."""
+        """The proxies, of `_proxies`, whose names were found right under the present configuration."""
 
     def _proxy(self, ready: dict[str, Proxy], name: str) -> Proxy:
         """The proxy of `name`, which was found right; `ready` is the dict of the configuration that knew it."""

@@ -182,7 +182,7 @@ class EngineCache:
         return database
 
     def databases(self) -> list[ProcessDatabase]:
-        """Those built so far."""
+        """The databases built so far."""
         return list(self._built.values())
 
     def retire(self) -> None:

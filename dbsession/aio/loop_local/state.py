@@ -128,8 +128,8 @@ class LoopState:
         return value
 
     async def make_async(self, key: Hashable, factory: Callable[[], Awaitable[T]]) -> T:
-        """The same, where others may come in between: they wait. When this task is cancelled or fails, the next one
-        makes it."""
+        """The value of `key`, made by awaiting `factory` when there is none. Whoever else asks meanwhile waits;
+        when this task is cancelled or fails, the next one makes it."""
         async with self._turn(key):
             if key not in self.values:
                 self.values[key] = await factory()
@@ -167,7 +167,8 @@ class LoopState:
             return known
 
     def own_exits(self) -> list[str]:
-        """Those registered in this process, and not in the one that it was forked from; for a report."""
+        """The labels of the exits registered in this process, and not in the one that it was forked from; for a
+        report."""
         return [exit.label for exit in self.exits if exit.pid == os.getpid()]
 
     def to_close(self) -> bool:

@@ -29,7 +29,7 @@ from dbsession.core.pool.checkout import Checkout
 from dbsession.core.pool.stats import BOUNDS_S, Stats
 from dbsession.core.scope import BaseScope
 from dbsession.core.sql import masked
-from dbsession.errors import PoolTimeout
+from dbsession.errors import SHOWN_HOLDERS, PoolTimeout
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,8 @@ class HeldConnections:
         self._backend = backend
         self.stats = stats or Stats()
         self._notes: weakref.WeakSet[Checkout] = weakref.WeakSet()
+        # The holders of which a PoolTimeout told last, and until when the next one tells of them. Replaced in one step.
+        self._told: tuple[float, tuple[Holder, ...]] = (0.0, ())
         self.recording = False
         """Whether checkouts record their call site. Set once, by whoever sees the first leak or PoolTimeout."""
         self.tell: Callable[[Checkout], None] | None = None
@@ -153,16 +155,29 @@ class HeldConnections:
         """The error for whoever has waited in vain."""
         self.recording = True
         sizes = pool.size(), pool.overflow(), pool.checkedout()
-        return PoolTimeout(self.name, *sizes, waiting, waited_s, self.holders())
+        return PoolTimeout(self.name, *sizes, waiting, waited_s, self._holders_for_timeout())
+
+    def _holders_for_timeout(self) -> tuple[Holder, ...]:
+        """The holders; of a large pool perhaps those found just now: a crowd that waits in vain for it spends no more
+        than a fifth of its time, and one copy of them, on saying who they are."""
+        until, found = self._told
+        began = monotonic()
+        if began >= until:
+            found = self.holders()
+            ended = monotonic()
+            if len(found) > SHOWN_HOLDERS:
+                self._told = ended + 4 * (ended - began), found
+        return found
 
     def forget(self) -> None:
         """In a forked child: what was in use belongs to the parent."""
         for note in list(self._notes):
             note.in_use = False
         self._notes = weakref.WeakSet()
+        self._told = (0.0, ())
 
     def notes(self) -> list[Checkout]:
-        """Those in use now, longest first."""
+        """The notes of the connections in use now, longest first."""
         while True:
             with suppress(RuntimeError):  # another thread opened a connection meanwhile
                 return sorted((note for note in list(self._notes) if note.in_use), key=lambda note: note.since)

@@ -227,6 +227,41 @@ def test_place_of_a_task_that_blocks_its_loop_is_told_from_another_thread(run, m
     assert holder.stack[-1].endswith(".blocks")
 
 
+def test_stack_ends_though_what_is_awaited_refers_to_who_awaits_it(run, managed):
+    class Gate:
+        def __init__(self):
+            self.future = asyncio.get_running_loop().create_future()
+
+        def __await__(self):
+            return self
+
+        def __next__(self):  # as a Future's own iterator, once
+            self.future._asyncio_future_blocking = not self.future.done()
+            if self.future.done():
+                raise StopIteration
+            return self.future
+
+    manager = managed()
+
+    async def main():
+        gate = Gate()
+
+        async def holds():
+            await manager.get().execute(text("SELECT 1"))
+            await gate  # at the gate
+
+        gate.waiting = holds()
+        task = asyncio.create_task(gate.waiting)
+        while task.get_coro().cr_await is not gate:
+            await asyncio.sleep(0)
+        (holder,) = held(manager)
+        assert [site.startswith(line_of("at the gate")) for site in holder.stack] == [True]
+        gate.future.set_result(None)
+        await task
+
+    run(main)
+
+
 def test_call_site_is_unknown_where_the_task_is_sqlalchemys_alone(run, managed):
     """As `asyncio.create_task(connection.start())`: who made the task, nobody can tell; the lines of whoever runs the
     loop are not those of the checkout."""

@@ -8,6 +8,7 @@ import gc
 import pickle
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import event, exc, pool, text
@@ -16,8 +17,8 @@ from sqlalchemy.orm import Session
 import dbsession
 from dbsession import PoolTimeout
 from dbsession.core.connection_info import CHECKOUT
-from dbsession.core.pool import callsites
-from dbsession.core.pool.holders import Holder
+from dbsession.core.pool import callsites, holders
+from dbsession.core.pool.holders import HeldConnections, Holder
 from dbsession.errors import SHOWN_HOLDERS
 from support.halves import HALVES, done, entered, on_both_halves, sync
 from support.models import Base, Order
@@ -123,6 +124,29 @@ def test_pool_timeout_shows_the_longest_ten_and_says_how_many_more():
     lines = str(error).splitlines()
     assert [line.split()[1] for line in lines[1:-2]] == [f"{n:02}" for n in range(SHOWN_HOLDERS)]
     assert lines[-2] == "  and 3 more" and len(error.holders) == count
+
+
+def test_crowd_that_waits_in_vain_for_a_large_pool_is_told_of_its_holders_once(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(holders, "monotonic", lambda: clock.now)
+    size, looks = SHOWN_HOLDERS + 1, []
+
+    class Held(HeldConnections):
+        def holders(self):
+            clock.now += 1.0  # as long as it takes
+            looks.append(clock.now)
+            return tuple(holder_of(f"look {len(looks)}") for _ in range(size))
+
+    held = Held("default")
+    full = SimpleNamespace(size=lambda: size, overflow=lambda: 0, checkedout=lambda: size)
+    first, *others = [held.timeout(full, 0, 30.0) for _ in range(1000)]
+    assert len(looks) == 1 and all(each.holders is first.holders for each in others)
+    clock.now += 4.0
+    assert held.timeout(full, 0, 30.0).holders[0].scope == "look 2"
+    held.forget()  # they are the parent's
+    assert held.timeout(full, 0, 30.0).holders[0].scope == "look 3"
+    clock.now, size = clock.now + 4.0, SHOWN_HOLDERS
+    assert [held.timeout(full, 0, 30.0).holders[0].scope for _ in range(2)] == ["look 4", "look 5"]
 
 
 def test_holder_is_written_on_one_line():
