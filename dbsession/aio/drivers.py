@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from dbsession.core.backends import kind_of
+from dbsession.core import backends
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.engine import driver_of
 from dbsession.core.sources import Source
@@ -21,7 +21,7 @@ def twin(config: DatabaseConfig) -> DatabaseConfig:
         ConfigError: [DBS-CONFIG] there is none, or an option has no asyncio counterpart.
     """
     own = driver_of(config, "'mysql+asyncmy://', 'sqlite+aiosqlite:///', 'postgresql+asyncpg://'")
-    driver = kind_of(config.url).ASYNC_DRIVERS.get(own)
+    driver = backends.kind_of(config.url).ASYNC_DRIVERS.get(own)
     if config.reset != "rollback":
         raise ConfigError(
             f"Database {config.name!r}: `reset` is {config.reset!r}, which dbsession.aio does not have. Give "
@@ -34,7 +34,10 @@ def twin(config: DatabaseConfig) -> DatabaseConfig:
         )
     if driver is None:
         return config
-    return replace(config, url=config.url.set(drivername=f"{config.url.get_backend_name()}+{driver}"))
+    url = config.url.set(drivername=f"{config.url.get_backend_name()}+{driver}")
+    if backends.driver_of(url) is None:  # a dialect like PostgreSQL's, which has none for asyncio
+        return config
+    return replace(config, url=url)
 
 
 class TwinSource:

@@ -37,7 +37,7 @@ class DatabaseConfig:
             "off", "warn" (logged, once a session) or "raise". Without the key the environment's DBSESSION_GUARD.
         readonly: each statement is a transaction of its own, and a write is refused (MySQL, MariaDB, SQLite).
 
-    The rest is for MySQL and MariaDB through PyMySQL:
+    The rest is for MySQL and MariaDB by PyMySQL, and but for `write_timeout_s` and `reset` by asyncmy and aiomysql:
 
         connect_timeout_s: seconds for connecting, the handshake included.
         read_timeout_s, write_timeout_s: seconds without a byte from or to the server. The default for reading is above

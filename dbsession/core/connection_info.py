@@ -19,6 +19,10 @@ WIRE = "dbsession.wire"
 """In `info`: what knows whether the connection is `pinging` or has something `unread`, where its DBAPI object does
 not."""
 
+DETACHED_USER = "dbsession.detached_user"
+"""In `info` of a connection detached from its pool, which has no Checkout any more: a weak reference to the Connection
+that has executed something on it."""
+
 CHECKOUT = "dbsession.checkout"
 """In `record_info`: the `core.pool.checkout.Checkout` of whoever uses it."""
 

@@ -2,8 +2,7 @@
 
 A *layer* is an object with methods `around_<name>(inner)`, which return what is called in place of the dialect's method
 (or class) of that name, and `on_<event>`, which listen; `executing(inner, context, *arguments)` stands for the three
-methods that execute a statement. `install()` takes the layers of an engine from the innermost to
-the outermost:
+methods that execute a statement. `install()` takes the layers of an engine from the innermost to the outermost:
 
     notes        StatementNotes       who executes what, for those who look in
     outcome      TransactionWatch     what becomes of a transaction
@@ -31,7 +30,15 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from dbsession.core.backends.base import Backend
-from dbsession.core.connection_info import CHECKOUT, COMMITTING, DOOMED, READ_TIMEOUT, SCOPE, KnownConnection
+from dbsession.core.connection_info import (
+    CHECKOUT,
+    COMMITTING,
+    DETACHED_USER,
+    DOOMED,
+    READ_TIMEOUT,
+    SCOPE,
+    KnownConnection,
+)
 from dbsession.core.outcome import TransactionWatch
 from dbsession.core.pool.checkout import Checkout
 from dbsession.core.pool.holders import HeldConnections
@@ -98,6 +105,8 @@ class StatementNotes:
         record = None if context is None else context.root_connection.connection.record_info
         note: Checkout | None = None if record is None else record.get(CHECKOUT)
         if note is None:  # SQLAlchemy asks a new server what it can; or it was detached from the pool
+            if record is None and context is not None:
+                context.root_connection.connection.info[DETACHED_USER] = weakref.ref(context.root_connection)
             inner(cursor, statement, *arguments)
             return
         note.statement = statement

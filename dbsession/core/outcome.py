@@ -21,7 +21,7 @@ from sqlalchemy.engine import Connection, ExceptionContext, ExecutionContext
 
 from dbsession.core.backends.base import Backend, Verdict
 from dbsession.core.config import DatabaseConfig
-from dbsession.core.connection_info import CHECKOUT, COMMITTING, DOOMED, SCOPE, KnownConnection
+from dbsession.core.connection_info import CHECKOUT, COMMITTING, DETACHED_USER, DOOMED, SCOPE, KnownConnection
 from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, describe
 
 wrote: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -155,7 +155,8 @@ class TransactionWatch:
             driver = dbapi_connection.dbapi_connection
             if isinstance(driver, KnownConnection) and driver.unread:
                 note = (dbapi_connection.record_info or {}).get(CHECKOUT)
-                reader = None if note is None or note.connection is None else note.connection()
+                reference = info.get(DETACHED_USER) if note is None else note.connection
+                reader = None if reference is None else reference()
                 if reader is not None and reader.in_transaction():
                     reader.invalidate()  # not read on for a ROLLBACK; the server rolls back what it has lost
                     return

@@ -121,3 +121,15 @@ def test_nothing_is_killed_when_kill_abandoned_is_off(mariadb, mariadb_url):
         assert manager.database("default").stats.kills == 0
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_server_without_a_processlist_is_connected_to(driver, mariadb_url, monkeypatch):
+    """It answers with 1109, of which the drivers make one error or another."""
+    monkeypatch.setattr("dbsession.aio.mysql.kill.OWN_THREAD", "SELECT ID, HOST FROM information_schema.NO_SUCH_TABLE")
+    manager = aio.SessionManager({"default": mariadb_url.replace("pymysql", driver)})
+
+    async def main():
+        assert await manager.get("default").scalar(text("SELECT 7")) == 7
+
+    asyncio.run(main())

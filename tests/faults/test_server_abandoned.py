@@ -168,6 +168,32 @@ def test_f14_statement_is_ended_behind_a_proxy(mariadb, mariadb_url, with_server
         )
 
 
+def test_f14_nothing_is_said_of_a_kill_while_a_connection_asks_how_it_is_shown(with_server):
+    """What is not known yet is no reason to say, once, that statements are not ended."""
+    with_server(
+        ENDED
+        + """
+    from dbsession.green.mysql import kill
+
+    asked = kill.OWN_THREAD
+    kill.OWN_THREAD = "SELECT 'asking', SLEEP(3)"
+    configure()
+    task = spawn(request)
+    running("'asking'")
+    task.handle.kill()
+    nothing_in_use()
+    assert not warnings, warnings
+
+    kill.OWN_THREAD = asked
+    task = spawn(request, "SELECT 'victim', SLEEP(50)")
+    id = running("'victim'")
+    task.handle.kill()
+    gone(id)
+    assert not warnings, warnings
+    """
+    )
+
+
 def test_f14_nobody_elses_thread_is_killed_when_the_number_is_anothers(with_server):
     """As behind a balancer, which puts the side connection on another server: there our number is someone else's."""
     with_server(

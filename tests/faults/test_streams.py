@@ -60,9 +60,12 @@ def test_stream_that_another_statement_cuts_short_is_warned_about(managed):
         manager.get().execute(text("SELECT 1"))
 
 
-def test_core_connection_goes_on_after_the_rollback_of_an_unread_stream(managed):
+@pytest.mark.parametrize("detached", [False, True], ids=["pooled", "detached"])
+def test_core_connection_goes_on_after_the_rollback_of_an_unread_stream(managed, detached):
     manager = managed()
     with manager.engine().connect() as connection:
+        if detached:
+            connection.detach()
         stream = connection.execution_options(stream_results=True).execute(text("SELECT seq FROM seq_1_to_1000000"))
         stream.fetchone()
         connection.rollback()

@@ -7,6 +7,8 @@ from typing import Any
 
 from dbsession.aio import teardown
 from dbsession.aio.mysql.connection import Wire
+from dbsession.core.backends.base import Verdict
+from dbsession.core.backends.mysql_errors import classify
 from dbsession.core.backends.mysql_kill import OWN_THREAD, TIMEOUT_S, Killer, Thread
 from dbsession.core.pool.stats import Stats
 
@@ -28,16 +30,19 @@ class LoopKiller(Killer):
         thread_id = connection.driver_connection.thread_id()
         host = None
         if isinstance(local, tuple):  # else a Unix socket
-            host = self.host_of(local) or self._ask(connection, local, thread_id, wire.module)
+            peer = wire.transport.get_extra_info("peername")
+            host = self.host_of(local, peer) or self._ask(connection, wire, local, peer, thread_id)
         info[THREAD] = Thread(thread_id, host)
 
-    def _ask(self, connection: Any, local: tuple[Any, ...], thread_id: int, module: Any) -> str | None:
+    def _ask(self, connection: Any, wire: Wire, local: tuple[Any, ...], peer: Any, thread_id: int) -> str | None:
         cursor = connection.cursor()
         try:
             cursor.execute(OWN_THREAD)
-            return self.learn(local, thread_id, cursor.fetchone())
-        except module.ProgrammingError:  # a server that speaks the protocol, and has no such table
-            return None
+            return self.learn(local, peer, thread_id, cursor.fetchone())
+        except wire.module.Error as error:
+            if wire.late or wire.transport.is_closing() or classify(error) is Verdict.DISCONNECT:
+                raise
+            return None  # a server that speaks the protocol, and has no such table
         finally:
             cursor.close()
 

@@ -6,8 +6,8 @@ is another client's. So a connection is known by its thread id and by HOST, addr
 its processlist, and the KILL is sent only to the thread that has both.
 
 Where the server sees our connections as we do, with our own port, HOST is known without asking: the engine's first
-connection has asked for the address. Behind a proxy each connection asks, one round trip as it is opened. By a Unix
-socket all threads look alike, so they are not killed.
+connection from our address to that of the server has asked for it. Behind a proxy each connection asks, one round trip
+as it is opened. By a Unix socket all threads look alike, so they are not killed.
 """
 
 from __future__ import annotations
@@ -57,22 +57,23 @@ class Killer:
         self._name = name
         self._stats = stats
         self._refused = False
-        self._shown: dict[str, str] = {}  # our address -> how the server shows it, where it shows our port, too
+        self._shown: dict[tuple[str, Any], str] = {}
+        """(our address, that of the server) -> how the server shows ours, where it shows our port, too"""
 
-    def host_of(self, local: tuple[Any, ...]) -> str | None:
-        """Return HOST of a connection from `local`, our address and port, if it need not be asked for."""
-        shown = self._shown.get(local[0])
+    def host_of(self, local: tuple[Any, ...], peer: Any) -> str | None:
+        """Return HOST of a connection from `local`, our address and port, to `peer`, if it need not be asked for."""
+        shown = self._shown.get((local[0], peer))
         return None if shown is None else f"{shown}:{local[1]}"
 
-    def learn(self, local: tuple[Any, ...], thread_id: int, row: Any) -> str | None:
-        """Return HOST from the answer to OWN_THREAD by a connection from `local`, which was given this thread id as it
-        connected."""
+    def learn(self, local: tuple[Any, ...], peer: Any, thread_id: int, row: Any) -> str | None:
+        """Return HOST from the answer to OWN_THREAD by a connection from `local` to `peer`, which was given this thread
+        id as it connected."""
         # A proxy that gives us an id of its own may give the server's thread to another client at any time.
         if row is None or row[0] != thread_id or ":" not in row[1]:
             return None
         address, _, port = str(row[1]).rpartition(":")
         if port == str(local[1]):
-            self._shown[local[0]] = address
+            self._shown[local[0], peer] = address
         return str(row[1])
 
     def abandon(self, thread: Thread) -> bool:

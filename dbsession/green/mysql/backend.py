@@ -78,8 +78,7 @@ class PyMySQL(MySQL):
 
     def _connect(self, *cargs: Any, **cparams: Any) -> Any:
         killer = self._killer
-        abandon = None if killer is None else killer.abandon_connection
-        connection = Connection(*cargs, on_abandon=abandon, ping_idle_s=self.config.ping_idle_s, **cparams)
+        connection = Connection(*cargs, ping_idle_s=self.config.ping_idle_s, **cparams)
         try:
             if killer is not None:
                 killer.opened(connection, cparams)

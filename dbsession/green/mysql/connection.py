@@ -31,8 +31,6 @@ class Connection(Wire, KnownConnection):
     ended by any exception: then its socket is closed, and the exception goes on as it is.
 
     Args:
-        on_abandon: called with this connection when nobody waits any more for a statement that may still run at the
-            server. Must not wait.
         ping_idle_s: how long after the last answer a ping() looks at the socket only.
         Others: those of PyMySQL. `connect_timeout` bounds the handshake, too.
     """
@@ -40,12 +38,13 @@ class Connection(Wire, KnownConnection):
     def __init__(
         self,
         *args: Any,
-        on_abandon: Callable[[Connection], None] | None = None,
         ping_idle_s: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self._epoch = fork.epoch
-        self._on_abandon = on_abandon
+        self.on_abandon: Callable[[Connection], None] | None = None
+        """Called with this connection when nobody waits any more for a statement that may still run at the server. Must
+        not wait."""
         self._ping_idle_s = ping_idle_s
         self._heard = 0.0  # when the last answer came
         self._next_transaction_set = False  # by SET TRANSACTION, until the next COMMIT or ROLLBACK
@@ -177,5 +176,5 @@ class Connection(Wire, KnownConnection):
             self._result.unbuffered_active = False
             self._result = None
         self._force_close()
-        if self._on_abandon is not None and self._epoch == fork.epoch:  # in a forked child it is the parent's
-            self._on_abandon(self)
+        if self.on_abandon is not None and self._epoch == fork.epoch:  # in a forked child it is the parent's
+            self.on_abandon(self)

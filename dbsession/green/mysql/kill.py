@@ -42,13 +42,14 @@ class GreenKiller(Killer):
         self.arguments = arguments
         self._note_hub()
         if connection.local is not None:
-            connection.seen_as = self.host_of(connection.local) or self._ask(connection)
+            connection.seen_as = self.host_of(connection.local, connection.peer) or self._ask(connection)
+        connection.on_abandon = self.abandon_connection  # not before: the question itself is nothing to end
 
     def _ask(self, connection: Connection) -> str | None:
         with connection.cursor(Cursor) as cursor:
             try:
                 cursor.execute(OWN_THREAD)
-                return self.learn(connection.local, connection.thread_id(), cursor.fetchone())
+                return self.learn(connection.local, connection.peer, connection.thread_id(), cursor.fetchone())
             except err.MySQLError:
                 if not connection.open:
                     raise
@@ -98,7 +99,9 @@ class GreenKiller(Killer):
         # To the very address that the connection had: its name may mean another server by now.
         timeouts = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), TIMEOUT_S)
         side = Connection(**self.side_arguments() | timeouts | {"defer_connect": True, "cursorclass": Cursor})
-        with socket.create_connection(thread.peer[:2], TIMEOUT_S) as raw:
+        own = self.arguments.get("bind_address")
+        source = None if own is None else (own, 0)
+        with socket.create_connection(thread.peer[:2], TIMEOUT_S, source) as raw:
             side.connect(raw)
             try:
                 with side.cursor() as cursor:

@@ -8,6 +8,8 @@ import threading
 
 import pytest
 from sqlalchemy import URL, event, text
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPool
@@ -85,6 +87,12 @@ def test_driver_is_replaced_by_its_asyncio_twin_and_nothing_else_is(given, wante
     assert after.url == before.url.set(drivername=wanted)
     assert after.url.drivername == wanted and after.url.password == before.url.password
     assert (after.name, after.options, after.leak_after_s) == ("a", {"pool_size": 3}, 5)
+
+
+def test_dialect_like_postgresqls_without_an_asyncio_driver_is_refused_as_such(monkeypatch):
+    monkeypatch.setitem(registry.impls, "likepg.psycopg2", lambda: PGDialect_psycopg2)
+    with pytest.raises(ConfigError, match=r"'likepg\+psycopg2' is not for asyncio"):
+        databases.check(twin(parse("a", "likepg+psycopg2://u@h/db")))
 
 
 @pytest.mark.parametrize(

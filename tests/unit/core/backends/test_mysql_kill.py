@@ -9,6 +9,7 @@ from dbsession.core.backends.mysql_kill import Killer, Thread
 from dbsession.core.pool.stats import Stats
 
 LOCAL = ("127.0.0.1", 40001)
+PEER = ("127.0.0.1", 3306)
 
 
 @pytest.fixture
@@ -30,22 +31,28 @@ def run(killer, thread, *answers):
 
 @pytest.mark.parametrize("shown", ["localhost", "127.0.0.1", "app-3.example", "::1"])
 def test_address_is_asked_for_once_where_the_server_sees_our_port(killer, shown):
-    assert killer.host_of(LOCAL) is None
-    assert killer.learn(LOCAL, 5, (5, f"{shown}:40001")) == f"{shown}:40001"
-    assert killer.host_of(("127.0.0.1", 40002)) == f"{shown}:40002"
-    assert killer.host_of(("10.0.0.9", 40002)) is None  # by another address it may be shown otherwise
+    assert killer.host_of(LOCAL, PEER) is None
+    assert killer.learn(LOCAL, PEER, 5, (5, f"{shown}:40001")) == f"{shown}:40001"
+    assert killer.host_of(("127.0.0.1", 40002), PEER) == f"{shown}:40002"
+    assert killer.host_of(("10.0.0.9", 40002), PEER) is None  # by another address it may be shown otherwise
+
+
+def test_address_is_asked_for_again_where_the_engine_connects_to_another_server(killer):
+    """It may be behind a proxy, which shows another port, or gives ids of its own."""
+    killer.learn(LOCAL, PEER, 5, (5, "127.0.0.1:40001"))
+    assert killer.host_of(("127.0.0.1", 40002), ("127.0.0.1", 6033)) is None
 
 
 def test_each_connection_asks_behind_a_proxy(killer):
-    assert killer.learn(LOCAL, 5, (5, "10.0.0.7:51234")) == "10.0.0.7:51234"
-    assert killer.host_of(("127.0.0.1", 40002)) is None
+    assert killer.learn(LOCAL, PEER, 5, (5, "10.0.0.7:51234")) == "10.0.0.7:51234"
+    assert killer.host_of(("127.0.0.1", 40002), PEER) is None
 
 
 @pytest.mark.parametrize(
     "row", [None, (5, "localhost"), (6, "127.0.0.1:40001")], ids=["none", "a Unix socket", "an id of the proxy's own"]
 )
 def test_thread_that_cannot_be_recognised_is_not_noted_and_that_is_said_once(killer, row, caplog):
-    host = killer.learn(LOCAL, 5, row)
+    host = killer.learn(LOCAL, PEER, 5, row)
     assert host is None
     assert not killer.abandon(Thread(5, host)) and not killer.abandon(Thread(6, host))
     assert not killer.abandoned
