@@ -57,7 +57,8 @@ class HeldByGreenlets(HeldConnections):
             return "its greenlet has ended"
         frame = taker.gr_frame
         if frame is None:  # it runs just now: here, or in another thread
-            frame = sys._getframe() if taker is ident.current() else sys._current_frames().get(note.thread)
+            # The caller's: a frame that is its own variable keeps all that is in it until the next collection.
+            frame = sys._getframe(1) if taker is ident.current() else sys._current_frames().get(note.thread)
             frame = taker.gr_frame or frame  # unless it has stopped meanwhile, and another one runs there
         return callsites.users(callsites.outwards(frame))
 

@@ -155,6 +155,27 @@ def test_place_of_a_greenlet_that_runs_in_another_thread_is_where_it_runs(manage
         thread.join(20)
 
 
+def test_look_of_the_holder_itself_keeps_nobody_alive(managed):
+    manager = managed()
+    looks = []
+
+    def holds():
+        with manager.engine().connect():
+            looks.extend(held(manager))
+
+    gc.collect()
+    gc.disable()
+    try:
+        job = gevent.spawn(holds)
+        job.join()
+        gone = weakref.ref(job)
+        del job
+        gevent.sleep(0)
+        assert gone() is None and len(looks) == 1
+    finally:
+        gc.enable()
+
+
 def test_place_of_a_request_is_the_applications_line(managed):
     """Whatever of ours, of SQLAlchemy's, the driver's and gevent's stands within or between."""
     manager, found = managed(), []
