@@ -184,8 +184,15 @@ class HeldConnections:
 
     def holders(self) -> tuple[Holder, ...]:
         """What people and programs are shown of the connections in use, the longest held first."""
-        now = monotonic()
-        return tuple(self.holder_of(note, now) for note in self.notes())
+        now, found = monotonic(), []
+        for note in self.notes():
+            since = None
+            while note.in_use and note.since != since:  # once; else another thread has handed it on meanwhile
+                since = note.since
+                holder = self.holder_of(note, now)
+            if note.in_use and since is not None:
+                found.append(holder)
+        return tuple(found)
 
     def holder_of(self, note: Checkout, now: float) -> Holder:
         """`note` for people and programs, at `now` by time.monotonic()."""

@@ -290,6 +290,37 @@ async def test_call_sites_and_scopes_are_recorded_after_the_first_pool_timeout(h
     await half.call(connection.close)
 
 
+@on_both_halves
+async def test_holder_of_a_connection_that_is_handed_on_meanwhile_is_the_next_one(half, managed, monkeypatch):
+    """In another thread, between two lines of ours."""
+    manager = managed()
+    connection = await half.call(sync(manager.engine()).connect)
+    held_here = manager.database("default").held
+    (note,) = held_here.notes()
+    stack_of, steps = held_here.stack_of, []
+
+    def handed_on(note):
+        steps.append(note.since)
+        if len(steps) == 1:
+            note.since += 1.0
+            return "the first one's"
+        return stack_of(note)
+
+    monkeypatch.setattr(held_here, "stack_of", handed_on)
+    (holder,) = held(manager)
+    assert len(steps) == 2 and holder.place != "the first one's"
+
+    def given_back(note):
+        note.in_use = False
+        return "nobody's"
+
+    monkeypatch.setattr(held_here, "stack_of", given_back)
+    assert held(manager) == ()
+    note.in_use = True
+    monkeypatch.undo()
+    await half.call(connection.close)
+
+
 def test_stack_ends_after_200_call_sites():
     def deep(n):
         return deep(n - 1) if n else callsites.users(callsites.outwards(__import__("sys")._getframe()))
