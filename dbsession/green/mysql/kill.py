@@ -39,6 +39,8 @@ class GreenKiller(Killer):
 
     def opened(self, connection: Connection, arguments: dict[str, Any]) -> None:
         """Note how the server sees a connection just opened with these arguments: a round trip, unless it is known."""
+        if self._epoch != fork.epoch:
+            self._forget()  # made with the engine, perhaps before a fork
         self.arguments = arguments
         self._note_hub()
         if connection.local is not None:

@@ -1,9 +1,12 @@
-"""green.mysql.kill: from where the side connection goes to the server."""
+"""green.mysql.kill: from where the side connection goes to the server, and who works."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from dbsession.core import fork
 from dbsession.core.backends.mysql_kill import Thread
 from dbsession.core.pool.stats import Stats
 from dbsession.green.mysql import kill
@@ -28,3 +31,19 @@ def test_side_connection_comes_from_the_address_that_the_user_has_bound(argument
     with pytest.raises(Dialled) as caught:
         killer._kill(Thread(5, "h:1", ("10.0.0.1", 3306)))
     assert caught.value.args == (("10.0.0.1", 3306), source)
+
+
+def test_hub_that_connects_in_a_forked_child_does_the_work_of_its_threads(monkeypatch):
+    """As after gunicorn's preload, where the engine is made before the fork."""
+    killer = kill.GreenKiller("shop", Stats())
+    monkeypatch.setattr(fork, "epoch", fork.epoch + 1)
+    main_hub, aside = object(), []
+    monkeypatch.setattr(kill.hub, "here", lambda: main_hub)
+    monkeypatch.setattr(kill.hub, "lasts", lambda: True)
+    monkeypatch.setattr(kill.hub, "run_aside", lambda work, hub: aside.append(hub))
+    monkeypatch.setattr(kill.hub, "run_in_thread", aside.append)
+    connection = SimpleNamespace(local=None, peer=None, seen_as="h:1", thread_id=lambda: 5)
+    killer.opened(connection, {})
+    monkeypatch.setattr(kill.hub, "lasts", lambda: False)  # in a thread
+    connection.on_abandon(connection)
+    assert aside == [main_hub] and [each.id for each in killer.abandoned] == [5]
