@@ -110,11 +110,17 @@ class HeldByTasks(HeldConnections):
         task: Any = note.taker()
         if task is None or task.done():
             return "its task has ended"
-        if not getattr(task.get_coro(), "cr_running", False):
-            return callsites.users(reversed(list(_suspended(task.get_coro()))))
-        if note.thread == _this_thread():
-            return callsites.users(_running_here(sys._getframe(), _outermost(task)))
-        return callsites.users(_running_elsewhere(note.thread, _outermost(task)))
+        if _runs(task):
+            if note.thread == _this_thread():
+                return callsites.users(_running_here(sys._getframe(), _outermost(task)))
+            sites = callsites.users(_running_elsewhere(note.thread, _outermost(task)))
+            if _runs(task):  # else it has stopped meanwhile, and another one runs there
+                return sites
+        return callsites.users(reversed(list(_suspended(task.get_coro()))))
+
+
+def _runs(task: Any) -> bool:
+    return getattr(task.get_coro(), "cr_running", False)
 
 
 def _outermost(task: Any) -> FrameType | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import event, text
@@ -12,6 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_, greenlet_spawn
 
 from dbsession import aio
+from dbsession.aio.holders import HeldByTasks
+from dbsession.core.pool import callsites
 from dbsession.errors import PoolTimeout
 from support.loops import LOOPS, in_loop
 from support.proxy import Proxy
@@ -225,6 +228,38 @@ def test_place_of_a_task_that_blocks_its_loop_is_told_from_another_thread(run, m
     run(main)
     (holder,) = found
     assert holder.stack[-1].endswith(".blocks")
+
+
+def test_task_that_stops_while_its_thread_is_looked_at_is_not_taken_for_the_one_that_runs_there():
+    async def waits():
+        await asyncio.sleep(0)  # where it waits
+
+    waiting = waits()
+    waiting.send(None)
+    runs = [True, False]  # when it is asked
+
+    class Task:
+        def done(self):
+            return False
+
+        def get_coro(self):
+            return Coroutine()
+
+    class Coroutine:
+        cr_frame, cr_await = waiting.cr_frame, waiting.cr_await
+
+        @property
+        def cr_running(self):
+            return runs.pop(0)
+
+    task = Task()
+    note = SimpleNamespace(taker=lambda: task, thread=threading.main_thread().ident)
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(callsites.written(HeldByTasks().stack_of(note))))
+    thread.start()
+    thread.join(DEADLINE_S)
+    assert [site.startswith(line_of("where it waits")) for site in found] == [True] and not runs
+    waiting.close()
 
 
 def test_stack_ends_though_what_is_awaited_refers_to_who_awaits_it(run, managed):
