@@ -132,8 +132,9 @@ class CommitOutcomeUnknown(exc.OperationalError, DBSessionError):
 class PoolTimeout(DBSessionError, exc.TimeoutError):
     """No connection came free in time. Says who holds those there are, longest first.
 
-    Raised where SQLAlchemy would raise its own TimeoutError. `holders` has a `holders.Holder` for each connection in
-    use, of which the text shows the first 10; `database` is None for a pool that no SessionManager made.
+    Raised where SQLAlchemy would raise its own TimeoutError. `holders` has a `Holder` for each connection in use,
+    of which the text shows the first 10; where there are more, those who time out together get the same tuple.
+    `database` is None for a pool that no SessionManager made.
     """
 
     code = "DBS-POOL-TIMEOUT"
