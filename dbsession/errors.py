@@ -20,6 +20,9 @@ class DBSessionError(Exception):
         code = f"[{self.code}]"
         super().__init__(message if message.endswith(code) else f"{message} {code}")  # unpickled, it has it already
 
+    def __str__(self) -> str:
+        return str(self.args[0])  # without what SQLAlchemy's errors add to theirs
+
 
 class ConfigError(DBSessionError, ValueError):
     """The configuration cannot be used. Names the database, the key and the fix; nothing was applied."""
@@ -103,9 +106,6 @@ class RollbackRequired(DBSessionError, exc.PendingRollbackError):
 
     code = "DBS-ROLLBACK"
 
-    def __str__(self) -> str:
-        return str(self.args[0])
-
 
 class CommitOutcomeUnknown(exc.OperationalError, DBSessionError):
     """The connection was lost, killed or timed out at COMMIT: the transaction may have been committed, or not.
@@ -115,15 +115,13 @@ class CommitOutcomeUnknown(exc.OperationalError, DBSessionError):
     """
 
     code = "DBS-COMMIT-UNKNOWN"
+    __str__ = DBSessionError.__str__
 
     def __init__(self, database: str, orig: BaseException, connection_invalidated: bool = False) -> None:
         super().__init__(None, None, orig, connection_invalidated=connection_invalidated)
         self._arguments = (database, orig, connection_invalidated)
         self.database = database
         self.args = (f"Database {database!r}: {MAYBE_COMMITTED} ({describe(orig)}). [{self.code}]",)
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
     def __reduce__(self) -> Any:
         return CommitOutcomeUnknown, self._arguments
@@ -175,9 +173,6 @@ class PoolTimeout(DBSessionError, exc.TimeoutError):
         )
         super().__init__("\n".join(lines))
 
-    def __str__(self) -> str:
-        return str(self.args[0])
-
     def __reduce__(self) -> Any:
         return PoolTimeout, self._arguments
 
@@ -209,6 +204,11 @@ def describe(error: BaseException) -> str:
 
     Never its text: that of a database error carries statements and parameter values.
     """
+    number, name = driver_number(error), type(error).__name__
+    return name if number is None else f"{name} ({number})"
+
+
+def driver_number(error: BaseException) -> int | None:
+    """The number that a driver gave this error, or the one that SQLAlchemy wrapped."""
     number = next(iter(getattr(getattr(error, "orig", error), "args", ())), None)
-    name = type(error).__name__
-    return f"{name} ({number})" if isinstance(number, int) else name
+    return number if isinstance(number, int) else None

@@ -173,10 +173,6 @@ class _Collector(prometheus_client.registry.Collector):
         for metric in _METRICS:
             yield from metric.collect()
 
-    def describe(self) -> Iterable[prometheus_client.Metric]:
-        for metric in _METRICS:
-            yield from metric.describe()
-
 
 class _SharedCollector(prometheus_client.registry.Collector):
     """The metrics of all processes that share the folder."""
@@ -190,9 +186,6 @@ class _SharedCollector(prometheus_client.registry.Collector):
                 return list(self._files.collect())
             hub.sleep(READING_S)
         return list(self._files.collect())
-
-    def describe(self) -> Iterable[prometheus_client.Metric]:
-        return ()  # whatever the files have
 
 
 if metrics_folder.folder() is None:

@@ -19,7 +19,7 @@ from dbsession.core.backends import KINDS, kind_of
 from dbsession.core.backends.base import Backend
 from dbsession.core.backends.mysql import MySQL
 from dbsession.core.backends.sqlite import SQLite
-from dbsession.errors import describe
+from dbsession.errors import describe, driver_number
 from dbsession.green import hub
 
 BOUND_S = 15.0
@@ -157,8 +157,7 @@ def gather(name: str, engine: Engine) -> Facts:
                 found = replace(found, **asked(connection))
             return replace(found, cooperative=_cooperates(connection))
     except Exception as error:  # a driver may raise anything; its text may hold the password and is not shown
-        number = next(iter(getattr(getattr(error, "orig", error), "args", ())), None)
-        return replace(found, error=describe(error), error_number=number if isinstance(number, int) else None)
+        return replace(found, error=describe(error), error_number=driver_number(error))
 
 
 def _blank(name: str, engine: Engine) -> Facts:
@@ -186,25 +185,21 @@ def _latency_ms(connection: Connection) -> float:
 
 
 def _server(connection: Connection) -> dict[str, ServerFacts]:
-    row = connection.exec_driver_sql(
-        "SELECT @@hostname, @@port, CURRENT_USER(), @@session.time_zone, @@system_time_zone,"
-        " TIMESTAMPDIFF(SECOND, UTC_TIMESTAMP(), NOW()), @@session.sql_mode, @@max_connections,"
-        " @@session.max_user_connections, @@session.wait_timeout"
-    ).one()
-    zone = f"SYSTEM ({row[4]})" if row[3] == "SYSTEM" else str(row[3])
+    result = connection.exec_driver_sql(
+        "SELECT @@hostname AS host, @@port AS port, CURRENT_USER() AS account, @@session.time_zone AS time_zone,"
+        " @@system_time_zone AS system_zone, TIMESTAMPDIFF(SECOND, UTC_TIMESTAMP(), NOW()) AS utc_offset_s,"
+        " @@session.sql_mode AS sql_mode, @@max_connections AS max_connections,"
+        " @@session.max_user_connections AS max_user_connections, @@session.wait_timeout AS wait_timeout_s"
+    )
+    found = dict(result.mappings().one())
+    system_zone = found.pop("system_zone")
+    if found["time_zone"] == "SYSTEM":
+        found["time_zone"] = f"SYSTEM ({system_zone})"
     cipher, protocol = (_status(connection, f"SESSION STATUS LIKE 'Ssl_{name}'") for name in ("cipher", "version"))
     server = ServerFacts(
-        host=str(row[0]),
-        port=int(row[1]),
-        account=str(row[2]),
+        **found,
         tls=f"{protocol}, {cipher}" if cipher else None,
-        time_zone=zone,
-        utc_offset_s=int(row[5]),
-        sql_mode=str(row[6]),
         isolation=connection.get_isolation_level(),
-        max_connections=int(row[7]),
-        max_user_connections=int(row[8]),
-        wait_timeout_s=int(row[9]),
         threads_connected=int(_status(connection, "GLOBAL STATUS LIKE 'Threads_connected'")),
     )
     return {"server": server}

@@ -96,13 +96,7 @@ def _log(workers: Workers) -> None:
         if finding.level in ("warning", "error"):
             # In one line, whatever a server or a configuration wrote into it.
             text = plain(" ".join(f"{finding.found}. {finding.change}".split()))
-            _say(finding.level, ", ".join(finding.databases), text)
+            level = logging.ERROR if finding.level == "error" else logging.WARNING
+            logger.log(level, "dbsession check: %s: %s", ", ".join(finding.databases), text)
     if names and report.status == "ok":
         logger.info("dbsession check: nothing is wrong with %s.", ", ".join(names))
-
-
-def _say(level: str, databases: str, text: str) -> None:
-    if level == "error":
-        logger.error("dbsession check: %s: %s", databases, text)
-    else:
-        logger.warning("dbsession check: %s: %s", databases, text)

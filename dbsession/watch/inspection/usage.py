@@ -68,16 +68,14 @@ def _usage(
     databases = [database for key in keys for database in present[key]]
     limits = [database["limit"] for database in databases]
     if before is None:
-        waits, lent, timed_out = _waits(databases), 0, 0
+        lent, timed_out, waits = 0, 0, _counted(databases)[2:]
     else:
-        waits, lent, timed_out = [0] * (len(BOUNDS_S) + 1), 0, 0
-        for key in keys:
-            if key in before:
-                # One that was configured anew has begun at 0, and counts as not risen.
-                pairs = zip(_waits(present[key]), _waits(before[key]), waits, strict=True)
-                waits = [sum_ + max(0, after - earlier) for after, earlier, sum_ in pairs]
-                lent += max(0, _sum(present[key], "checkouts") - _sum(before[key], "checkouts"))
-                timed_out += max(0, _sum(present[key], "timeouts") - _sum(before[key], "timeouts"))
+        risen = [0] * (len(BOUNDS_S) + 3)
+        for key in before.keys() & keys:
+            # One that was configured anew has begun at 0, and counts as not risen.
+            counts = zip(_counted(present[key]), _counted(before[key]), risen, strict=True)
+            risen = [sum_ + max(0, after - earlier) for after, earlier, sum_ in counts]
+        lent, timed_out, *waits = risen
     return Usage(
         database=name,
         pid=pid,
@@ -98,8 +96,10 @@ def _sum(databases: Iterable[dict[str, Any]], count: str) -> int:
     return sum(database[count] for database in databases)
 
 
-def _waits(databases: list[dict[str, Any]]) -> list[int]:
-    return [sum(bucket) for bucket in zip(*(database["waits"]["counts"] for database in databases), strict=True)]
+def _counted(databases: list[dict[str, Any]]) -> list[int]:
+    """The sums of what is counted: the checkouts, those in vain, and the waits by bucket."""
+    counts = ((each["checkouts"], each["timeouts"], *each["waits"]["counts"]) for each in databases)
+    return [sum(column) for column in zip(*counts, strict=True)]
 
 
 def holders(now: Collected) -> list[dict[str, Any]]:
