@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from dbsession.errors import DBSessionError
 from dbsession.watch.check import command
 from dbsession.watch.dashboard import command as dashboard
 from dbsession.watch.top import command as top
+from dbsession.watch.usage_errors import WrongUsage
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)
+    except (WrongUsage, DBSessionError) as error:
+        print(f"dbsession {options.command}: {error}", file=sys.stderr)
+        status = 2
     except BrokenPipeError:  # `| head` has seen enough
         status = 1
     for stream in (sys.stdout, sys.stderr):

@@ -22,14 +22,11 @@ from dbsession.green.manager import SessionManager
 from dbsession.watch.check import report as check
 from dbsession.watch.check.budget import Workers
 from dbsession.watch.check.report import Report
+from dbsession.watch.usage_errors import WrongUsage
 
 _WIDTH = 120
 
 EngineOf = Callable[[str], Engine]
-
-
-class _WrongUsage(Exception):
-    """Its text says what is wrong; exit status 2."""
 
 
 def add_check(commands: Any) -> None:
@@ -73,17 +70,13 @@ def _run(options: argparse.Namespace) -> int:
         # As in a gevent worker, so that the drivers can be judged. That ssl was imported before is its warning.
         warnings.simplefilter("ignore", monkey.MonkeyPatchWarning)
         monkey.patch_all()
-    try:
-        known, engine_of = _databases(options.config)
-        names = options.names or known
-        if not names:
-            raise _WrongUsage(
-                "No database is known: set DBSESSION_URL or DBSESSION_<NAME>_URL, or give --config (and, where that "
-                "is a callable, the names)."
-            )
-    except (_WrongUsage, DBSessionError) as error:
-        print(f"dbsession check: {error}", file=sys.stderr)
-        return 2
+    known, engine_of = _databases(options.config)
+    names = options.names or known
+    if not names:
+        raise WrongUsage(
+            "No database is known: set DBSESSION_URL or DBSESSION_<NAME>_URL, or give --config (and, where that is a "
+            "callable, the names)."
+        )
     workers = Workers.of_environment(options.workers, options.worker_connections)
     report = check.examine(names, engine_of, workers)
     print(json.dumps(report.as_json(), indent=2) if options.json else "\n".join(_lines(report)), flush=True)
@@ -91,7 +84,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _databases(target: str | None) -> tuple[list[str], EngineOf]:
-    """The names that are known, and what gives the engine of one. Raises _WrongUsage, ConfigError."""
+    """The names that are known, and what gives the engine of one. Raises WrongUsage, ConfigError."""
     if target is None:
         return api.manager.known(), api.get_engine
     module_name, _, attribute = target.partition(":")
@@ -99,10 +92,10 @@ def _databases(target: str | None) -> tuple[list[str], EngineOf]:
     try:
         module = importlib.import_module(module_name)
     except DBSessionError as error:
-        raise _WrongUsage(f"--config: importing {module_name!r} failed: {error}") from None
+        raise WrongUsage(f"--config: importing {module_name!r} failed: {error}") from None
     except Exception as error:  # its text may hold anything, a URL with its password too
         missing = f" of {error.name!r}" if isinstance(error, ImportError) and error.name else ""
-        raise _WrongUsage(
+        raise WrongUsage(
             f"--config: importing {module_name!r} failed with {describe(error)}{missing} at "
             f"{raised_at(error)}. Correct the module, or its name; it is looked for in the current folder, too."
         ) from None
@@ -111,10 +104,10 @@ def _databases(target: str | None) -> tuple[list[str], EngineOf]:
     try:
         value = operator.attrgetter(attribute)(module)
     except AttributeError:
-        raise _WrongUsage(f"--config: the module {module_name!r} has no {attribute!r}.") from None
+        raise WrongUsage(f"--config: the module {module_name!r} has no {attribute!r}.") from None
     except Exception as error:
         what = f"{attribute!r} of {module_name!r} failed with {describe(error)} at {raised_at(error)}"
-        raise _WrongUsage(f"--config: reading {what}. Correct it.") from None
+        raise WrongUsage(f"--config: reading {what}. Correct it.") from None
     if isinstance(value, Mapping):
         return list(value), lambda name: _engine_of_mapping(value, name)
     return [], SessionManager(value).engine

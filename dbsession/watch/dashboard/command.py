@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import gevent
-import gevent.socket
 from gevent.pool import Pool
 from gevent.pywsgi import WSGIServer
 
@@ -22,6 +21,7 @@ from dbsession.errors import ConfigError, plain
 from dbsession.watch.dashboard.history import INTERVAL_S, History
 from dbsession.watch.inspection import sockets as folders
 from dbsession.watch.inspection.client import Collected, Workers
+from dbsession.watch.usage_errors import WrongUsage
 
 PORT = 8765
 LOOPBACK = ("127.0.0.1", "::1")
@@ -59,23 +59,15 @@ def _port(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM; return the exit status: 0, or 2 if it cannot start as it was asked to."""
-    problem = _problem(options)
-    if problem is not None:
-        return _refuse(problem)
+    """Serve until SIGINT or SIGTERM; return the exit status."""
+    _check(options)
     history, workers, path = History(), Workers(options.folder), None
-    host, port = options.host or LOOPBACK[0], PORT if options.port is None else options.port
-    try:
-        history.add(workers.look(WORKER_TIMEOUT_S))
-        if options.socket:
-            path = _free_path(options.folder)
-            listener = folders.listen(path, gevent.socket.socket)
-        else:
-            listener = _listen(host, port)
-    except ConfigError as error:
-        return _refuse(str(error))
-    except OSError as error:
-        return _refuse(f"{_address(host, port)} cannot be listened on ({error.strerror}): choose another --port.")
+    history.add(workers.look(WORKER_TIMEOUT_S))
+    if options.socket:
+        path = _free_path(options.folder)
+        listener = folders.listen(path, socket.socket)
+    else:
+        listener = _listen(options.host or LOOPBACK[0], PORT if options.port is None else options.port)
     try:
         _serve(listener, path, history, workers, options.folder)
     finally:
@@ -84,42 +76,32 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _problem(options: argparse.Namespace) -> str | None:
-    """Why it cannot be started so, as a sentence."""
+def _check(options: argparse.Namespace) -> None:
     if not options.folder:
-        return folders.UNNAMED
+        raise WrongUsage(folders.UNNAMED)
     if not Path(options.folder).is_dir():
-        return (
+        raise WrongUsage(
             f"The folder {options.folder!r} does not exist: name the one that {folders.VARIABLE} names to the workers."
         )
     if options.socket and (options.host, options.port) != (None, None):
-        return "--socket stands in place of --host and --port: leave them out."
+        raise WrongUsage("--socket stands in place of --host and --port: leave them out.")
     if options.host not in (None, *LOOPBACK):
-        return (
+        raise WrongUsage(
             f"--host {plain(options.host)} is refused: the dashboard asks nobody who they are, so it listens on "
             f"{' or '.join(LOOPBACK)} only. From another machine say `ssh -L {PORT}:127.0.0.1:{PORT} HOST` and open "
             f"http://127.0.0.1:{PORT}/ there."
         )
     if importlib.util.find_spec("flask") is None:
-        return "The dashboard needs Flask: pip install 'dbsession[dashboard]'."
-    return None
+        raise WrongUsage("The dashboard needs Flask: pip install 'dbsession[dashboard]'.")
 
 
-def _refuse(sentence: str) -> int:
-    print(f"dbsession dashboard: {sentence}", file=sys.stderr)
-    return 2
-
-
-def _listen(host: str, port: int) -> Any:
-    listener = gevent.socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(CLIENTS)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
+        return socket.create_server((host, port), family=family, backlog=CLIENTS)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise WrongUsage(f"{_address(host, port)} cannot be listened on ({reason}): choose another --port.") from None
 
 
 def _free_path(folder: str) -> Path:
@@ -144,7 +126,7 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _serve(listener: Any, path: Path | None, history: History, workers: Workers, folder: str) -> None:
+def _serve(listener: socket.socket, path: Path | None, history: History, workers: Workers, folder: str) -> None:
     from dbsession.watch.dashboard.app import create_app  # Flask is an extra
 
     if path is not None:
@@ -155,6 +137,7 @@ def _serve(listener: Any, path: Path | None, history: History, workers: Workers,
         where = f"http://{there}/"
     tunnel = f"ssh -L {port}:{plain(there)} HOST", f"http://127.0.0.1:{port}/"
     app = create_app(history, plain(os.path.abspath(folder)), tunnel)
+    listener.setblocking(False)  # whoever knocked may have gone when gevent takes the connection
     # No access log: one line for each poll of each page says nothing.
     server = WSGIServer(listener, app, spawn=Pool(CLIENTS), log=None)
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -8,11 +8,12 @@ import json
 import sys
 from typing import Any
 
-from dbsession.errors import ConfigError, plain
+from dbsession.errors import plain
 from dbsession.watch.inspection import sockets as folders
 from dbsession.watch.inspection.client import Collected, collect, none_answers, summary
 from dbsession.watch.inspection.usage import Usage, holders, usage
 from dbsession.watch.top.text import duration, table
+from dbsession.watch.usage_errors import WrongUsage
 
 
 def add_top(commands: Any) -> None:
@@ -44,13 +45,10 @@ def _interval(text: str) -> float:
 def _run(options: argparse.Namespace) -> int:
     """The exit status: 0, 1 when no worker answers (not on the screen, which waits for one), 2 wrong usage."""
     if not options.folder:
-        return _refuse(folders.UNNAMED)
+        raise WrongUsage(folders.UNNAMED)
     if not (options.once or options.json):
         return _live(options)
-    try:
-        now = collect(options.folder, text=str if options.json else plain)  # JSON has escapes of its own
-    except ConfigError as error:
-        return _refuse(str(error))
+    now = collect(options.folder, text=str if options.json else plain)  # JSON has escapes of its own
     if options.json:
         print(json.dumps({"workers": now.workers, "silent": now.silent, "unreadable": now.unreadable}))
     elif now.workers:
@@ -61,16 +59,11 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse(sentence: str) -> int:
-    print(f"dbsession top: {sentence}", file=sys.stderr)
-    return 2
-
-
 def _live(options: argparse.Namespace) -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return _refuse("This is no terminal: use --once or --json.")
+        raise WrongUsage("This is no terminal: use --once or --json.")
     if importlib.util.find_spec("textual") is None:
-        return _refuse("The screen needs textual: pip install 'dbsession[top]'. (--once and --json do not.)")
+        raise WrongUsage("The screen needs textual: pip install 'dbsession[top]'. (--once and --json do not.)")
     from dbsession.watch.top.screen import Top
 
     Top(options.folder, options.interval).run()
