@@ -10,6 +10,7 @@ from typing import Any
 from dbsession.core import backends
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.engine import driver_of
+from dbsession.core.entries import refuse_useless_keys
 from dbsession.core.sources import Source
 from dbsession.errors import ConfigError
 
@@ -22,6 +23,7 @@ def twin(config: DatabaseConfig) -> DatabaseConfig:
     """
     own = driver_of(config, "'mysql+asyncmy://', 'sqlite+aiosqlite:///', 'postgresql+asyncpg://'")
     driver = backends.kind_of(config.url).ASYNC_DRIVERS.get(own)
+    refuse_useless_keys(config, own, driver or own)  # those of the other half's driver, too: an entry may serve both
     if config.reset != "rollback":
         raise ConfigError(
             f"Database {config.name!r}: `reset` is {config.reset!r}, which dbsession.aio does not have. Give "

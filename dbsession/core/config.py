@@ -36,6 +36,7 @@ class DatabaseConfig:
         guard: what becomes of a Session object used by another greenlet or thread than the one whose scope owns it:
             "off", "warn" (logged, once a session) or "raise". Without the key the environment's DBSESSION_GUARD.
         readonly: each statement is a transaction of its own, and a write is refused (MySQL, MariaDB, SQLite).
+        given: the keys that its entry had.
 
     The rest is for MySQL and MariaDB by PyMySQL, and but for `write_timeout_s` and `reset` by asyncmy and aiomysql:
 
@@ -64,6 +65,7 @@ class DatabaseConfig:
     leak_after_s: float = 60.0
     idle_in_transaction_s: float = 0.0
     guard: str = "off"
+    given: tuple[str, ...] = ()
 
     @cached_property  # asked at the end of each transaction
     def isolation_level(self) -> str | None:

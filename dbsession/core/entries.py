@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from dbsession.core.backends import KINDS, driver_of, kind_of
+from dbsession.core.backends import KINDS, kind_of
 from dbsession.core.config import GUARDS, RESETS, TIMEOUTS, DatabaseConfig, positive_seconds, seconds, shown
 from dbsession.errors import ConfigError
 
@@ -28,8 +28,8 @@ def parse(name: object, entry: object) -> DatabaseConfig:
 
     Args:
         name: the database's name, a non-empty string.
-        entry: a URL string, a `sqlalchemy.URL`, or a mapping with COMMON_KEYS and those that its backend takes
-            by its driver.
+        entry: a URL string, a `sqlalchemy.URL`, or a mapping whose keys are among KEYS. Whether one of them
+            would do nothing is seen when the engine is built, which knows the driver.
 
     Raises:
         ConfigError: [DBS-CONFIG] naming the database, the key and the fix.
@@ -62,7 +62,6 @@ def parse(name: object, entry: object) -> DatabaseConfig:
                 "name. Remove the key, or configure a second database under another name."
             )
     url = _url(name, entry["url"])
-    _refuse_what_does_nothing(name, url, entry)
     rest: dict[str, Any] = {}
     for key in ("busy_timeout_s", "ping_idle_s", "leak_after_s", "idle_in_transaction_s"):
         if key in entry:
@@ -87,27 +86,21 @@ def parse(name: object, entry: object) -> DatabaseConfig:
         raise ConfigError(
             f"Database {name!r}: `readonly` sets the isolation level AUTOCOMMIT: remove the one in `options`."
         )
-    return DatabaseConfig(name, url, options, session, **rest)
+    return DatabaseConfig(name, url, options, session, given=tuple(entry), **rest)
 
 
-def _refuse_what_does_nothing(name: str, url: URL, entry: Mapping[Any, Any]) -> None:
-    driver = driver_of(url)
-    if driver is None:
-        return  # an unknown dialect, which is an error of its own when the engine is built
-    taken = kind_of(url).keys(driver)
-    for key in entry:
-        if key in COMMON_KEYS or key in taken:
-            continue
+def refuse_useless_keys(config: DatabaseConfig, *drivers: str) -> None:
+    """Raise ConfigError if a key that was given would do nothing by any of these drivers."""
+    kind = kind_of(config.url)
+    for key in sorted(set(config.given).difference(COMMON_KEYS, *map(kind.keys, drivers))):
         takers = []
-        for kind in dict.fromkeys(KINDS.values()):
-            drivers = [each for each, keys in kind.DRIVER_KEYS.items() if key in keys]
-            if drivers:
-                takers.append(f"{kind.TITLE} by {' or '.join(drivers)}")
-            elif key in kind.KEYS:
-                takers.append(kind.TITLE)
+        for other in dict.fromkeys(KINDS.values()):
+            known = [driver for driver, keys in other.DRIVER_KEYS.items() if key in keys]
+            if known or key in other.KEYS:
+                takers.append(f"{other.TITLE} by {' or '.join(known)}" if known else other.TITLE)
         instead = "; give it a user that may only read" if key == "readonly" else ""
         raise ConfigError(
-            f"Database {name!r}: `{key}` does nothing on {url.get_backend_name()}+{driver}, it is for "
+            f"Database {config.name!r}: `{key}` does nothing on {config.backend}+{drivers[0]}, it is for "
             f"{', '.join(takers)}. Remove it{instead}."
         )
 

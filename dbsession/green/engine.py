@@ -11,6 +11,7 @@ from sqlalchemy.pool import QueuePool
 
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.engine import Database, all_databases, driver_of, made
+from dbsession.core.entries import refuse_useless_keys
 from dbsession.core.sources import Source
 from dbsession.errors import ConfigError
 from dbsession.green import ident
@@ -82,9 +83,11 @@ def build(config: DatabaseConfig, owner: Any) -> ProcessDatabase:
     """Build the engine of `config`. Imports the driver; no connection is made.
 
     Raises:
-        ConfigError: [DBS-CONFIG] a missing driver, an option that create_engine refuses.
+        ConfigError: [DBS-CONFIG] a missing driver, a key that would do nothing by it, an option that create_engine
+            refuses.
     """
-    driver_of(config, "'mysql+pymysql://', 'sqlite:///', 'postgresql+psycopg://'")
+    driver = driver_of(config, "'mysql+pymysql://', 'sqlite:///', 'postgresql+psycopg://'")
+    refuse_useless_keys(config, driver)
     connections = GreenConnections(config)
     engine = made(
         connections.backend,

@@ -300,7 +300,6 @@ def test_nothing_printable_shows_a_password():
         {"kill_abandoned": "yes"},
         {"readonly": 1},
         {"readonly": True, "options": {"isolation_level": "READ COMMITTED"}},
-        {"readonly": True, "url": "postgresql+psycopg://h/db"},
         {"ping_idle_s": -1},
     ],
     ids=repr,
