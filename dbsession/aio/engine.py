@@ -41,18 +41,10 @@ class LoopDatabase(Database):
     engine: AsyncEngine
     factory: async_sessionmaker[Any]
 
-    def __init__(
-        self,
-        owner: Any,
-        source: Source,
-        config: DatabaseConfig,
-        engine: AsyncEngine,
-        connections: LoopConnections,
-        factory: async_sessionmaker[Any],
-    ) -> None:
-        super().__init__(config, owner, engine, factory, connections.held)
+    def __init__(self, owner: Any, source: Source, parts: _Parts) -> None:
+        config, engine, self.connections, factory = parts
+        super().__init__(config, owner, engine, factory, self.connections.held)
         self.source = source
-        self.connections = connections
         self.loop = asyncio.get_running_loop()
 
     def retire(self) -> None:
@@ -135,7 +127,7 @@ class LoopDatabases:
         return found
 
     def _build(self, name: str, source: Source) -> LoopDatabase:
-        database = LoopDatabase(self._owner, source, *_parts(source.lookup(name)))
+        database = LoopDatabase(self._owner, source, _parts(source.lookup(name)))
         self._built[name] = database
         database.listeners.notify()  # who may ask for it
         return database

@@ -19,7 +19,7 @@ import inspect
 import os
 import sys
 from _thread import get_ident
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
@@ -51,12 +51,10 @@ class Scope(BaseScope):
         open."""
         await teardown.close_all(self.sessions, self.label)
 
-    async def leave(self) -> None:
-        """Take it off the stack on which it was opened, and end it. A cancellation passes."""
+    def leave(self) -> Coroutine[Any, Any, None]:
+        """Take it off the stack on which it was opened, and return what ends it: see `end`."""
         self._stack.unlink(self)
-        self.ended = True
-        if self.sessions:
-            await teardown.close_all(self.sessions, self.label)
+        return self.end()
 
     async def end(self) -> None:
         """Close every session and refuse new ones. Idempotent. A cancellation that lands on the way is raised after
@@ -126,30 +124,22 @@ def stack_here() -> Stack:
     if stack is None or stack.thread != get_ident() or current_task(stack.loop) is not stack.task:
         try:
             task: Any = current_task()
-        except RuntimeError:  # no loop runs here
-            task = None
+        except RuntimeError:
+            raise ScopeRequired(
+                "A session of dbsession.aio was used in a thread without a running event loop. It belongs to a task: "
+                "use it in an `async def` function (a framework runs `def` endpoints in threads), or take "
+                "dbsession.get_dbsession() inside `with dbsession.session_scope():` here."
+            ) from None
         if task is None:
-            raise _no_task()
+            raise ScopeRequired(
+                "A session of dbsession.aio was used in a callback of the event loop, where no task runs: nothing "
+                "would close it, and all callbacks would share it. Do the work in a task: asyncio.create_task(...)."
+            )
         stack = getattr(task, "_dbsession_aio", None)
         if stack is None:
             stack = task._dbsession_aio = Stack(task)  # as an attribute it goes with the task
         _here.set(stack)
     return stack
-
-
-def _no_task() -> ScopeRequired:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return ScopeRequired(
-            "A session of dbsession.aio was used in a thread without a running event loop. It belongs to a task: use "
-            "it in an `async def` function (a framework runs `def` endpoints in threads), or take "
-            "dbsession.get_dbsession() inside `with dbsession.session_scope():` here."
-        )
-    return ScopeRequired(
-        "A session of dbsession.aio was used in a callback of the event loop, where no task runs: nothing would "
-        "close it, and all callbacks would share it. Do the work in a task: asyncio.create_task(...)."
-    )
 
 
 def current() -> Scope | None:

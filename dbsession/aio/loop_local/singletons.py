@@ -122,11 +122,13 @@ def key_to_evict(what: object, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 class Kept(Generic[T]):
     """Awaitable any number of times, in any loop: gives what the loop keeps under a key, made where it is missing."""
 
-    __slots__ = ("key",)
+    __slots__ = ("_factory", "key")
+    _factory: Callable[[], Any]
     key: Hashable
 
     def _make(self, state: LoopState) -> Awaitable[T]:
-        raise NotImplementedError
+        made: Awaitable[T] = self._factory()
+        return made
 
     def __await__(self) -> Generator[Any, Any, T]:
         try:
@@ -144,15 +146,12 @@ class Kept(Generic[T]):
 class Call(Kept[T], Coroutine[Any, Any, T]):
     """One call of an `async def` singleton: a coroutine, so that create_task() takes it."""
 
-    __slots__ = ("_factory", "_steps")
+    __slots__ = ("_steps",)
 
     def __init__(self, key: Hashable, factory: Callable[[], Awaitable[T]]) -> None:
         self.key = key
         self._factory = factory
         self._steps: Generator[Any, Any, T] | None = None
-
-    def _make(self, state: LoopState) -> Awaitable[T]:
-        return self._factory()
 
     def _stepped(self) -> Generator[Any, Any, T]:
         if self._steps is None:
@@ -172,7 +171,7 @@ class Call(Kept[T], Coroutine[Any, Any, T]):
 class Sticky(Kept[T]):
     """An asynchronous context manager that is entered once per loop, at the first `async with` or `await`."""
 
-    __slots__ = ("_factory", "_label")
+    __slots__ = ("_label",)
 
     def __init__(self, key: Hashable, label: str, factory: Callable[..., AbstractAsyncContextManager[T, Any]]) -> None:
         self.key = key

@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Hashable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from dbsession import errors
@@ -32,17 +33,15 @@ _MORE_MEANWHILE = 10  # exits, beyond as many as there were, that may be registe
 logger = logging.getLogger("dbsession.aio.loop_local")
 
 
+@dataclass(eq=False, slots=True)
 class Exit:
     """One callback to be awaited when its loop's resources are closed, in the context it was registered in."""
 
-    __slots__ = ("callback", "context", "key", "label", "pid")
-
-    def __init__(self, callback: Callback, label: str, key: Hashable = None) -> None:
-        self.callback = callback
-        self.label = label
-        self.key = key  # of the value that ends with it
-        self.context = contextvars.copy_context()
-        self.pid = os.getpid()
+    callback: Callback
+    label: str
+    key: Hashable = None  # of the value that ends with it
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+    pid: int = field(default_factory=os.getpid)
 
     def start(self) -> asyncio.Task[None]:
         # Not by the loop's create_task(): a task factory of the user may fail, or take no context.
@@ -212,15 +211,13 @@ class LoopState:
                 failures.append(_still_used(self.exits))
             else:
                 self.clear()
-        if not failures:
-            if cancelled is not None:
-                raise cancelled
-            return
-        group = BaseExceptionGroup(f"{len(failures)} exits failed while a loop's resources were closed", failures)
-        if cancelled is None:
-            raise group
-        report(asyncio.get_running_loop(), group)
-        raise cancelled
+        if failures:
+            group = BaseExceptionGroup(f"{len(failures)} exits failed while a loop's resources were closed", failures)
+            if cancelled is None:
+                raise group
+            report(asyncio.get_running_loop(), group)
+        if cancelled is not None:
+            raise cancelled
 
     def clear(self) -> None:
         self.storage.clear()
@@ -228,10 +225,7 @@ class LoopState:
         self.exits.clear()
 
     def _turn(self, key: Hashable) -> Turn:
-        turn = self.turns.get(key)
-        if turn is None:
-            turn = self.turns[key] = Turn(self, key)
-        return turn
+        return self.turns.setdefault(key, Turn(self, key))
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if self.exits and not is_finalizing() and (never_ran := self.own_exits()):
@@ -258,7 +252,8 @@ def _failure(task: asyncio.Task[None], label: str, timeout_s: float | None) -> B
     """What became of an exit; `timeout_s` is the time it overran, if it did."""
     raised = None
     if not task.done():
-        task.add_done_callback(_take_exception)
+        # It goes on after its cancellation. Its failure is reported now, so that asyncio need not do it again.
+        task.add_done_callback(lambda late: late.cancelled() or late.exception())
     elif not task.cancelled():
         raised = task.exception()
     if timeout_s is not None:
@@ -278,12 +273,6 @@ def _still_used(exits: dict[Exit, None]) -> errors.ExitUnfinished:
         f"Tasks of the loop went on using what was being closed, so that it was made again and again; left open: "
         f"{labels}. End these tasks before."
     )
-
-
-def _take_exception(task: asyncio.Task[None]) -> None:
-    """Of an exit that went on after its cancellation: its failure was reported, asyncio need not do it again."""
-    if not task.cancelled():
-        task.exception()
 
 
 def report(loop: asyncio.AbstractEventLoop, group: BaseException) -> None:
