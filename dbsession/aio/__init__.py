@@ -80,13 +80,9 @@ manager = SessionManager()
 
 
 def configure(databases: Databases | None = None) -> None:
-    """Set the databases of the process's asyncio half. Without it, those of `dbsession.configure` and of the
-    environment are used, each driver replaced by its asyncio twin (PyMySQL by asyncmy, pysqlite by aiosqlite).
-
-    Engines are built in each event loop on first use; see `SessionManager.configure` for what becomes of earlier ones.
-
-    Raises:
-        ConfigError: [DBS-CONFIG] naming the database, the key and the fix; nothing was applied.
+    """Set the databases of the process's asyncio half; see `SessionManager.configure`. Without it, those of
+    `dbsession.configure` and of the environment are used, each driver replaced by its asyncio twin (PyMySQL by asyncmy,
+    pysqlite by aiosqlite).
     """
     manager.configure(databases)
 
@@ -99,13 +95,8 @@ def get_dbsession(name: str = "default") -> AsyncScopedSession:
     first use there and closed when the scope ends: at the end of the request, of the `session_scope()`, or of the
     task. A child task (gather, TaskGroup, create_task) has a scope, and so a session, of its own.
 
-    Never awaits. Before `configure` the name is not checked until the first use.
-
-    Raises:
-        UnknownDatabase: [DBS-UNKNOWN] no such name; the text lists those there are.
-        ConfigError: [DBS-CONFIG] what the callable or the environment says of it cannot be used.
-
-    Using the session may raise ScopeRequired (in a callback of the loop, or in a thread) and ScopeEnded.
+    Never awaits. Raises, and checks the name, as `dbsession.get_dbsession`. Using the session may raise ScopeRequired
+    (in a callback of the loop, or in a thread) and ScopeEnded.
     """
     try:
         return manager.ready[name]
@@ -128,12 +119,7 @@ async def release_dbsession(*names: str) -> None:
     the named databases) and give their connections back.
 
     The sessions stay usable and their objects attached but expired: `await session.refresh(one)` before it is read,
-    which checks a connection out again. A write is seen by its statement's verb.
-
-    Raises:
-        UnsavedWork: [DBS-UNSAVED] new, dirty or deleted objects, or a write sent since the last commit. Nothing was
-            changed: commit or roll back first.
-        UnknownDatabase: [DBS-UNKNOWN].
+    which checks a connection out again. Raises as `dbsession.release_dbsession`, such as UnsavedWork.
     """
     await manager.release(*names)
 
@@ -159,13 +145,8 @@ def snapshot() -> Snapshot:
 
 
 def on_engine_created(fn: L) -> L:
-    """Call `fn(name, engine)` for each named engine when it is built, and at once for those that there are, of both
-    halves of dbsession: see `dbsession.on_engine_created`. Of an async engine `fn` gets the `sync_engine`, on which
-    event listeners and instrumentations are set.
-
-    Returns:
-        `fn`.
-    """
+    """Call `fn(name, engine)` for each named engine of both halves of dbsession, as `dbsession.on_engine_created`. Of
+    an async engine `fn` gets the `sync_engine`, on which event listeners and instrumentations are set."""
     on_created(fn)
     return fn
 
@@ -217,30 +198,12 @@ async def run_in_transaction(
     backoff_s: float = 0.05,
     label: str | None = None,
 ) -> Any:
-    """Run `fn` as one unit of work in a scope of its own, commit its session of `name`, and return what it returned.
+    """Run `fn`, a coroutine function or a function, as one unit of work in a scope of its own, commit its session of
+    `name`, and return what it returned; run all of it again, up to `attempts` times, after a deadlock and the like.
 
-    When the database says that the whole should be run again (a deadlock, a lock wait timeout, a Galera certification
-    failure; MySQL's 1213, 1205, 1020, SQLite's SQLITE_BUSY), it is rolled back and run again after a pause with
-    jitter. So `fn` may run several times: what it does outside the database has to bear that. Never after a COMMIT
-    whose outcome is unknown. Any other exception, and a cancellation, rolls back and goes on.
-
-    Called inside a unit of work of the same task on the same database, `fn` joins it: same scope, one commit, at the
-    outer one's end. If it fails there, the whole is refused at the end, even if its error was caught.
-
-    Args:
-        fn: a coroutine function, or a function; called with no argument, or with the session if it cannot be called
-            without one.
-        name: the database.
-        attempts: how often to run it at most.
-        backoff_s: the longest pause before the second attempt, doubled for each further one up to 2 s.
-        label: what reports call the unit of work; by default the function's name.
-
-    Raises:
-        CommitOutcomeUnknown: [DBS-COMMIT-UNKNOWN] it may have been committed, or not.
-        RollbackRequired: [DBS-ROLLBACK] a part of it failed, and it went on.
-        UnsavedWork: [DBS-UNSAVED] another database's session has unsaved work that nobody would commit.
-        ConfigError: [DBS-CONFIG] an argument is wrong.
-        Otherwise what `fn` raised, after the last attempt.
+    Arguments, errors and what is run again are those of `dbsession.run_in_transaction`. A cancellation rolls back and
+    goes on, as any exception does that calls for no further attempt. Called inside a unit of work of the same task on
+    the same database, `fn` joins it.
     """
     return await manager.run_in_transaction(fn, name=name, attempts=attempts, backoff_s=backoff_s, label=label)
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from dbsession.aio import engine
-from dbsession.aio.scope import begin
+from dbsession.aio.scope import SessionScope, begin
 from dbsession.errors import plain
 
 ASGIScope = MutableMapping[str, Any]
@@ -24,24 +24,16 @@ class DBSessionMiddleware:
     background tasks of the framework run, and as long as a websocket is open: there commit or `release_dbsession()`
     before you wait for the next message, or the connection stays taken meanwhile.
 
-    What a framework runs elsewhere has no part in it:
-      - A child task has a scope, and sessions, of its own, closed when it is done. Starlette streams a body in one
-        under servers of ASGI before 2.4 (uvicorn), and its BaseHTTPMiddleware runs all that is below it in one.
-      - A `def` endpoint or dependency runs in a thread, and gets ScopeRequired. Make it `async def`; or use
-        `dbsession.get_dbsession()` there, inside `with dbsession.session_scope():`.
+    What a framework runs in a child task (Starlette under ASGI before 2.4, its BaseHTTPMiddleware) has a scope of its
+    own, closed when the task is done; a `def` endpoint runs in a thread, and gets ScopeRequired.
 
-    Put it outermost, so that nothing of the application runs outside it; the application gets a copy of the ASGI
-    scope, as the specification asks, so that what is above sees nothing of what it adds there. Teardown never changes
-    a response already made: what fails is logged, only a cancellation that lands in it is raised.
+    Put it outermost, so that nothing of the application runs outside it. Teardown never changes a response already
+    made: what fails is logged, only a cancellation that lands in it is raised.
 
     `lifespan` has a scope, too, whose sessions are closed when the startup is complete, and again at the end. After the
     application's own shutdown, and before the server hears of it, the idle connections of every engine of the loop are
     closed, of each SessionManager. An application without lifespan leaves that to the end of the loop, which
-    uvicorn does not reach when a SIGTERM ends it: then the server is not told, and sees its connections cut. Other
-    messages are passed on as they are.
-
-    Args:
-        app: the ASGI application.
+    uvicorn does not reach when a SIGTERM ends it: then the server is not told, and sees its connections cut.
 
     Awaits in teardown, for at most 5 seconds where a transaction is open.
     """
@@ -64,7 +56,7 @@ class DBSessionMiddleware:
             label = plain(label)
         current = begin(label, "request")
         try:
-            # A copy: the caller may be a request itself that passes its own ASGI scope on.
+            # A copy, as the specification asks: what is above sees nothing of what is added here.
             await self.app({**scope, "dbsession.scope": current}, receive, send)
         finally:
             await current.leave()
@@ -77,11 +69,8 @@ class DBSessionMiddleware:
             await send(message)
 
         # Without it the first query at the startup would hold its connection until the server ends.
-        current = begin("the application's lifespan", "block")
         try:
-            try:
+            async with SessionScope("the application's lifespan") as current:
                 await self.app(scope, receive, send_when_closed)
-            finally:
-                await current.leave()
         finally:
             await engine.dispose_here()  # it has been cancelled, or has no lifespan

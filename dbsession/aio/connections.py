@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextvars import Context
 from typing import Any
 
-from sqlalchemy.engine import Engine, ExecutionContext
+from sqlalchemy.engine import Engine
 from sqlalchemy.util import greenlet_spawn
 
 from dbsession.aio.holders import HeldByTasks, leak_watches, watch_leaks
@@ -29,6 +29,7 @@ from dbsession.core.backends.sqlite import SQLite
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.interceptors import EngineConnections
 from dbsession.core.pool.leaks import LeakWatch
+from dbsession.core.teardown import kill_of
 
 
 class LoopConnections(EngineConnections):
@@ -86,15 +87,11 @@ class LoopConnections(EngineConnections):
 
     # The ROLLBACK that is not needed.
 
-    def on_do_execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
+    def on_do_execute(self, *_: Any) -> None:
         """Something is sent."""
         self._ended = None
 
-    on_do_executemany = on_do_execute
-
-    def on_do_execute_no_params(self, cursor: Any, statement: str, context: ExecutionContext) -> None:
-        """Something is sent."""
-        self._ended = None
+    on_do_executemany = on_do_execute_no_params = on_do_execute
 
     def around_do_commit(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
         def do_commit(dbapi_connection: Any) -> None:
@@ -132,11 +129,11 @@ class LoopConnections(EngineConnections):
 def _give_up(record: Any, error: BaseException) -> None:
     """Throw the connection of a pool's `record` away because of `error`, in the middle of its return. Raises the first
     kill of both, once its place is given back: what called us would do that, and is ended by the kill."""
-    kill = None if isinstance(error, Exception) else error
+    kill = kill_of(error)
     try:
         record.invalidate(error)
     except BaseException as another:
-        kill = kill or (None if isinstance(another, Exception) else another)
+        kill = kill or kill_of(another)
     if kill is not None:
         record.checkin(_fairy_was_created=False)
         raise kill from None

@@ -168,21 +168,22 @@ class LoopDatabases:
             await self._each(LoopDatabase.close)
             await teardown.settle(self._loop, _LAST_S)  # whose connections were cut off just now
         except asyncio.CancelledError:  # out of time: what did not answer is no reason to leave the others open
-            mine = [each for each in [*self._retired, *self._built.values()] if not each.inherited]
-            for database in mine:
+            for database in self._ours():
                 await database.connections.cut()
-            for database in mine:
+            for database in self._ours():
                 await database.connections.backend.closed()
             raise
         finally:
             self._built, self._retired = {}, []
             self._owner.forget()  # a proxy's shortcut would keep this loop alive
 
+    def _ours(self) -> list[LoopDatabase]:
+        """List all that this process has built, and not its parent."""
+        return [each for each in [*self._retired, *self._built.values()] if not each.inherited]
+
     async def _each(self, close: Any) -> None:
         errors: list[Exception] = []
-        for database in [*self._retired, *self._built.values()]:
-            if database.inherited:
-                continue
+        for database in self._ours():
             try:
                 await close(database)
             except Exception as error:

@@ -45,17 +45,12 @@ class SessionManager(BaseSessionManager[AsyncScopedSession]):
             self.configure(databases)
 
     def configure(self, databases: config.Databases | None = None) -> None:
-        """Set the databases, in place of what was configured before: as `dbsession.configure`, for every event loop.
+        """Set the databases, for every event loop, in place of what was configured before.
 
-        Everything in a mapping is checked first, and nothing is applied when something is wrong. Engines are built in
-        each loop on first use. Those of an earlier configuration are closed when a loop next asks for a session; a
-        session in the middle of a transaction finishes it where it began.
-
-        Args:
-            databases: as `dbsession.configure`. A driver that would stop the loop is replaced by its asyncio twin.
-
-        Raises:
-            ConfigError: [DBS-CONFIG] naming the database, the key and the fix.
+        Takes what `dbsession.SessionManager.configure` takes, and raises its ConfigError; a driver that would stop the
+        loop is replaced by its asyncio twin. Engines are built in each loop on first use. Those of an earlier
+        configuration are closed when a loop next asks for a session; a session in the middle of a transaction finishes
+        it where it began.
         """
         found = TwinSource(sources.source_of(databases))
         if isinstance(found.of, sources.MappingSource):

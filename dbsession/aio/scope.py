@@ -185,22 +185,14 @@ def begin(label: str, kind: str, read_timeout_s: float | None = None) -> Scope:
 def session_scope(label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope:
     """Open a new scope nested in the task's current one: for a job, a step, a part of a request.
 
-    `async with aio.session_scope():` Its sessions are its own; they are closed when the block ends, however it ends.
-    Nothing is committed for you. Also usable as a decorator of a coroutine function.
-
-    Args:
-        label: what reports call this unit of work, for instance "nightly import".
-        read_timeout_s: seconds within which the whole answer to a statement of its sessions must come from MySQL or
-            MariaDB, in place of the database's `read_timeout_s`: for a long report.
-
-    Returns:
-        An async context manager that gives the Scope.
+    `async with aio.session_scope() as scope:` is `dbsession.session_scope` for tasks; it also decorates coroutine
+    functions. Here `read_timeout_s` bounds the whole answer to a statement. A cancellation that lands in the teardown
+    is raised after the last session.
 
     Raises:
         ScopeRequired: [DBS-SCOPE-REQUIRED] opened where no task runs.
         ConfigError: [DBS-CONFIG] `read_timeout_s` is no number above 0.
         TypeError: it decorates what is no coroutine function.
-        CancelledError: one that landed in the teardown, after the last session.
     """
     return SessionScope.checked(label, read_timeout_s)
 

@@ -14,7 +14,7 @@ from dbsession.aio.scope import current_task, here
 from dbsession.core import teardown as core_teardown
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.registry import BaseScopeRegistry
-from dbsession.core.session import ManagedSession, managed_class, refused, watch
+from dbsession.core.session import ManagedSession, check_arguments, managed_class, watch
 from dbsession.errors import ConfigError
 
 
@@ -81,11 +81,7 @@ def make_factory(config: DatabaseConfig, engine: AsyncEngine) -> async_sessionma
     own_close = base.close is not AsyncSession.close or managed_sync._always_closes
     managed: Any = type(f"Managed{base.__name__}", bases, {"sync_session_class": listened, "_own_close": own_close})
     factory = SessionFactory(bind=engine, class_=managed, **arguments)
-    if config.session:
-        try:
-            factory().sync_session.close()
-        except (TypeError, ValueError, LookupError) as error:
-            raise refused(config.name, error) from error
+    check_arguments(config, factory)
     return factory
 
 

@@ -58,14 +58,10 @@ async def close_all(sessions: Sessions, label: str) -> None:
         except BaseException as error:  # a listener of the user's, for instance
             failure = error
         if failure is not None:
-            kill = kill or _kill(failure)
+            kill = kill or core_teardown.kill_of(failure)
             _give_up(database, session, label, failure)
     if kill is not None:
         raise kill
-
-
-def _kill(failure: BaseException) -> BaseException | None:
-    return None if isinstance(failure, Exception) else failure
 
 
 async def _failure_of(session: Any, end: float) -> BaseException | None:
@@ -99,7 +95,7 @@ def close_aside(sessions: Sessions, label: str) -> None:
             if not session.close_at_once():
                 left[database] = session
         except BaseException as failure:  # a listener of the user's, for instance
-            kill = kill or _kill(failure)
+            kill = kill or core_teardown.kill_of(failure)
             _give_up(database, session, label, failure)
     if left:
         run_aside(close_all(left, label), core_teardown.BOUND_S).add_done_callback(partial(_ended, left, label))

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import _SessionCloseState as _State
 
 from dbsession.core import teardown
+from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import READ_TIMEOUT, SCOPE, KnownConnection
 from dbsession.core.engine import Database
 from dbsession.core.outcome import wrote
@@ -106,9 +107,20 @@ def managed_class(name: str, base: Any) -> type[ManagedSession]:
     return managed
 
 
-def refused(name: str, error: Exception) -> ConfigError:
-    """Make the error for an argument in `session` that the session class refuses."""
-    return ConfigError(f"Database {name!r}: the session class refuses what `session` says: {error}.")
+def check_arguments(config: DatabaseConfig, factory: Callable[[], Any]) -> None:
+    """Open and close one session of `factory`, to see that its class takes what `session` says.
+
+    Raises:
+        ConfigError: [DBS-CONFIG] it refuses an argument.
+    """
+    if config.session:
+        try:
+            session = factory()
+            getattr(session, "sync_session", session).close()
+        except (TypeError, ValueError, LookupError) as error:
+            raise ConfigError(
+                f"Database {config.name!r}: the session class refuses what `session` says: {error}."
+            ) from error
 
 
 def watch(target: Any) -> None:

@@ -18,6 +18,11 @@ BOUND_S = 5.0
 """Seconds that the sessions of a scope have together to close; then their connections are discarded."""
 
 
+def kill_of(error: BaseException) -> BaseException | None:
+    """Return `error` if it is a kill or a cancellation, anything but an `Exception`; else None."""
+    return None if isinstance(error, Exception) else error
+
+
 def not_in_time() -> TimeoutError:
     """The error of a session that took longer than the bound."""
     return TimeoutError(f"not closed within {BOUND_S:g} s")
@@ -46,6 +51,5 @@ def discard(connections: Iterable[Connection]) -> BaseException | None:
             try:
                 step()
             except BaseException as error:
-                if not isinstance(error, Exception):
-                    kill = kill or error
+                kill = kill or kill_of(error)
     return kill

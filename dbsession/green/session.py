@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.engine import Database
 from dbsession.core.registry import BaseScopeRegistry
-from dbsession.core.session import managed_class, refused, watch
+from dbsession.core.session import check_arguments, managed_class, watch
 from dbsession.errors import ScopeEnded
 from dbsession.green import hub, ident, scope, teardown
 from dbsession.green.guard import Opened, guarded
@@ -35,11 +35,7 @@ def make_factory(config: DatabaseConfig, engine: Engine) -> sessionmaker[Any]:
     if config.guard != "off":
         managed = guarded(managed, config.name, config.guard)
     factory = SessionFactory(bind=engine, class_=managed, **arguments)
-    if config.session:
-        try:
-            factory().close()
-        except (TypeError, ValueError, LookupError) as error:
-            raise refused(config.name, error) from error
+    check_arguments(config, factory)
     watch(factory)
     return factory
 

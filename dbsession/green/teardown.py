@@ -52,7 +52,7 @@ def close_all(sessions: Sessions, label: str) -> None:
 def _give_up(database: Any, session: Any, label: str, failure: BaseException) -> BaseException | None:
     """Take back the connections of a session that failed to close, and log the failure. Returns a kill: `failure`
     itself, or one that landed here. May switch greenlets."""
-    kill = None if isinstance(failure, Exception) else failure
+    kill = core_teardown.kill_of(failure)
     database.stats.teardown_failures += 1
     # Whatever its close() was, the class's own, a user's that overrides it or one that a test put there, invalidate()
     # takes the connections back. Either step may wait, the second in a log handler, and be killed there.
@@ -60,5 +60,5 @@ def _give_up(database: Any, session: Any, label: str, failure: BaseException) ->
         try:
             step()
         except BaseException as error:
-            kill = kill or (None if isinstance(error, Exception) else error)
+            kill = kill or core_teardown.kill_of(error)
     return kill

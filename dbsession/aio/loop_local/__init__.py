@@ -24,6 +24,7 @@ import asyncio
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any, ParamSpec, TypeVar, overload
 
 from dbsession import errors
@@ -46,13 +47,8 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def storage() -> dict[Any, Any]:
-    """The running loop's own mapping, for anything; emptied when its resources are closed.
-
-    It dies with the loop, also when a value in it refers to the loop.
-
-    Raises:
-        LoopRequired: no event loop runs in this thread.
-    """
+    """The running loop's own mapping, for anything; emptied when its resources are closed. It dies with the loop, also
+    when a value in it refers to the loop."""
     try:
         mapping: dict[Any, Any] = running_loop()._dbsession_loop_local.storage
         return mapping
@@ -61,33 +57,21 @@ def storage() -> dict[Any, Any]:
 
 
 def at_close(callback: Callback) -> Callable[[], None]:
-    """Awaits `callback()` when the running loop's resources are closed. Does not wait itself.
-
-    Args:
-        callback: `async def` or what gives an awaitable; messages call it by its `__qualname__`.
+    """Awaits `callback()` when the running loop's resources are closed; messages call it by its `__qualname__`. Does
+    not wait itself.
 
     Returns:
         A function that takes the registration back; it does nothing once the callback has started.
     """
-    state = running_state()
+    exits = running_state().exits
     exit = Exit(callback, label(callback))
-    state.add(exit)
-
-    def take_back() -> None:
-        state.exits.pop(exit, None)
-
-    return take_back
+    exits[exit] = None
+    return partial(exits.pop, exit, None)
 
 
 async def enter(acm: AbstractAsyncContextManager[T, Any]) -> T:
-    """Enters `acm` now and leaves it when the running loop's resources are closed; each call enters again.
-
-    Returns:
-        What its `__aenter__()` gave. `evict(acm)` leaves it earlier.
-
-    Raises:
-        LoopRequired: no event loop runs in this thread.
-    """
+    """Enters `acm` now, and leaves it when the running loop's resources are closed, or by `evict(acm)`. Each call
+    enters again. Returns what its `__aenter__()` gave."""
     return await running_state().enter(acm, label(acm), key_of_acm(acm))
 
 
@@ -118,7 +102,6 @@ def singleton(factory: Any = None, /) -> Any:
     loop's resources; no exit belongs to it: use sticky_singleton_acm for what has to be closed.
 
     Raises, from the call:
-        LoopRequired: no event loop runs in this thread.
         UnusableArgument: an argument cannot be hashed.
         RecursiveUse: the factory asked for what it is building.
     """
@@ -140,23 +123,18 @@ def sticky_singleton_acm(factory: Callable[P, AbstractAsyncContextManager[T, Any
 
     Both `async with f(*args) as value` and `value = await f(*args)` give what it was entered with; the end of the
     block does nothing. It is left when the loop's resources are closed, or by `evict(f, *args)`. Arguments are told
-    apart as by `singleton`.
-
-    Raises:
-        TypeError: `factory` is `async def`, and not made a context manager by @asynccontextmanager.
+    apart as by `singleton`. Raises TypeError for an `async def` without @asynccontextmanager.
     """
     return sticky_singleton_of(factory)
 
 
 async def evict(what: object, /, *args: Any, **kwargs: Any) -> bool:
     """Forgets one thing of the running loop and awaits its exit; the next use makes it anew and waits until then.
+    Returns whether there was one. One that is being made is waited for.
 
     Args:
         what: a function decorated by `singleton` or `sticky_singleton_acm`, with the arguments of the call to forget;
             what `sticky_acm` gave; or an entered asynchronous context manager.
-
-    Returns:
-        Whether there was one. One that is being made is waited for.
 
     Raises:
         ExceptionGroup: what the exits raised. Their time is not limited here: asyncio.timeout() does.

@@ -13,7 +13,6 @@ from dbsession import errors
 T = TypeVar("T")
 
 NO_ARGUMENT: Any = object()  # in place of the first one, where none is passed by position
-_NO_KEY = object()  # of a default that cannot be hashed: equal to no argument
 _ANY_ARGUMENTS = inspect.signature(lambda *args, **kwargs: None)
 _REMEMBERED_CALLS = 1024  # of each factory and type of argument, whose keys need not be found out again
 _PLAIN = frozenset((str, bytes, int, float, bool, NoneType))  # lru_cache(typed=True) tells these apart as we do
@@ -90,7 +89,7 @@ class Calls:
             if name in self._keywords:
                 value = frozenset(self._item(each, value[each]) for each in value)
             item = self._item(name, value)
-            if item != (name, self._defaults[name]):
+            if item != self._defaults[name]:
                 items.append(item)
         return frozenset((self, *items)) if items else self  # which keeps its hash: a tuple's is computed each time
 
@@ -108,8 +107,6 @@ class Calls:
 
     def _of_default(self, parameter: inspect.Parameter) -> Hashable:
         try:
-            key = typed(parameter.default)
-            hash(key)
-        except TypeError:
-            return _NO_KEY
-        return key
+            return self._item(parameter.name, parameter.default)
+        except errors.UnusableArgument:
+            return None  # equal to no argument's

@@ -26,11 +26,7 @@ _elsewhere: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopState] = we
 
 
 def running_state() -> LoopState:
-    """Made at the first call in a loop.
-
-    Raises:
-        LoopRequired: no event loop runs in this thread.
-    """
+    """Return what the running loop keeps, made at its first call. Raises LoopRequired."""
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:

@@ -139,11 +139,8 @@ class LoopState:
         """Enters `acm` and registers its exit, with no await between the two."""
         leave = acm.__aexit__
         value = await acm.__aenter__()
-        self.add(Exit(lambda: leave(None, None, None), label, key))
+        self.exits[Exit(lambda: leave(None, None, None), label, key)] = None
         return value
-
-    def add(self, exit: Exit) -> None:
-        self.exits[exit] = None
 
     async def evict(self, key: Hashable) -> bool:
         """Forgets the value of `key` and awaits its exits, newest first; not a parent process's."""
@@ -175,11 +172,7 @@ class LoopState:
         return bool(self.own_exits()) or self._closing.locked()
 
     async def close(self, timeout_s: float | None) -> None:
-        """Awaits every exit, newest first, those registered meanwhile as well, and empties the rest.
-
-        The exits run in tasks of their own and one after another. A cancellation of this task is kept until the last
-        of them has ended. Tasks that go on entering what was just closed would keep it from ever ending: of theirs a
-        limited number runs, and then the last ones stay, with the rest.
+        """Awaits every exit, one after another in a task of its own, and empties the rest; see `loop_local.aclose`.
 
         Raises:
             BaseExceptionGroup: what they raised; to the loop's exception handler instead when a cancellation goes on.

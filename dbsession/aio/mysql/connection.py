@@ -130,32 +130,22 @@ class Stream:
         return found
 
     def fetchone(self) -> Any:
-        row = self._within(self._cursor.fetchone)
-        if row is None:
-            self._ended()
-        return row
+        return self._read(self._cursor.fetchone)
 
     def fetchmany(self, size: int | None = None) -> Any:
-        rows = self._within(self._cursor.fetchmany, size)
-        if not rows:
-            self._ended()
-        return rows
+        return self._read(self._cursor.fetchmany, size)
 
     def fetchall(self) -> Any:
-        rows = self._within(self._cursor.fetchall)
-        self._ended()
-        return rows
+        return self._read(self._cursor.fetchall, to_the_end=True)
 
     def close(self) -> None:
-        self._within(self._cursor.close)  # reads what is left
-        self._ended()
+        self._read(self._cursor.close, to_the_end=True)  # reads what is left
 
-    def _within(self, read: Callable[..., Any], *arguments: Any) -> Any:
-        return self._wire.within(self._seconds, read, *arguments)
-
-    def _ended(self) -> None:
-        if self._wire.unread is self._reader:
+    def _read(self, read: Callable[..., Any], *arguments: Any, to_the_end: bool = False) -> Any:
+        found = self._wire.within(self._seconds, read, *arguments)
+        if (to_the_end or not found) and self._wire.unread is self._reader:
             self._wire.unread = None
+        return found
 
 
 def wire_of(connection: Any) -> Wire | None:
