@@ -32,25 +32,20 @@ metrics_folder.prepare()  # the variables that it sets, the workers inherit
 
 
 def when_ready(server: Any) -> None:
-    """In the master, which under preload_app has imported the application: closes the sessions that were used by the
-    import itself, outside any scope. They would hold their connections as long as the process lives. And empties the
-    folder of the metrics of what an earlier master has left there."""
+    """Close the sessions that the import of the application used outside any scope (under preload_app, here in the
+    master): they would hold their connections as long as the process lives. Empty the metrics folder of what an earlier
+    master has left."""
     _close_what_the_import_used()
     metrics_folder.begin(server)
 
 
 def post_worker_init(worker: Any) -> None:
-    """In a worker, which has just imported the application: closes what the import used, as `when_ready()` does; and
-    serves the worker's snapshot (see `dbsession.serve_snapshots`) where the environment variable DBSESSION_INSPECT
-    names a folder.
+    """Close the sessions that the import of the application used in this worker. Serve its snapshot where
+    DBSESSION_INSPECT names a folder, and its metrics where DBSESSION_METRICS names a path.
 
-    The first worker that a master starts also looks at its databases as `dbsession check` does, with gunicorn's own
-    settings, and logs what is wrong. It does so aside: neither its start nor that of the others waits for it. Here and
-    not in when_ready(), which gunicorn calls before it forks: the master knows the databases only under preload_app,
-    need not be patched, so that no driver could be judged there, would hold every worker up for as long as a silent
-    server does, and would leave them its connections.
-
-    Where the environment's DBSESSION_METRICS names a path, it is answered with the metrics from now on.
+    The first worker of a master also looks at its databases as `dbsession check` does, and logs what is wrong; nothing
+    waits for that. Not in when_ready(), before the forks: the master knows the databases only under preload_app, need
+    not be patched, would hold every worker up, and would leave them its connections.
 
     Raises:
         ConfigError: [DBS-CONFIG] it was wrapped with a deadline, and this worker does not run gevent. gunicorn then
@@ -75,7 +70,7 @@ def post_worker_init(worker: Any) -> None:
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """In the master, after the end of a worker: its counts stay in the metrics, the state of its pools goes."""
+    """Take the state of an ended worker's pools out of the metrics, in the master; its counts stay."""
     metrics_folder.forget(worker.pid)
 
 
@@ -87,9 +82,9 @@ def _close_what_the_import_used() -> None:
 
 
 def post_request(worker: Any, req: Any, environ: dict[str, Any], resp: Any) -> None:
-    """The backstop, called last in the greenlet that served the request (which serves the next one of a keep-alive
-    connection, too): ends the request's scope if nobody has, and closes what was used outside any request, such as in
-    an application that is not wrapped. May switch greenlets."""
+    """End the request's scope if nobody has, and close what was used outside any request, such as in an application
+    that is not wrapped. Called last in the greenlet that served the request, and serves the next one of a keep-alive
+    connection. May switch greenlets."""
     request = environ.get("dbsession.scope")
     if request is not None and not request.ended:
         logger.warning("%s was over, but its scope was still open; its sessions are closed now.", request.label)
@@ -100,10 +95,8 @@ def post_request(worker: Any, req: Any, environ: dict[str, Any], resp: Any) -> N
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """Sees to it that the statements of killed requests are ended at the server (for KILLING_S seconds at most), and
-    closes every engine's idle connections, as a worker ends. (gunicorn also calls it in its arbiter, for a worker
-    that has vanished: nothing is done there.) A worker that is killed does not come here; the kernel closes its
-    sockets."""
+    """End the statements of killed requests at the server (for KILLING_S seconds at most), and close every engine's
+    idle connections. Does nothing in the arbiter, where gunicorn calls it for a worker that has vanished."""
     if worker.pid == os.getpid():
         inspection.stop()
         kill.finish(KILLING_S)

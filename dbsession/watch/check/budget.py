@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from dbsession.watch.check.findings import Finding
@@ -65,24 +66,18 @@ def of(workers: Workers, all_facts: Sequence[Facts]) -> Iterator[Finding]:
     for facts in all_facts:
         if facts.version is not None:
             yield from _of_pool(workers, facts)
-    for databases in _grouped(all_facts, ("host", "port")):
+    for databases in _grouped(all_facts, attrgetter("host", "port")):
         yield from _of_server(workers, databases)
-    for databases in _grouped(all_facts, ("host", "port", "account")):
+    for databases in _grouped(all_facts, attrgetter("host", "port", "account")):
         yield from _of_account(workers, databases)
 
 
-def _server(facts: Facts) -> ServerFacts:
-    assert facts.server is not None
-    return facts.server
-
-
-def _grouped(all_facts: Sequence[Facts], attributes: tuple[str, ...]) -> list[list[Facts]]:
-    groups: dict[tuple[object, ...], list[Facts]] = {}
+def _grouped(all_facts: Sequence[Facts], key: Callable[[ServerFacts], object]) -> Iterable[dict[Facts, ServerFacts]]:
+    groups: dict[object, dict[Facts, ServerFacts]] = {}
     for facts in all_facts:
         if facts.server is not None:
-            key = tuple(getattr(facts.server, attribute) for attribute in attributes)
-            groups.setdefault(key, []).append(facts)
-    return list(groups.values())
+            groups.setdefault(key(facts.server), {})[facts] = facts.server
+    return groups.values()
 
 
 def _of_pool(workers: Workers, facts: Facts) -> Iterator[Finding]:
@@ -106,7 +101,7 @@ def _of_pool(workers: Workers, facts: Facts) -> Iterator[Finding]:
         yield Finding("ok", "pool", (facts.name,), found)
 
 
-def _needed(workers: Workers, databases: Sequence[Facts]) -> tuple[int, str]:
+def _needed(workers: Workers, databases: Collection[Facts]) -> tuple[int, str]:
     """How many connections the workers open at most, and how that is reckoned. Pools without a limit are left out."""
     limits = [facts.pool.limit for facts in databases if facts.pool.limit is not None]
     needed = workers.workers * sum(limits)
@@ -116,13 +111,13 @@ def _needed(workers: Workers, databases: Sequence[Facts]) -> tuple[int, str]:
     return needed, f"{least}{needed} connections ({workers.workers} {plural} x {f'({each})' if ' ' in each else each})"
 
 
-def _of_server(workers: Workers, databases: Sequence[Facts]) -> Iterator[Finding]:
+def _of_server(workers: Workers, databases: Mapping[Facts, ServerFacts]) -> Iterator[Finding]:
     names = tuple(facts.name for facts in databases)
-    servers = [_server(facts) for facts in databases]
+    servers = list(databases.values())
     # One of those in use is ours for each database: they are asked at the same time.
     others = max(max(server.threads_connected for server in servers) - len(servers), 0)
     most = servers[0].max_connections
-    needed, reckoned = _needed(workers, databases)
+    needed, reckoned = _needed(workers, databases.keys())
     found = f"{reckoned} at most, of max_connections {most} less {others} that others use now"
     advice = f"Raise max_connections to {needed + others} at least, or lower workers, pool_size or max_overflow."
     if needed > most - others:
@@ -134,12 +129,12 @@ def _of_server(workers: Workers, databases: Sequence[Facts]) -> Iterator[Finding
         yield Finding("ok", "budget", names, found)
 
 
-def _of_account(workers: Workers, databases: Sequence[Facts]) -> Iterator[Finding]:
-    most = min(_server(facts).max_user_connections for facts in databases)
+def _of_account(workers: Workers, databases: Mapping[Facts, ServerFacts]) -> Iterator[Finding]:
+    most = min(server.max_user_connections for server in databases.values())
     if not most:
         return
     names = tuple(facts.name for facts in databases)
-    needed, reckoned = _needed(workers, databases)
+    needed, reckoned = _needed(workers, databases.keys())
     found = f"{reckoned} at most, of max_user_connections {most}"
     if needed > most:
         advice = f"Raise it to {needed} at least, or lower workers, pool_size or max_overflow."

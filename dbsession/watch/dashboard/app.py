@@ -21,8 +21,6 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 
-ASSETS = {"app.js": "text/javascript", "chart.js": "text/javascript", "table.js": "text/javascript"}
-
 
 def create_app(history: History, folder: str, tunnel: tuple[str, str]) -> Flask:
     """The dashboard as a WSGI application, for whoever has asked for this machine by its local name or address.
@@ -32,7 +30,7 @@ def create_app(history: History, folder: str, tunnel: tuple[str, str]) -> Flask:
         folder: where the workers' sockets are, for the page to name it.
         tunnel: how it is reached from another machine: the command, and the address to open then.
     """
-    app = Flask(__name__, static_folder=None, template_folder="static")
+    app = Flask(__name__, static_url_path="")
 
     @app.before_request
     def check_host() -> Any:
@@ -53,14 +51,6 @@ def create_app(history: History, folder: str, tunnel: tuple[str, str]) -> Flask:
     def index() -> str:
         return render_template("index.html", folder=folder, tunnel=tunnel)
 
-    @app.get("/style.css")
-    def style() -> Response:
-        return asset(app, "style.css", "text/css")
-
-    @app.get("/<any({}):name>".format(", ".join(f"'{name}'" for name in ASSETS)))
-    def script(name: str) -> Response:
-        return asset(app, name, ASSETS[name])
-
     @app.get("/state")
     def state() -> Response:
         return jsonify(history.answer(request.args.get("since", ""), time.time()))
@@ -79,8 +69,3 @@ def is_local_name(host_header: str) -> bool:
 
 def plain(status: int, sentence: str) -> Response:
     return Response(sentence + "\n", status, mimetype="text/plain")
-
-
-def asset(app: Flask, name: str, mimetype: str) -> Response:
-    with app.open_resource(f"static/{name}") as file:
-        return Response(file.read(), mimetype=mimetype)

@@ -31,10 +31,6 @@ function wait(seconds) {
   return seconds !== null && seconds <= 0.001 ? "≤ 1 ms" : duration(seconds);
 }
 
-function plural(quantity, one, many) {
-  return `${quantity} ${quantity === 1 ? one : many}`;
-}
-
 // -- databases --------------------------------------------------------------------------------------------------
 
 class Card {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,22 @@ import pytest
 
 from dbsession.watch import cli
 from dbsession.watch.dashboard import command
-from dbsession.watch.dashboard.app import ASSETS, HEADERS, create_app, is_local_name
+from dbsession.watch.dashboard.app import HEADERS, create_app, is_local_name
 from dbsession.watch.dashboard.history import History
 from dbsession.watch.inspection import sockets as folders
 from support.processes import run_python
 
 TUNNEL = "ssh -L 1:[::1]:1 HOST", "http://127.0.0.1:1/"
 STATIC = Path(command.__file__).with_name("static")
-PAGES = ["/", "/state", "/style.css", *(f"/{name}" for name in ASSETS)]
+TEMPLATE = Path(command.__file__).parent / "templates" / "index.html"
+PAGES = ["/", "/state", *(f"/{file.name}" for file in STATIC.iterdir())]
 
 
 @pytest.fixture
 def client() -> Any:
-    return create_app(History(), "the/folder", TUNNEL).test_client()
+    made: Any = create_app(History(), "the/folder", TUNNEL).test_client()
+    made.open = partial(made.open, buffered=True)  # read and closed, as by a server
+    return made
 
 
 # -- who gets to see it ------------------------------------------------------------------------------------------
@@ -81,11 +85,17 @@ def test_page_says_how_to_reach_it_and_shows_its_folder_as_text() -> None:
 # -- headers and what is inside the pages ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [*PAGES, "/nothing", "/static/index.html", "/../app.py"])
+@pytest.mark.parametrize("path", [*PAGES, "/nothing", "/index.html", "/../app.py"])
 def test_every_answer_has_the_strict_headers(client: Any, path: str) -> None:
     answer = client.get(path)
     assert {name: answer.headers.get(name) for name in HEADERS} == HEADERS
     assert "unsafe" not in answer.headers["Content-Security-Policy"]
+
+
+def test_nothing_but_the_pages_is_served(client: Any) -> None:
+    for path in ("/index.html", "/templates/index.html", "/../app.py", "/..%2fapp.py", "/static/app.js"):
+        assert client.get(path).status_code == 404, path
+    assert client.get("/app.js").mimetype.endswith("/javascript") and client.get("/style.css").mimetype == "text/css"
 
 
 def test_state_is_read_only(client: Any) -> None:
@@ -95,7 +105,7 @@ def test_state_is_read_only(client: Any) -> None:
 
 def test_pages_bring_nothing_from_elsewhere_and_nothing_inline() -> None:
     """What the policy would stop is not there to begin with, and what goes round escaping is not, either."""
-    for file in STATIC.iterdir():
+    for file in (TEMPLATE, *STATIC.iterdir()):
         text = file.read_text()
         addresses = set(re.findall(r"\bhttps?://[^\s'\"]+", text))
         assert addresses <= {"http://www.w3.org/2000/svg"}, file.name
