@@ -168,10 +168,13 @@ def understood(answer: bytes | bytearray, pid: int, text: Callable[[str], str] =
     return {"version": VERSION, **snapshot}
 
 
+_type_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
+
+
 def _checked(value: Any, kind: Any, name: str, text: Callable[[str], str]) -> Any:
     """`value`, found as `name`, if it is what JSON makes of a `kind`."""
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-        fields = _fields(kind)
+        fields = _type_hints(kind)
         missing = fields.keys() - value.keys()
         if missing:
             raise Unreadable(f"{name} has no {min(missing)}")
@@ -196,8 +199,3 @@ def _checked(value: Any, kind: Any, name: str, text: Callable[[str], str]) -> An
             return value
         raise Unreadable(f"{name} is out of range")
     raise Unreadable(f"{name} is of another kind")
-
-
-@cache
-def _fields(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)

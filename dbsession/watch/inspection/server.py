@@ -142,12 +142,10 @@ class _Server:
 
 def serve_snapshots(folder: str | os.PathLike[str]) -> None:
     """Serve this process's `snapshot()` on the Unix socket `<folder>/<pid>.sock`, for `dbsession top`, `dbsession
-    dashboard` and whoever else of this user connects: it gets one line of JSON and the end of file. What it sends is
-    thrown away.
+    dashboard` and whoever else of this user connects.
 
     Ends with the process. A forked child serves nothing until it calls this itself. Called again, it serves in the
-    folder named last. Never waits. Under gunicorn `gunicorn_hooks.post_worker_init` calls it in each worker when the
-    environment variable DBSESSION_INSPECT names a folder.
+    folder named last. Never waits. `gunicorn_hooks.post_worker_init` calls it where DBSESSION_INSPECT names a folder.
 
     Args:
         folder: made with mode 0700 if it is missing; the same for all processes that are to be looked at together.
