@@ -108,8 +108,7 @@ async def clear_dbsession() -> None:
     """Close every session of the current scope, which stays usable and empty. Idempotent. Waits for the server where a
     transaction is open, for at most 5 seconds.
 
-    A session that fails to close is discarded with its connection and logged, and raises nothing; a cancellation that
-    lands on the way is raised after the last session. Objects loaded through a closed session are detached.
+    Errors are logged, as by `dbsession.clear_dbsession`; a cancellation is raised after the last session.
     """
     await manager.clear()
 
@@ -126,12 +125,8 @@ async def release_dbsession(*names: str) -> None:
 
 def get_engine(name: str = "default") -> AsyncEngine:
     """The AsyncEngine of the database `name` in the running event loop: the same object there until the next
-    `configure`. It connects on its first use, and is closed before the loop ends.
-
-    Raises:
-        UnknownDatabase, ConfigError: as `get_dbsession`.
-        LoopRequired: [DBS-LOOP] no event loop runs here.
-    """
+    `configure`. It connects on its first use, and is closed before the loop ends. Raises as `get_dbsession`, and
+    LoopRequired where no event loop runs."""
     return manager.engine(name)
 
 

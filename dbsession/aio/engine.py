@@ -114,11 +114,8 @@ class LoopDatabases:
         self._loop = asyncio.get_running_loop()
 
     def get(self, name: str, source: Source) -> LoopDatabase:
-        """The Database of `name` under the configuration `source`, built on first use.
-
-        Raises:
-            UnknownDatabase, ConfigError: as the configuration says.
-        """
+        """The Database of `name` under the configuration `source`, built on first use. Raises UnknownDatabase,
+        ConfigError."""
         if source is not self._source:
             self._succeed(source)
         found = self._built.get(name)
@@ -193,11 +190,7 @@ class LoopDatabases:
 
 
 def of_this_loop(owner: Any) -> LoopDatabases:
-    """The databases of `owner` in the running loop.
-
-    Raises:
-        LoopRequired: [DBS-LOOP] no loop runs here.
-    """
+    """The databases of `owner` in the running loop. Raises LoopRequired."""
     storage = loop_local.storage()
     found: LoopDatabases | None = storage.get(owner)
     if found is None:

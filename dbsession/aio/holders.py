@@ -81,14 +81,9 @@ class HeldByTasks(HeldConnections):
         note.taker = None if task is None else weakref.ref(task)  # None: in a callback of the loop
         note.since = note.changed = monotonic()
         if self.recording:
-            self._record_call_site(note, task)
+            self.record_call_site(note, _running_here(sys._getframe(), _outermost(task)))
         note.in_use = True
         self.stats.checkouts += 1
-
-    def _record_call_site(self, note: Checkout, task: Any) -> None:
-        scopes = self.scopes_of(note)
-        note.label = scopes[-1].label if scopes and scopes[-1].kind != "implicit" else None
-        note.taken_at = callsites.users(_running_here(sys._getframe(1), _outermost(task)))
 
     def name_of(self, note: Checkout) -> str:
         if note.taker is None:

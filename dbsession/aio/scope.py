@@ -115,11 +115,7 @@ class Stack:
 
 
 def stack_here() -> Stack:
-    """The calling task's own stack.
-
-    Raises:
-        ScopeRequired: [DBS-SCOPE-REQUIRED] no task runs here.
-    """
+    """The calling task's own stack. Raises ScopeRequired where no task runs."""
     stack = here()
     if stack is None or stack.thread != get_ident() or current_task(stack.loop) is not stack.task:
         try:
@@ -143,18 +139,14 @@ def stack_here() -> Stack:
 
 
 def current() -> Scope | None:
-    """The calling task's current scope, or None when it has none. Raises ScopeRequired as `stack_here`."""
+    """The calling task's current scope, or None when it has none. Raises ScopeRequired."""
     scopes = stack_here().scopes
     return scopes[-1] if scopes else None
 
 
 def current_or_implicit() -> Scope:
-    """The current scope; outside any, a new implicit one, which ends with the calling task.
-
-    Raises:
-        ScopeRequired: [DBS-SCOPE-REQUIRED] no task runs here.
-        ScopeEnded: [DBS-SCOPE-ENDED] the current scope is over.
-    """
+    """The current scope; outside any, a new implicit one, which ends with the calling task. Raises ScopeRequired, and
+    ScopeEnded where the current scope is over."""
     stack = stack_here()
     scopes = stack.scopes
     if not scopes:
@@ -171,11 +163,7 @@ def current_or_implicit() -> Scope:
 
 
 def begin(label: str, kind: str, read_timeout_s: float | None = None) -> Scope:
-    """Open a scope, which is the calling task's current one until its `leave()`.
-
-    Raises:
-        ScopeRequired: [DBS-SCOPE-REQUIRED] no task runs here.
-    """
+    """Open a scope, which is the calling task's current one until its `leave()`. Raises ScopeRequired."""
     stack = stack_here()
     scope = Scope(label, kind, read_timeout_s)
     stack.push(scope)

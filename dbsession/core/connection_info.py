@@ -27,6 +27,10 @@ CHECKOUT = "dbsession.checkout"
 """In `record_info`: the `core.pool.checkout.Checkout` of whoever uses it."""
 
 
+def nobody() -> None:
+    """Stand for a weak reference whose object is gone: `info.get(SCOPE, nobody)()`."""
+
+
 class KnownConnection:
     """Base of our own connection classes. Whatever interrupts one in the middle of an answer has closed it; of another
     driver's connection nobody can say whether it is still in step with its server."""

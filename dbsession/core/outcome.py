@@ -21,7 +21,7 @@ from sqlalchemy.engine import Connection, ExceptionContext, ExecutionContext
 
 from dbsession.core.backends.base import Backend, Verdict
 from dbsession.core.config import DatabaseConfig
-from dbsession.core.connection_info import CHECKOUT, COMMITTING, DETACHED_USER, DOOMED, SCOPE, KnownConnection
+from dbsession.core.connection_info import CHECKOUT, COMMITTING, DETACHED_USER, DOOMED, SCOPE, KnownConnection, nobody
 from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, describe
 
 wrote: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -236,14 +236,10 @@ class TransactionWatch:
             unknown = True
         if not unknown:
             return None
-        scope = connection.info.get(SCOPE, _nobody)()
+        scope = connection.info.get(SCOPE, nobody)()
         if scope is not None:
             scope.note_outcome(self._name, "unknown")
         if from_driver:
             return CommitOutcomeUnknown(self._name, error, context.is_disconnect)
         error.add_note(f"Database {self._name!r}: {MAYBE_COMMITTED}.")
         return None
-
-
-def _nobody() -> None:
-    return None

@@ -36,14 +36,9 @@ class HeldByGreenlets(HeldConnections):
             note.taker = None
         note.since = note.changed = monotonic()
         if self.recording:
-            self._record_call_site(note)
+            self.record_call_site(note, callsites.outwards(sys._getframe()))
         note.in_use = True
         self.stats.checkouts += 1
-
-    def _record_call_site(self, note: Checkout) -> None:
-        scopes = self.scopes_of(note)
-        note.label = scopes[-1].label if scopes and scopes[-1].kind != "implicit" else None
-        note.taken_at = callsites.users(callsites.outwards(sys._getframe(1)))
 
     def name_of(self, note: Checkout) -> str:
         return ident.name_of(_taker(note), note.thread)

@@ -18,7 +18,7 @@ from dbsession.aio.mysql.connection import Stream, Wire, wire_of
 from dbsession.aio.mysql.kill import LoopKiller
 from dbsession.core.backends.mysql import MySQL
 from dbsession.core.config import DatabaseConfig
-from dbsession.core.connection_info import SCOPE, WIRE
+from dbsession.core.connection_info import SCOPE, WIRE, nobody
 from dbsession.core.pool.stats import Stats
 
 # The driver's number for a server that cannot be reached, CR_CONN_HOST_ERROR.
@@ -104,7 +104,7 @@ class AsyncMySQL(MySQL):
             raise
 
     def _read_s_of(self, info: dict[Any, Any]) -> float:
-        scope = info.get(SCOPE, _nobody)()
+        scope = info.get(SCOPE, nobody)()
         own: float | None = None if scope is None else scope.read_timeout_s
         return self.config.read_timeout_s if own is None else own
 
@@ -212,7 +212,3 @@ def _info_of(proxied: Any) -> dict[Any, Any]:
     except NotImplementedError:  # SQLAlchemy's own, while it asks a new server what it can
         return {}
     return found
-
-
-def _nobody() -> Any:
-    return None

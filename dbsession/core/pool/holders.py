@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
+from types import FrameType
 from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
-from dbsession.core.connection_info import CHECKOUT, SCOPE
+from dbsession.core.connection_info import CHECKOUT, SCOPE, nobody
 from dbsession.core.pool import callsites
 from dbsession.core.pool.checkout import Checkout
 from dbsession.core.pool.stats import BOUNDS_S, Stats
@@ -104,6 +105,12 @@ class HeldConnections:
     def scopes_of(self, note: Checkout) -> list[BaseScope]:
         """The scopes that are open now where it was taken, innermost last."""
         raise NotImplementedError
+
+    def record_call_site(self, note: Checkout, frames: Iterable[FrameType]) -> None:
+        """Note in which scope a connection was taken, and where: `frames` is the stack there, innermost first."""
+        scopes = self.scopes_of(note)
+        note.label = scopes[-1].label if scopes and scopes[-1].kind != "implicit" else None
+        note.taken_at = callsites.users(frames)
 
     def new_note(self, record: ConnectionPoolEntry) -> Checkout:
         """The note of this record, at its first checkout."""
@@ -216,13 +223,9 @@ class HeldConnections:
         """The scope of the session that uses it; else the one in which it was checked out, if that is recorded or still
         open. None: an implicit one, or none that is known."""
         record = note.record()
-        scope: BaseScope | None = None if record is None else record.info.get(SCOPE, _nobody)()
+        scope: BaseScope | None = None if record is None else record.info.get(SCOPE, nobody)()
         if scope is None and note.label is None:
             scope = next((each for each in reversed(self.scopes_of(note)) if each.since <= note.since), None)
         if scope is None:
             return note.label
         return None if scope.kind == "implicit" else scope.label
-
-
-def _nobody() -> Any:
-    return None
