@@ -29,7 +29,7 @@ from dbsession.errors import ConfigError, describe
 logger = logging.getLogger("dbsession.aio.databases")
 
 # Seconds that closing tasks have at the loop's end, before the connections they use are cut off and after it. Less than
-# theirs, and together less than what an exit has there: loop_state.EXIT_TIMEOUT_S.
+# theirs, and together less than what an exit has there: loop_local.shutdown.EXIT_TIMEOUT_S.
 _SETTLE_S = 3.5
 _LAST_S = 0.5
 

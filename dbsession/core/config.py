@@ -69,7 +69,7 @@ class DatabaseConfig:
 
     @cached_property  # asked at the end of each transaction
     def isolation_level(self) -> str | None:
-        """Of its engine; None: the server's."""
+        """The engine's isolation level, or None for the server's default."""
         return "AUTOCOMMIT" if self.readonly else self.options.get("isolation_level")
 
     @property

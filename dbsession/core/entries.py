@@ -20,7 +20,7 @@ KEYS = (
     *COMMON_KEYS,
     *("readonly", "busy_timeout_s", *TIMEOUTS, "reset", "kill_abandoned", "ping_idle_s"),
 )
-"""What some database takes."""
+"""The keys of an entry that at least one kind of database takes."""
 
 
 def parse(name: object, entry: object) -> DatabaseConfig:

@@ -18,8 +18,8 @@ Proxy = TypeVar("Proxy", bound=Any)
 class BaseSessionManager(Generic[Proxy]):
     """Named databases and their scoped sessions, the proxies: one per name, for ever.
 
-    Who writes: `_proxies` grows by `setdefault`, one step; `ready` is replaced in one step by `_start_over()`, and
-    grows by `_proxy()`, which may write to the one that was replaced meanwhile.
+    Who writes: `_proxies` grows by `setdefault`, one step; `ready` is replaced in one step by configure(), and grows
+    by `_proxy()`, which may write to the one that was replaced meanwhile.
     """
 
     def __init__(self, proxy: Callable[[Any, str], Proxy]) -> None:

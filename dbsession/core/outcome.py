@@ -84,7 +84,7 @@ class TransactionWatch:
     on_do_executemany = on_do_execute
 
     def on_do_execute_no_params(self, cursor: Any, statement: str, context: ExecutionContext) -> bool:
-        """As on_do_execute()."""
+        """Refuse or remember a statement without parameters; see `on_do_execute`."""
         return self.on_do_execute(cursor, statement, None, context)
 
     def _refuse_if_doomed(self, info: dict[Any, Any]) -> None:

@@ -70,7 +70,7 @@ class ManagedSession(Session):
         if scope is not None:
             held = scope.sessions.get(self._database)
             if held is self or getattr(held, "sync_session", None) is self:  # the AsyncSession round it, in asyncio
-                del scope.sessions[self._database]
+                scope.sessions.pop(self._database, None)  # another thread may end the scope just now
 
     def _close_or_discard(self, close: Callable[[], None]) -> None:
         # SQLAlchemy forgets its connections before it closes them (SessionTransaction.close has no try/finally), so a

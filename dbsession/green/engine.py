@@ -46,7 +46,7 @@ class ProcessDatabase(Database):
         self.engine.dispose()
 
     def retire(self) -> None:
-        """As `dispose()`, for good: whatever is still opened by somebody who kept the Engine is closed on return."""
+        """Dispose of the engine for good: what somebody who kept it still opens is closed on return."""
         self.retired = self.listeners.closed = True
         self._connections.closing = True
         self.dispose()

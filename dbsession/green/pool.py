@@ -111,7 +111,7 @@ class FairPool(QueuedPool[_PoolWaiter]):
         return None
 
     def _wait(self, waiter: _PoolWaiter) -> ConnectionPoolEntry | None:
-        """A record, or None: the right to open one."""
+        """Wait for our turn; return a record, or None for the right to open one."""
         began = monotonic()
         try:
             self._settle()

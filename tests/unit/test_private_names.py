@@ -99,7 +99,7 @@ def test_sqlalchemys_pool_calls_what_ours_overrides_and_has_what_ours_copies():
         assert callable(getattr(QueuePool, name))
     for name in ("_creator", "_pre_ping", "_recycle", "_orig_logging_name", "_reset_on_return", "_dialect"):
         assert hasattr(pool, name), name
-    assert pool._max_overflow == 10  # read by watch.facts, as are _recycle and _pre_ping
+    assert pool._max_overflow == 10  # read by watch.check.probe, as are _recycle and _pre_ping
 
 
 def test_pymysql_sends_and_reads_through_what_our_connection_overrides():
@@ -243,7 +243,7 @@ def test_sqlalchemys_asyncio_pool_is_a_queue_pool_and_makes_nothing_of_a_loop_un
 
 
 def test_sqlalchemy_checks_a_record_in_that_has_no_proxy_any_more():
-    """aio.engines finishes a checkin that a cancellation has ended in the middle."""
+    """aio.connections finishes a checkin that a cancellation has ended in the middle."""
     pool = QueuePool(lambda: types.SimpleNamespace(rollback=bool, close=bool), pool_size=1, max_overflow=0)
     proxied = pool.connect()
     proxied._finalizer.detach()

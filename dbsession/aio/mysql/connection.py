@@ -156,6 +156,6 @@ def wire_of(connection: Any) -> Wire | None:
 
 
 def transport_of(driver: Any) -> Any:
-    """Through which an open connection of a driver is written to. Private, and nothing else tells."""
+    """Return the transport of a driver's open connection: a private attribute, since nothing public tells it."""
     writer = getattr(driver, "_writer", None)  # of aiomysql
     return driver._transport if writer is None else writer.transport

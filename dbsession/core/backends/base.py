@@ -73,7 +73,7 @@ class Backend:
         return {}
 
     def fair_pool_options(self) -> dict[str, Any]:
-        """Return those that it needs besides, where the pool is ours."""
+        """Return the arguments of create_engine that are needed besides, where the pool is ours."""
         return {}
 
     # Its connections.

@@ -91,7 +91,7 @@ class HeldConnections:
         raise NotImplementedError
 
     def name_of(self, note: Checkout) -> str:
-        """What people call who took it."""
+        """Return what people call the greenlet, thread or task that took the connection."""
         raise NotImplementedError
 
     def stack_of(self, note: Checkout) -> list[callsites.CallSite] | str:
@@ -125,7 +125,7 @@ class HeldConnections:
         return note
 
     def returned(self, record: ConnectionPoolEntry) -> None:
-        """It was given back, or was lost to the pool in another way."""
+        """Note that a connection was given back, or was lost to the pool in another way."""
         info: Any = record.record_info
         note: Checkout | None = info.get(CHECKOUT)
         if note is None or not note.in_use:

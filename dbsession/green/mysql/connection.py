@@ -148,12 +148,12 @@ class Connection(Wire, KnownConnection):
         return before
 
     def read_within_at_most(self, timeout_s: float) -> float | None:
-        """As `read_within`, but never longer than so far."""
+        """Set the seconds to wait for each piece of an answer, unless they are fewer already; return those before."""
         before: float | None = self._read_timeout
         return self.read_within(timeout_s if before is None else min(before, timeout_s))
 
     def close(self) -> None:
-        """As PyMySQL's; idempotent, since whoever gives a connection up closes it, and the pool does so, too."""
+        """Close the connection. Idempotent: whoever gives a connection up closes it, and the pool does so, too."""
         if self.unread:
             self._abandon()
         if not self._closed:

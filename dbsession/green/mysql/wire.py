@@ -171,7 +171,7 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
             self._sock.sendall(memoryview(data)[sent:])
 
     def _read_packet(self, packet_type: Any = MysqlPacket) -> Any:
-        """As PyMySQL's. A packet that came whole with the one before it is taken without further ado."""
+        """Read a packet. One that came whole with the packet before it is taken without further ado."""
         ahead, at = self._ahead, self._at
         if len(ahead) > at + 4:
             head, first = _HEAD.unpack_from(ahead, at)

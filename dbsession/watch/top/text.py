@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def duration(seconds: float | None) -> str:
-    """With its unit; what lies in the histograms' first bucket as what is known of it."""
+    """Write a time with its unit; one in the histograms' first bucket as what is known of it."""
     if seconds is None:
         return "-"
     if seconds <= 0.001:

@@ -157,3 +157,19 @@ def test_release_refuses_a_write_that_a_listener_of_the_users_executes(tmp_path,
         with pytest.raises(UnsavedWork):
             manager.release()
     manager.dispose()
+
+
+def test_session_closes_while_another_thread_takes_it_out_of_its_scope(manager):
+    """As a thread does that ends the scope: between two steps of close() the entry is gone."""
+
+    class TakenMeanwhile(dict):
+        def get(self, key):
+            found = super().get(key)
+            self.clear()
+            return found
+
+    with manager.scope() as scope:
+        session = manager.get()()
+        scope.sessions = TakenMeanwhile(scope.sessions)
+        session.close()
+        assert not scope.sessions
