@@ -447,9 +447,10 @@ def test_failure_table_has_every_code_and_every_warning():
     warnings = set()  # both halves say some of them
     for module in (ROOT / "dbsession").rglob("*.py"):
         for node in ast.walk(ast.parse(module.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "logger.warning":
-                assert isinstance(node.args[0], ast.Constant)
-                warnings.add(re.sub(r"%[rs]|%g", "...", str(node.args[0].value)).replace("\n", ""))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("logger.warning", "logger.log"):
+                text = node.args[1 if ast.unparse(node.func) == "logger.log" else 0]  # after its level
+                assert isinstance(text, ast.Constant)
+                warnings.add(re.sub(r"%[rs]|%g", "...", str(text.value)).replace("\n", ""))
     assert not [warning for warning in warnings if f"| WARNING `{warning}` |" not in table]
     assert len(warnings) == table.count("| WARNING ")
 
