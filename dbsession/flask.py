@@ -7,11 +7,14 @@ hooks have run before the body is streamed.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
-from flask import Flask, g, request, request_finished
+from flask import Flask, g, request
 from flask.signals import appcontext_pushed
 from flask.wrappers import Response
+from werkzeug.exceptions import HTTPException
 from werkzeug.wsgi import ClosingIterator
 
 from dbsession.green import api, scope
@@ -25,7 +28,8 @@ def init_app(app: Flask) -> None:
     process's: the last app that sets it wins); wraps `app.wsgi_app`, so that each request has a scope until its body
     is closed, with the deadline `app.config["DBSESSION_DEADLINE_S"]` if that is set; and gives each app context outside
     a request (`flask shell`, CLI commands, tests) a scope of its own, which ends with the context. A complete response
-    (`response.is_sequence`) sets `dbsession.body_complete`: its sessions are closed before a slow client reads it.
+    (`response.is_sequence`, a page made from an HTTPException, an answer without a body) sets
+    `dbsession.body_complete`: its sessions are closed before a slow client reads it.
 
     Raises:
         ConfigError: [DBS-CONFIG].
@@ -37,15 +41,44 @@ def init_app(app: Flask) -> None:
         api.configure(databases)
     app.extensions["dbsession"] = api.manager
     app.wsgi_app = DBSessionMiddleware(app.wsgi_app, app.config.get("DBSESSION_DEADLINE_S"))  # type: ignore[method-assign]  # Flask's documented place
-    request_finished.connect(_response_made, app)
+    # These two on the app and not by signals: `request_finished` is not sent when an after_request function fails.
+    app.make_response = _pages_are_complete(app.make_response)  # type: ignore[method-assign]
+    app.finalize_request = _completeness_noted(app.finalize_request)  # type: ignore[method-assign]
     appcontext_pushed.connect(_context_pushed, app)
     app.teardown_appcontext(_context_popped)
 
 
-def _response_made(_: Flask, response: Response, **__: Any) -> None:
-    # The signal comes after the last after_request function, any of which may put another response in its place. The
-    # class is that of the body which Werkzeug makes; a wrapper that somebody puts round it may run code of its own.
-    request.environ["dbsession.body_complete"] = ClosingIterator if response.is_sequence else False
+def _pages_are_complete(make_response: Callable[[Any], Response]) -> Callable[[Any], Response]:
+    """Return what is called in place of `app.make_response`: a page made from an HTTPException has a list for its body.
+    Werkzeug runs the exception as a WSGI application, and what comes out of that looks like a stream."""
+
+    @functools.wraps(make_response)
+    def made(rv: Any) -> Response:
+        response = make_response(rv)
+        page = rv[0] if isinstance(rv, tuple) and rv else rv
+        # `abort(response)`: it may be a stream.
+        if isinstance(page, HTTPException) and (page.response is None or getattr(page.response, "is_sequence", False)):
+            response.make_sequence()
+        return response
+
+    return made
+
+
+def _completeness_noted(finalize_request: Callable[..., Response]) -> Callable[..., Response]:
+    """Return what is called in place of `app.finalize_request`, whose result is what the app returns: after the last
+    after_request function, any of which may put another response in its place."""
+
+    @functools.wraps(finalize_request)
+    def finalized(*arguments: Any, **more: Any) -> Response:
+        response = finalize_request(*arguments, **more)
+        environ, status = request.environ, response.status_code
+        without_body = environ["REQUEST_METHOD"] == "HEAD" or 100 <= status < 200 or status in (204, 304)
+        # The class is that of the body which Werkzeug makes; a wrapper that somebody puts round it may run code of its
+        # own.
+        environ["dbsession.body_complete"] = ClosingIterator if response.is_sequence or without_body else False
+        return response
+
+    return finalized
 
 
 def _context_pushed(_: Flask, **__: Any) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import gevent
 import pytest
-from flask import Flask, Response, after_this_request
+from flask import Flask, Response, abort, after_this_request, make_response, redirect
 from sqlalchemy import text
+from werkzeug.exceptions import BadRequest, HTTPException, NotFound
+from werkzeug.test import Client
 
 import dbsession
 import dbsession.flask
@@ -74,6 +76,107 @@ def test_complete_response_gives_its_connection_back_before_it_is_read(app):
     answer = app.test_client().get("/one", buffered=False)
     assert in_use() == 0
     assert answer.text == "1"
+
+
+class Teapot(HTTPException):
+    code = 418
+
+    def get_response(self, environ=None, scope=None):
+        response = super().get_response(environ, scope)
+        response.data = str(flask_app.session.scalar(text("SELECT 418")))
+        return response
+
+
+SHARED = HTTPException(response=Response("shared", 409))
+
+
+def write_and(then):
+    """A view that leaves a transaction open, and then does that."""
+
+    def view():
+        flask_app.session.execute(text("SELECT 1"))
+        return then()
+
+    return view
+
+
+def fail():
+    raise ValueError
+
+
+ENDS = {
+    "abort": (lambda: abort(404), 404),
+    "abort_response": (lambda: abort(Response("no", 403)), 403),
+    "shared_exception": (lambda: (_ for _ in ()).throw(SHARED), 409),
+    "own_exception": (lambda: (_ for _ in ()).throw(Teapot()), 418),
+    "unhandled": (fail, 500),
+    "returned": (lambda: NotFound(), 404),
+    "returned_tuple": (lambda: (NotFound(), 410, {"X-Own": "1"}), 410),
+    "made": (lambda: make_response(NotFound(), 404), 404),
+    "redirect": (lambda: redirect("/elsewhere"), 302),
+    "handled": (lambda: (_ for _ in ()).throw(KeyError()), 400),
+    "stream_unchanged": (lambda: Response((b"x" for _ in range(2)), 304), 304),
+}
+
+
+@pytest.fixture
+def ends(app):
+    app.register_error_handler(KeyError, lambda error: BadRequest())
+    for name, (then, _) in ENDS.items():
+        app.add_url_rule(f"/{name}", name, write_and(then))
+    app.add_url_rule("/folder/", "folder", write_and(lambda: "folder"))
+    return app
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("name", ENDS)
+def test_f36_error_page_gives_its_connection_back_before_it_is_read(ends, name, method):
+    """Nobody closes the answers, and each request finds the one place of the pool free."""
+    answers = [ends.test_client().open(f"/{name}", method=method, buffered=False) for _ in range(3)]
+    assert in_use() == 0
+    assert {answer.status_code for answer in answers} == {ENDS[name][1]}
+    texts = {answer.text for answer in answers}
+    assert len(texts) == 1 and bool(texts.pop()) == (method == "GET" and name != "stream_unchanged")
+    if method == "HEAD" and name == "abort":
+        assert answers[0].content_length == ends.test_client().get("/abort").content_length
+
+
+def test_f36_error_page_gives_its_connection_back_when_no_view_has_run_or_a_hook_fails(ends):
+    failing = []
+    ends.before_request(lambda: flask_app.session.execute(text("SELECT 1")) and None)
+    ends.before_request(lambda: abort(401) if "before" in failing else None)
+
+    @ends.after_request
+    def after(response):
+        if "after" in failing:
+            raise ValueError
+        return response
+
+    client = ends.test_client()
+    answers = [client.get("/folder"), client.post("/one"), client.get("/nowhere"), client.head("/stream")]
+    failing.append("before")
+    answers.append(client.get("/one"))
+    failing[:] = ["after"]
+    answers.append(client.get("/one"))
+    assert [answer.status_code for answer in answers] == [308, 405, 404, 200, 401, 500] and in_use() == 0
+
+
+def test_f36_aborted_stream_keeps_its_scope_until_it_is_closed(app):
+    @app.get("/half")
+    def half():
+        abort(Response((str(flask_app.session.scalar(text(f"SELECT {n}"))) for n in range(3)), 404))
+
+    answer = app.test_client().get("/half", buffered=False)
+    assert in_use() == 1 and answer.text == "012"
+    answer.close()
+    assert in_use() == 0
+
+
+def test_f36_exception_that_requests_share_carries_nothing_from_one_to_the_next(ends):
+    seen = iter("ab")
+    ends.after_request(lambda response: response.headers.add("X-Seen", next(seen)) or response)
+    client = ends.test_client()
+    assert [client.get("/shared_exception").headers.getlist("X-Seen") for _ in range(2)] == [["a"], ["b"]]
 
 
 def test_response_that_another_after_request_replaces_by_a_stream_is_not_complete(app):
@@ -207,3 +310,20 @@ def test_thirty_slow_readers_over_a_pool_of_two_stop_nobody(tmp_path):
         wait_until(lambda: json.loads(server.get("/state").body)["checked_out"] == 0, 30)
         for client in slow:
             client.close()
+
+
+def test_f36_werkzeug_response_that_nobody_closes_does_not_hold_up_the_next_request(app):
+    """Without Flask: nothing says that it is complete, so the next request on the greenlet ends it."""
+
+    def plain(environ, start_response):
+        flask_app.session.execute(text("INSERT INTO visit VALUES (1)"))  # waits for the write lock of the last one
+        return NotFound()(environ, start_response)
+
+    with dbsession.session_scope():
+        flask_app.session.execute(text("CREATE TABLE visit (n INTEGER)"))
+        flask_app.session.commit()
+    client = Client(dbsession.DBSessionMiddleware(plain))
+    answers = [client.get("/") for _ in range(3)]
+    assert in_use() == 1 and {answer.status_code for answer in answers} == {404}
+    answers[-1].close()
+    assert in_use() == 0
