@@ -33,7 +33,12 @@ def init_app(app: Flask) -> None:
 
     Raises:
         ConfigError: [DBS-CONFIG].
+        TypeError: `app` is no Flask application.
     """
+    given: object = app
+    if not isinstance(given, Flask):
+        what = "the class Flask" if isinstance(given, type) else f"a {type(given).__qualname__}"
+        raise TypeError(f"init_app() was given {what}: give the Flask application, init_app(app).")
     if "dbsession" in app.extensions:
         return
     databases = app.config.get("DBSESSION_DATABASES")

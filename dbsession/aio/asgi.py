@@ -39,6 +39,8 @@ class DBSessionMiddleware:
     """
 
     def __init__(self, app: ASGIApp) -> None:
+        if not callable(app):
+            raise TypeError(f"DBSessionMiddleware wraps an ASGI application, and was given a {type(app).__qualname__}.")
         self.app = app
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:

@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, overload
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -17,6 +17,7 @@ from dbsession.aio.engine import LoopDatabase, check, of_this_loop
 from dbsession.aio.scope import SessionScope
 from dbsession.aio.session import AsyncScopedSession
 from dbsession.core import config, sources
+from dbsession.core.functions import F
 from dbsession.core.manager import BaseSessionManager, report_release
 
 logger = logging.getLogger("dbsession.aio.manager")
@@ -85,7 +86,11 @@ class SessionManager(BaseSessionManager[AsyncScopedSession]):
         """The engine of `name` in the running loop; the same object until the next configure()."""
         return self.database(name).engine
 
-    def scope(self, label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope:
+    @overload
+    def scope(self, label: F, *, read_timeout_s: float | None = None) -> F: ...
+    @overload
+    def scope(self, label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope: ...
+    def scope(self, label: Any = None, *, read_timeout_s: float | None = None) -> Any:
         """See `dbsession.aio.session_scope`."""
         return scope.session_scope(label, read_timeout_s=read_timeout_s)
 

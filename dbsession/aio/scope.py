@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import inspect
 import os
 import sys
 from _thread import get_ident
 from collections.abc import Callable, Coroutine, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, TypeVar, cast
+from typing import Any, cast, overload
 
 from dbsession.aio import teardown
+from dbsession.core import functions
+from dbsession.core.functions import F
 from dbsession.core.scope import BaseScope, BaseSessionScope
 from dbsession.errors import ScopeEnded, ScopeRequired
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 current_task = asyncio.current_task
 
@@ -170,18 +169,25 @@ def begin(label: str, kind: str, read_timeout_s: float | None = None) -> Scope:
     return scope
 
 
-def session_scope(label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope:
+@overload
+def session_scope(label: F, *, read_timeout_s: float | None = None) -> F: ...
+@overload
+def session_scope(label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope: ...
+def session_scope(label: Any = None, *, read_timeout_s: float | None = None) -> Any:
     """Open a new scope nested in the task's current one: for a job, a step, a part of a request.
 
     `async with aio.session_scope() as scope:` is `dbsession.session_scope` for tasks; it also decorates coroutine
-    functions. Here `read_timeout_s` bounds the whole answer to a statement. A cancellation that lands in the teardown
-    is raised after the last session.
+    functions, with or without parentheses. Here `read_timeout_s` bounds the whole answer to a statement. A cancellation
+    that lands in the teardown is raised after the last session.
 
     Raises:
         ScopeRequired: [DBS-SCOPE-REQUIRED] opened where no task runs.
         ConfigError: [DBS-CONFIG] `read_timeout_s` is no number above 0.
-        TypeError: it decorates what is no coroutine function.
+        TypeError: it decorates what is no coroutine function; `UnusableArgument` [DBS-ARGUMENT] for a label that is no
+            text.
     """
+    if functions.is_given(label):
+        return SessionScope.checked(None, read_timeout_s)(label)
     return SessionScope.checked(label, read_timeout_s)
 
 
@@ -189,22 +195,27 @@ class SessionScope(BaseSessionScope):
     """What `session_scope()` returns. Lives for one block, or for the function that it decorates."""
 
     def __call__(self, func: F) -> F:
-        if not inspect.iscoroutinefunction(func):
+        return cast("F", functions.decorated(func, "aio.session_scope()", self._check, self._around))
+
+    @staticmethod
+    def _check(func: Callable[..., Any]) -> None:
+        if not functions.is_async(func):
             raise TypeError(
-                f"aio.session_scope() cannot decorate {getattr(func, '__name__', func)!r}: it is for `async def` "
-                "functions. Use `async with aio.session_scope():` inside it."
+                f"aio.session_scope() cannot decorate {functions.name_of(func)}: it is for `async def` functions, no "
+                "generators. Use `async with aio.session_scope():` inside it."
             )
 
+    def _around(self, func: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(func)
         async def scoped(*args: Any, **kwargs: Any) -> Any:
-            async with self._another():
+            async with self._another(func):
                 return await func(*args, **kwargs)
 
-        return cast("F", scoped)
+        return scoped
 
     async def __aenter__(self) -> Scope:
         self._refuse_second_use()
-        scope: Scope = begin(self._label, self._kind, self._read_timeout_s)
+        scope: Scope = begin(self._shown_label, self._kind, self._read_timeout_s)
         self._scope = scope
         return scope
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dbsession.aio import scope
+from dbsession.core import functions
 from dbsession.core.retry import Attempts, decorator
 
 logger = logging.getLogger("dbsession.aio.transaction")
@@ -52,7 +53,7 @@ def transactional(manager: Any, func: Callable[..., Any] | None, options: dict[s
             def call() -> Any:
                 return func(*args, **kwargs)
 
-            return await run(manager, call, **{"label": func.__qualname__, **options})
+            return await run(manager, call, **{**options, "label": options.get("label") or functions.name_of(func)})
 
         return whole
 

@@ -22,6 +22,7 @@ from sqlalchemy.pool import Pool, QueuePool
 from dbsession.core import backends
 from dbsession.core.backends.base import Backend
 from dbsession.core.config import DatabaseConfig, refused_option, shown
+from dbsession.core.functions import name_of, runs_later
 from dbsession.core.pool.holders import HeldConnections
 from dbsession.errors import ConfigError, describe, raised_at
 
@@ -95,14 +96,21 @@ class EngineListeners:
             logger.warning(
                 "Database %r: the on_engine_created function %s failed with %s at %s; the engine is used as it is.",
                 self._name,
-                getattr(listener, "__qualname__", type(listener).__qualname__),
+                name_of(listener),
                 describe(error),
                 raised_at(error),
             )
 
 
 def on_created(listener: Listener) -> None:
-    """Call `listener` for each engine that there is and each that will be built, once."""
+    """Call `listener` for each engine that there is and each that will be built, once. Raises TypeError."""
+    if not callable(listener):
+        raise TypeError(f"on_engine_created() was given a {type(listener).__qualname__}: give it a function.")
+    if runs_later(listener):
+        raise TypeError(
+            f"on_engine_created() cannot use {name_of(listener)}: its body runs after its call has returned, when the "
+            "engine is in use already. Make it a plain function."
+        )
     listeners.append(listener)  # first, so that none that is being built now is missed
     for database in all_databases():
         if not database.listeners.closed:

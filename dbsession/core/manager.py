@@ -10,7 +10,7 @@ from dbsession.core.engine import Database
 from dbsession.core.scope import BaseScope
 from dbsession.core.session import refuse_unsaved
 from dbsession.core.teardown import Sessions
-from dbsession.errors import describe
+from dbsession.errors import UnknownDatabase, describe
 
 Proxy = TypeVar("Proxy", bound=Any)
 
@@ -29,7 +29,12 @@ class BaseSessionManager(Generic[Proxy]):
         """The proxies, of `_proxies`, whose names were found right under the present configuration."""
 
     def _proxy(self, ready: dict[str, Proxy], name: str) -> Proxy:
-        """The proxy of `name`, which was found right; `ready` is the dict of the configuration that knew it."""
+        """The proxy of `name`, which was found right; `ready` is the dict of the configuration that knew it.
+
+        Raises UnknownDatabase for what is no name, which nothing has looked up before configure().
+        """
+        if not isinstance(name, str) or not name:
+            raise UnknownDatabase.named(name, (), "A name is a text, and given before configure() were")
         proxy = self._proxies.get(name) or self._proxies.setdefault(name, self._new_proxy(self, name))
         ready[name] = proxy
         return proxy

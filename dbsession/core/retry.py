@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dbsession.core import backends
+from dbsession.core import backends, functions
 from dbsession.core.config import positive_seconds
-from dbsession.core.scope import BaseScope, runs_later
+from dbsession.core.functions import runs_later
+from dbsession.core.scope import BaseScope, checked_label
 from dbsession.core.session import unsaved
-from dbsession.errors import CommitOutcomeUnknown, ConfigError, RollbackRequired, UnsavedWork, describe, plain
+from dbsession.errors import CommitOutcomeUnknown, ConfigError, RollbackRequired, UnsavedWork, describe
 
 _LONGEST_BACKOFF_S = 2.0
 
@@ -38,11 +39,14 @@ class Attempts:
         label: str | None = None,
         awaited: bool = False,
     ) -> None:
+        if not callable(fn):
+            raise TypeError(f"run_in_transaction() was given a {type(fn).__qualname__}: give the function to run.")
         _check(attempts, backoff_s)
+        label = checked_label(label, "a transaction")
         _refuse_what_runs_later(fn, awaited)
         session = manager.get(name)
         self.call = functools.partial(fn, session) if _takes_session(fn) else fn
-        self.label = plain(label or getattr(fn, "__qualname__", "run_in_transaction()"))
+        self.label = label or functions.name_of(fn)
         self._manager = manager
         self._name = name
         self._key = manager, name  # in a scope's `transactions`
@@ -128,15 +132,24 @@ def decorator(
     awaited: bool = False,
 ) -> Any:
     """The decorator `transactional`, with and without arguments: `wrap` makes a checked function a unit of work."""
+    unknown = options.keys() - _OPTIONS
+    if unknown:
+        raise TypeError(f"transactional takes {', '.join(_OPTIONS)} by keyword, and not {', '.join(sorted(unknown))}.")
+    _check(options.get("attempts", 1), options.get("backoff_s", 1))
+    checked_label(options.get("label"), "a transaction")
+
+    def check(func: Callable[..., Any]) -> None:
+        _refuse_what_runs_later(func, awaited)
 
     def decorate(func: Callable[..., Any]) -> Any:
-        _refuse_what_runs_later(func, awaited)
-        _check(options.get("attempts", 1), options.get("backoff_s", 1))
-        return wrap(func)
+        return functions.decorated(func, "transactional", check, wrap)
 
-    if func is not None and not callable(func):
-        raise TypeError(f"transactional takes its arguments by keyword: name={func!r}, perhaps.")
+    if func is not None and not functions.is_given(func):
+        raise TypeError("transactional takes its arguments by keyword: name='reports', perhaps.")
     return decorate if func is None else decorate(func)
+
+
+_OPTIONS = ("name", "attempts", "backoff_s", "label")
 
 
 def _check(attempts: object, backoff_s: object) -> None:
@@ -149,8 +162,8 @@ def _check(attempts: object, backoff_s: object) -> None:
 def _refuse_what_runs_later(fn: Callable[..., Any], awaited: bool) -> None:
     if runs_later(fn, awaited):
         raise TypeError(
-            f"{fn.__name__} cannot be run in a transaction: its body runs after its call has returned, when the "
-            "transaction is over."
+            f"{functions.name_of(fn)} cannot be run in a transaction: its body runs after its call has returned, when "
+            "the transaction is over."
         )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Self
 
 from dbsession.core.config import positive_seconds
-from dbsession.errors import plain
+from dbsession.core.functions import name_of
+from dbsession.errors import UnusableArgument, plain
 
 _NONE: Mapping[Any, Any] = MappingProxyType({})
 
@@ -70,30 +70,36 @@ class BaseScope:
 class BaseSessionScope:
     """What `session_scope()` returns. Lives for one block, or for the function that it decorates."""
 
-    def __init__(self, label: str, kind: str = "block", read_timeout_s: float | None = None) -> None:
-        self._label = label
+    def __init__(self, label: str | None, kind: str = "block", read_timeout_s: float | None = None) -> None:
+        self._label = label  # None: of the function that it decorates, if it does
         self._kind = kind
         self._read_timeout_s = read_timeout_s
         self._scope: Any = None  # while its block runs
 
     @classmethod
-    def checked(cls, label: str | None, read_timeout_s: float | None) -> Self:
-        """What a caller's arguments of `session_scope()` ask for. Raises ConfigError."""
+    def checked(cls, label: object, read_timeout_s: float | None) -> Self:
+        """What a caller's arguments of `session_scope()` ask for. Raises UnusableArgument, ConfigError."""
         if read_timeout_s is not None:
             read_timeout_s = positive_seconds(read_timeout_s, "read_timeout_s of a session_scope()")
-        return cls(plain(label or "a session_scope()"), "block", read_timeout_s)
+        return cls(checked_label(label, "a session_scope()"), "block", read_timeout_s)
 
-    def _another(self) -> Self:
+    @property
+    def _shown_label(self) -> str:
+        return self._label or "a session_scope()"
+
+    def _another(self, function: Any) -> Self:
         """One for a single call of the decorated function: each call has a scope of its own."""
-        return type(self)(self._label, self._kind, self._read_timeout_s)
+        return type(self)(self._label or name_of(function), self._kind, self._read_timeout_s)
 
     def _refuse_second_use(self) -> None:
         if self._scope is not None:
             raise RuntimeError("This session_scope() is open already: call session_scope() for each block.")
 
 
-def runs_later(function: Callable[..., Any], awaited: bool = False) -> bool:
-    """Whether the function's body runs after its call has returned; with `awaited`, after that was awaited, too."""
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        return True
-    return inspect.iscoroutinefunction(function) and not awaited
+def checked_label(label: object, whose: str) -> str | None:
+    """Return a label of the caller's, as it is shown; None if there is none. Raises UnusableArgument."""
+    if label is None or isinstance(label, str):
+        return plain(label) if label else None
+    raise UnusableArgument(
+        f"The label of {whose} is a {type(label).__qualname__}: give a text, which reports call the unit of work by."
+    )

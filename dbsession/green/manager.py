@@ -6,11 +6,12 @@ import logging
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from sqlalchemy.engine import Engine
 
 from dbsession.core import config, sources
+from dbsession.core.functions import F
 from dbsession.core.manager import BaseSessionManager, report_release
 from dbsession.errors import describe
 from dbsession.green import engine as engines
@@ -103,7 +104,11 @@ class SessionManager(BaseSessionManager[ScopedSession]):
             database = self.database(name)
         return database.engine
 
-    def scope(self, label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope:
+    @overload
+    def scope(self, label: F, *, read_timeout_s: float | None = None) -> F: ...
+    @overload
+    def scope(self, label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope: ...
+    def scope(self, label: Any = None, *, read_timeout_s: float | None = None) -> Any:
         """See `dbsession.session_scope`."""
         return scope.session_scope(label, read_timeout_s=read_timeout_s)
 

@@ -17,16 +17,16 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast, overload
 
 from gevent.hub import Hub
 
-from dbsession.core.scope import BaseScope, BaseSessionScope, runs_later
+from dbsession.core import functions
+from dbsession.core.functions import F
+from dbsession.core.scope import BaseScope, BaseSessionScope
 from dbsession.errors import ScopeEnded
 from dbsession.green import ident, teardown
 from dbsession.green.hub import run_aside, run_in_thread
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Scope(BaseScope):
@@ -211,15 +211,22 @@ def begin_request(label: str) -> Scope:
     return scope
 
 
-def session_scope(label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope:
+@overload
+def session_scope(label: F, *, read_timeout_s: float | None = None) -> F: ...
+@overload
+def session_scope(label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope: ...
+def session_scope(label: Any = None, *, read_timeout_s: float | None = None) -> Any:
     """Open a new scope nested in the current one: for a job, a script, a spawned greenlet, a thread pool's job.
 
     Its sessions are its own; they are closed when the block ends, however it ends. Nothing is committed for you.
-    Also usable as a decorator of a function. Do not wrap a `yield` in a generator that other code iterates: that code
-    would run in your scope. Response bodies are the exception: the middleware suspends their scope between chunks.
+    Also a decorator, with or without parentheses: each call of the function has a scope of its own.
+
+    Do not wrap a `yield` in a generator that other code iterates: that code would run in your scope. Response bodies
+    are the exception: the middleware suspends their scope between chunks.
 
     Args:
-        label: what reports call this unit of work, for instance "nightly import".
+        label: what reports call this unit of work, for instance "nightly import"; or the function to decorate, whose
+            name is then the label.
         read_timeout_s: seconds that its sessions wait for each piece of an answer of MySQL or MariaDB, in place of the
             database's `read_timeout_s`: for a long report.
 
@@ -229,9 +236,12 @@ def session_scope(label: str | None = None, *, read_timeout_s: float | None = No
     Raises:
         UsedInHub: [DBS-HUB] opened in the gevent Hub.
         ConfigError: [DBS-CONFIG] `read_timeout_s` is no number above 0.
-        TypeError: it decorates a generator or `async` function, whose body runs after the scope has ended.
+        TypeError: it decorates a generator or `async` function, whose body runs after the scope has ended, or what is
+            no function; `UnusableArgument` [DBS-ARGUMENT] for a label that is no text.
         BaseException: a kill or timeout that landed in the teardown. Switches greenlets there.
     """
+    if functions.is_given(label):
+        return SessionScope.checked(None, read_timeout_s)(label)
     return SessionScope.checked(label, read_timeout_s)
 
 
@@ -239,24 +249,31 @@ class SessionScope(BaseSessionScope):
     """What `session_scope()` returns. Lives for one `with` block, or for the function that it decorates."""
 
     def __call__(self, func: F) -> F:
-        if runs_later(func):
+        return cast("F", functions.decorated(func, "session_scope()", self._check, self._around))
+
+    @staticmethod
+    def _check(func: Callable[..., Any]) -> None:
+        if functions.runs_later(func):
             raise TypeError(
-                f"session_scope() cannot decorate {func.__name__}: its body runs after its call has returned, when the "
-                "scope is over. Use `with session_scope():` inside it."
+                f"session_scope() cannot decorate {functions.name_of(func)}: its body runs after its call has "
+                "returned, when the scope is over. Use `with session_scope():` inside it."
             )
 
+    def _around(self, func: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(func)
         def scoped(*args: Any, **kwargs: Any) -> Any:
-            with self._another():
-                return func(*args, **kwargs)
+            with self._another(func) as scope:
+                result = func(*args, **kwargs)
+                functions.refuse_coroutine(result, scope.label, "Use aio.session_scope() for it.")
+                return result
 
-        return cast("F", scoped)
+        return scoped
 
     def __enter__(self) -> Scope:
         ident.refuse_hub()
         self._refuse_second_use()
         self._stack = stack_here()  # the opener's: a generator may be closed in another greenlet
-        scope: Scope = Scope(self._label, self._kind, self._read_timeout_s)
+        scope: Scope = Scope(self._shown_label, self._kind, self._read_timeout_s)
         self._scope = scope
         self._stack.append(scope)
         return scope

@@ -7,12 +7,15 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from dbsession.core import functions
 from dbsession.core.retry import Attempts, decorator
 from dbsession.green import hub, scope
 
 logger = logging.getLogger("dbsession.transaction")
 
 T = TypeVar("T")
+
+_INSTEAD = "Use aio.run_in_transaction() for it."
 
 
 def run(manager: Any, fn: Callable[..., T], **options: Any) -> T:
@@ -22,12 +25,14 @@ def run(manager: Any, fn: Callable[..., T], **options: Any) -> T:
     if work.is_part_of(outer):
         with work.part_of(outer):
             joined: T = work.call()
+            functions.refuse_coroutine(joined, work.label, _INSTEAD)
             return joined
     name = options.get("name", "default")
     while True:
         try:
             with scope.session_scope(work.label) as own, work.whole(own):
                 result: T = work.call()
+                functions.refuse_coroutine(result, work.label, _INSTEAD)
                 work.refuse_half(own)
                 manager.get(name).commit()
                 return result
@@ -47,7 +52,7 @@ def transactional(manager: Any, func: Callable[..., Any] | None, options: dict[s
             def call() -> Any:
                 return func(*args, **kwargs)
 
-            return run(manager, call, **{"label": func.__qualname__, **options})
+            return run(manager, call, **{**options, "label": options.get("label") or functions.name_of(func)})
 
         return whole
 

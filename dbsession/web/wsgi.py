@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dbsession.core.config import positive_seconds
+from dbsession.core.functions import is_async
 from dbsession.errors import plain
 from dbsession.green import ident, scope
 from dbsession.green.deadline import DeadlineExceeded, require_gevent
@@ -51,9 +52,14 @@ class DBSessionMiddleware:
 
     Raises:
         ConfigError: [DBS-CONFIG] the deadline is no number above 0; at a request: gevent does not run here.
+        TypeError: `app` is no WSGI application.
     """
 
     def __init__(self, app: WSGIApplication, deadline: float | None = None) -> None:
+        if not callable(app):
+            raise TypeError(f"DBSessionMiddleware wraps a WSGI application, and was given a {type(app).__qualname__}.")
+        if is_async(app):
+            raise TypeError("DBSessionMiddleware was given an ASGI application: wrap it in dbsession.aio's.")
         self.app = app
         self._deadline = deadline
         if deadline is not None:

@@ -10,7 +10,9 @@ TESTS = Path(__file__).resolve().parents[1]
 
 def test_each_fault_has_a_row_whose_tests_exist():
     table = (TESTS / "faults" / "README.md").read_text()
-    defined = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in TESTS.rglob("test_*.py")), re.M))
+    defined = set(
+        re.findall(r"^(?:async )?def (test_\w+)", "\n".join(p.read_text() for p in TESTS.rglob("test_*.py")), re.M)
+    )
     rows = dict(re.findall(r"^\| (\d+) \|(.*)\|$", table, re.M))
     numbers = [int(number) for number in rows]
     assert numbers[:19] == list(range(1, 20))

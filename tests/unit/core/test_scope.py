@@ -1,10 +1,10 @@
-"""A scope's memory of its transactions, and what a decorator asks of a function."""
+"""A scope's memory of its transactions."""
 
 from __future__ import annotations
 
 import pytest
 
-from dbsession.core.scope import BaseScope, runs_later
+from dbsession.core.scope import BaseScope
 
 
 @pytest.mark.parametrize(
@@ -33,24 +33,3 @@ def test_scope_that_notes_an_outcome_changes_no_other_scope():
     one, other = BaseScope("one"), BaseScope("other")
     one.note_outcome("a", "committed")
     assert not other.outcomes and not BaseScope("a third").outcomes
-
-
-def generator():
-    yield
-
-
-async def coroutine():
-    pass
-
-
-async def async_generator():
-    yield
-
-
-@pytest.mark.parametrize(
-    ("function", "of_a_call", "of_an_await"),
-    [(len, False, False), (generator, True, True), (coroutine, True, False), (async_generator, True, True)],
-)
-def test_body_runs_later_than_the_call_or_than_its_await(function, of_a_call, of_an_await):
-    assert runs_later(function) is of_a_call
-    assert runs_later(function, awaited=True) is of_an_await

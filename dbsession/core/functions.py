@@ -1,0 +1,80 @@
+"""The functions that decorators are given: what they are called, when their bodies run, and which are refused."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from dbsession.errors import plain
+
+F = TypeVar("F", bound="Callable[..., Any] | classmethod[Any, Any, Any]")
+"""What a decorator is given, and gives back."""
+
+
+def name_of(function: object) -> str:
+    """What reports call it: a function's qualified name, that of what a `partial` calls, or an object's class."""
+    function = _innermost(function)
+    return plain(getattr(function, "__qualname__", None) or type(function).__qualname__)
+
+
+def runs_later(function: Callable[..., Any], awaited: bool = False) -> bool:
+    """Whether the function's body runs after its call has returned; with `awaited`, after that was awaited, too."""
+    for what in _bodies(function):
+        if inspect.isgeneratorfunction(what) or inspect.isasyncgenfunction(what):
+            return True
+    return not awaited and is_async(function)
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether it is a coroutine function, or an object whose `__call__` is one."""
+    return any(map(inspect.iscoroutinefunction, _bodies(function)))
+
+
+def is_given(value: object) -> bool:
+    """Whether `value`, the first argument of something that may be used without parentheses, is what it decorates."""
+    return callable(value) or isinstance(value, (staticmethod, classmethod))
+
+
+def decorated(function: Any, decorator: str, check: Callable[[Any], None], wrap: Callable[[Any], Any]) -> Any:
+    """Return what `wrap` makes of a function that `check` lets pass; of a staticmethod or classmethod, one of the kind.
+
+    Raises:
+        TypeError: it is a class, or no function; or what `check` raises.
+    """
+    if isinstance(function, (staticmethod, classmethod)):
+        return type(function)(decorated(function.__func__, decorator, check, wrap))
+    if isinstance(function, type):
+        raise TypeError(
+            f"{decorator} cannot decorate the class {function.__qualname__}: decorate the functions that are units of "
+            "work."
+        )
+    if not callable(function):
+        raise TypeError(f"{decorator} cannot decorate a {type(function).__qualname__}: it is for functions.")
+    check(function)
+    return wrap(function)
+
+
+def refuse_coroutine(result: object, label: str, instead: str) -> None:
+    """Raise TypeError if a call that should have done its work has returned a coroutine, which has done nothing yet.
+
+    Of a lambda, say, or of a plain function round a coroutine function, nothing tells that before it is called.
+    """
+    if inspect.iscoroutine(result):
+        result.close()
+        raise TypeError(
+            f"The function of {label} returned a coroutine, whose body would run when its unit of work is over; it was "
+            f"not run. {instead}"
+        )
+
+
+def _innermost(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _bodies(function: Any) -> tuple[Any, ...]:
+    function = _innermost(function)
+    return function, getattr(type(function), "__call__", None)  # noqa: B004  # the function, not whether there is one
