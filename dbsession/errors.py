@@ -3,6 +3,7 @@ and ends in a stable code, so that it can be searched for whatever the wording b
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -38,8 +39,11 @@ class UnknownDatabase(DBSessionError, LookupError):
     @classmethod
     def named(cls, name: object, known: Iterable[str], origin: str) -> UnknownDatabase:
         """The error for `name`, where `origin` says where `known` comes from."""
-        names = sorted(known)
-        text = f"No database {name!r} is configured. {origin}: {', '.join(map(repr, names)) or 'none'}."
+        names = sorted(masked(str(each)) for each in known)
+        what = repr(masked(name)) if isinstance(name, str) else f"by a {type(name).__qualname__} as its name"
+        text = f"No database {what} is configured. {origin}: {', '.join(map(repr, names)) or 'none'}."
+        if is_url(name):
+            return cls(f"{text} A URL is no name: give configure() {{'default': url}}, and ask for 'default'.")
         close = get_close_matches(str(name), names, n=1)
         if close:
             text += f" Did you mean {close[0]!r}?"
@@ -191,6 +195,31 @@ def plain(value: object) -> str:
     escapes."""
     text = str(value)
     return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+# Greedy, since a password that nobody has encoded may have any character in it.
+_SECRETS = (
+    (re.compile(r"(:(?://)?).*@", re.DOTALL), r"\1***@"),  # what a URL has before its host
+    (re.compile(r"(://[^/:@]*:)(?!\d{1,5}(?!\d)).*", re.DOTALL), r"\1***"),  # a URL that ends before its host
+    # In a URL's query, in a connection string.
+    (
+        re.compile(r"((?:pass|pwd|secret|token|credential|(?:ssl|api|private)_?key)\w*\s*=).*", re.DOTALL | re.I),
+        r"\1***",
+    ),
+)
+
+
+def masked(text: str) -> str:
+    """`text` for whoever may read it: without what may be a password, if it is a URL or a connection string, or has one
+    in it."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def is_url(name: object) -> bool:
+    """Whether what was given as a name is a URL or a connection string."""
+    return isinstance(name, str) and ("://" in name or masked(name) != name)
 
 
 def raised_at(error: BaseException) -> str:

@@ -101,7 +101,8 @@ def get_dbsession(name: str = "default") -> AsyncScopedSession:
     try:
         return manager.ready[name]
     except (KeyError, TypeError):
-        return manager.get(name)
+        pass  # and not from here: a KeyError shows the name, which may be a URL
+    return manager.get(name)
 
 
 async def clear_dbsession() -> None:

@@ -90,7 +90,9 @@ def refused_option(name: str, error: Exception, by: str, hint: str) -> ConfigErr
 
 def shown(word: object) -> str:
     """`word` for an error's text, unless it may be a URL that stands in the wrong place, with a password in it."""
-    return repr(word) if not isinstance(word, str) or re.fullmatch(r"[\w.+ -]*", word) else "(not shown: no plain word)"
+    if isinstance(word, str):
+        return repr(word) if re.fullmatch(r"[\w.+ -]*", word) else "(not shown: no plain word)"
+    return repr(word) if word is None or isinstance(word, (int, float)) else f"a {type(word).__qualname__}"
 
 
 def seconds(name: str, key: str, value: object) -> float:

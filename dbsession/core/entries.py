@@ -11,7 +11,7 @@ from sqlalchemy.exc import ArgumentError
 
 from dbsession.core.backends import KINDS, kind_of
 from dbsession.core.config import GUARDS, RESETS, TIMEOUTS, DatabaseConfig, positive_seconds, seconds, shown
-from dbsession.errors import ConfigError
+from dbsession.errors import ConfigError, is_url
 
 COMMON_KEYS = ("url", "options", "session", "leak_after_s", "idle_in_transaction_s", "guard")
 """What an entry of any database may have; its backend takes others."""
@@ -35,8 +35,8 @@ def parse(name: object, entry: object) -> DatabaseConfig:
         ConfigError: [DBS-CONFIG] naming the database, the key and the fix.
     """
     if not isinstance(name, str) or not name:
-        raise ConfigError(f"A database's name must be a non-empty string, not {name!r}.")
-    if "://" in name:
+        raise ConfigError(f"A database's name must be a non-empty string, not {shown(name)}.")
+    if is_url(name):
         raise ConfigError("A database's name looks like a URL: give a mapping of names to URLs, and not the reverse.")
     if isinstance(entry, (str, URL)):
         entry = {"url": entry}
@@ -119,7 +119,10 @@ def _url(name: str, value: object) -> URL:
     if not isinstance(value, str):
         raise ConfigError(f"Database {name!r}: `url` is a {type(value).__name__}: give a string or a sqlalchemy.URL.")
     try:
-        return make_url(value)
+        url = make_url(value)
+        # With an '@' in the password, a part of it is read as the host, or the database, which servers' errors show.
+        if url.host is None or ("@" not in url.host and not is_url(url.database)):
+            return url
     except (ArgumentError, ValueError):
         pass  # neither the text nor the cause is shown: they may hold a piece of the password
     raise ConfigError(

@@ -10,7 +10,7 @@ from dbsession.core.engine import Database
 from dbsession.core.scope import BaseScope
 from dbsession.core.session import refuse_unsaved
 from dbsession.core.teardown import Sessions
-from dbsession.errors import UnknownDatabase, describe
+from dbsession.errors import UnknownDatabase, describe, is_url
 
 Proxy = TypeVar("Proxy", bound=Any)
 
@@ -33,7 +33,7 @@ class BaseSessionManager(Generic[Proxy]):
 
         Raises UnknownDatabase for what is no name, which nothing has looked up before configure().
         """
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name or is_url(name):
             raise UnknownDatabase.named(name, (), "A name is a text, and given before configure() were")
         proxy = self._proxies.get(name) or self._proxies.setdefault(name, self._new_proxy(self, name))
         ready[name] = proxy

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from dbsession.core.config import positive_seconds
 from dbsession.core.functions import name_of
-from dbsession.errors import UnusableArgument, plain
+from dbsession.errors import UnusableArgument, masked, plain
 
 _NONE: Mapping[Any, Any] = MappingProxyType({})
 
@@ -99,7 +99,7 @@ class BaseSessionScope:
 def checked_label(label: object, whose: str) -> str | None:
     """Return a label of the caller's, as it is shown; None if there is none. Raises UnusableArgument."""
     if label is None or isinstance(label, str):
-        return plain(label) if label else None
+        return plain(masked(label)) if label else None
     raise UnusableArgument(
         f"The label of {whose} is a {type(label).__qualname__}: give a text, which reports call the unit of work by."
     )

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.entries import parse
-from dbsession.errors import ConfigError, UnknownDatabase
+from dbsession.errors import ConfigError, UnknownDatabase, is_url
 
 
 class Source(Protocol):
@@ -32,7 +32,8 @@ class MappingSource:
         try:
             return self._configs[name]
         except (KeyError, TypeError):  # TypeError: an unhashable name
-            raise UnknownDatabase.named(name, self._configs, "Configured are") from None
+            pass
+        raise UnknownDatabase.named(name, self._configs, "Configured are")
 
     def known(self) -> Iterable[str]:
         return self._configs
@@ -67,7 +68,7 @@ class EnvironmentSource:
         self._names: dict[str, str] = {}  # variable -> the name that first used it
 
     def lookup(self, name: str) -> DatabaseConfig:
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name or is_url(name):  # not with its variable, which has it in capitals
             raise UnknownDatabase.named(name, self.known(), "The environment has")
         variable = f"DBSESSION_{re.sub(r'[^A-Z0-9]', '_', name.upper())}_URL"
         url = os.environ.get(variable)

@@ -49,7 +49,8 @@ def get_dbsession(name: str = "default") -> ScopedSession:
     try:
         return manager.ready[name]
     except (KeyError, TypeError):
-        return manager.get(name)
+        pass  # and not from here: a KeyError shows the name, which may be a URL
+    return manager.get(name)
 
 
 def clear_dbsession() -> None:

@@ -6,17 +6,25 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from dbsession.errors import DBSessionError
+from dbsession.errors import DBSessionError, masked
 from dbsession.watch.check import command
 from dbsession.watch.dashboard import command as dashboard
 from dbsession.watch.top import command as top
 from dbsession.watch.usage_errors import WrongUsage
 
 
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors show no password. Without state of its own."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(masked(message))  # a URL, say, where a command or a name belongs
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 0 all well, 1 it found an error, 2 wrong usage."""
-    parser = argparse.ArgumentParser(prog="dbsession", description="Looks after the databases of an application.")
+    parser = _Parser(prog="dbsession", description="Looks after the databases of an application.")
     commands = parser.add_subparsers(dest="command", required=True)
     command.add_check(commands)
     top.add_top(commands)

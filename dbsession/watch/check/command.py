@@ -16,7 +16,7 @@ from typing import Any
 from gevent import monkey
 from sqlalchemy.engine import Engine
 
-from dbsession.errors import DBSessionError, UnknownDatabase, describe, plain, raised_at
+from dbsession.errors import DBSessionError, UnknownDatabase, describe, masked, plain, raised_at
 from dbsession.green import api
 from dbsession.green.manager import SessionManager
 from dbsession.watch.check import report as check
@@ -88,15 +88,16 @@ def _databases(target: str | None) -> tuple[list[str], EngineOf]:
     if target is None:
         return api.manager.known(), api.get_engine
     module_name, _, attribute = target.partition(":")
+    shown, shown_attribute = masked(module_name), masked(target).partition(":")[2]
     sys.path.insert(0, os.getcwd())  # as gunicorn and flask do
     try:
         module = importlib.import_module(module_name)
     except DBSessionError as error:
-        raise WrongUsage(f"--config: importing {module_name!r} failed: {error}") from None
+        raise WrongUsage(f"--config: importing {shown!r} failed: {error}") from None
     except Exception as error:  # its text may hold anything, a URL with its password too
-        missing = f" of {error.name!r}" if isinstance(error, ImportError) and error.name else ""
+        missing = f" of {masked(error.name)!r}" if isinstance(error, ImportError) and error.name else ""
         raise WrongUsage(
-            f"--config: importing {module_name!r} failed with {describe(error)}{missing} at "
+            f"--config: importing {shown!r} failed with {describe(error)}{missing} at "
             f"{raised_at(error)}. Correct the module, or its name; it is looked for in the current folder, too."
         ) from None
     if not attribute:
@@ -104,9 +105,9 @@ def _databases(target: str | None) -> tuple[list[str], EngineOf]:
     try:
         value = operator.attrgetter(attribute)(module)
     except AttributeError:
-        raise WrongUsage(f"--config: the module {module_name!r} has no {attribute!r}.") from None
+        raise WrongUsage(f"--config: the module {shown!r} has no {shown_attribute!r}.") from None
     except Exception as error:
-        what = f"{attribute!r} of {module_name!r} failed with {describe(error)} at {raised_at(error)}"
+        what = f"{shown_attribute!r} of {shown!r} failed with {describe(error)} at {raised_at(error)}"
         raise WrongUsage(f"--config: reading {what}. Correct it.") from None
     if isinstance(value, Mapping):
         return list(value), lambda name: _engine_of_mapping(value, name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy.engine import Engine
 
-from dbsession.errors import DBSessionError, describe, plain, raised_at
+from dbsession.errors import DBSessionError, describe, masked, plain, raised_at
 from dbsession.green import api, hub
 from dbsession.watch.check import budget, findings, probe
 from dbsession.watch.check.budget import Workers
@@ -60,13 +60,14 @@ def examine(names: Iterable[str], engine_of: Callable[[str], Engine], workers: W
     found: list[Finding] = []
     engines: dict[str, Engine] = {}
     for name in names:
+        shown = (masked(str(name)),)  # what is no name of a database may be its URL
         try:
             engines[name] = engine_of(name)
         except DBSessionError as error:
-            found.append(Finding("error", "configuration", (name,), str(error)))
+            found.append(Finding("error", "configuration", shown, str(error)))
         except Exception as error:  # of a callable that is asked for it; its text may hold anything, a password too
             what = f"asking for its configuration failed with {describe(error)} at {raised_at(error)}"
-            found.append(Finding("error", "configuration", (name,), what, "Correct the function that is asked."))
+            found.append(Finding("error", "configuration", shown, what, "Correct the function that is asked."))
     seen = tuple(probe.gather_all(engines))
     for each in seen:
         found.extend(findings.of(each))
