@@ -47,7 +47,7 @@ def init_app(app: Flask) -> None:
     app.extensions["dbsession"] = api.manager
     app.wsgi_app = DBSessionMiddleware(app.wsgi_app, app.config.get("DBSESSION_DEADLINE_S"))  # type: ignore[method-assign]  # Flask's documented place
     # These two on the app and not by signals: `request_finished` is not sent when an after_request function fails.
-    app.make_response = _pages_are_complete(app.make_response)  # type: ignore[method-assign]
+    app.make_response = _pages_are_complete(app.make_response)  # type: ignore[method-assign, assignment]
     app.finalize_request = _completeness_noted(app.finalize_request)  # type: ignore[method-assign]
     appcontext_pushed.connect(_context_pushed, app)
     app.teardown_appcontext(_context_popped)
