@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+from collections.abc import Callable
 from typing import Any
 
+import gevent
+
 from dbsession.errors import ConfigError
-from dbsession.green import api, scope
-from dbsession.green.mysql import kill
+from dbsession.green import api, hub, scope
+from dbsession.green.shutdown import end_statements
 from dbsession.watch import metrics_folder
 from dbsession.watch.check import report
 from dbsession.watch.inspection import server as inspection
@@ -27,6 +31,9 @@ from dbsession.web import wsgi
 logger = logging.getLogger("dbsession.gunicorn_hooks")
 
 KILLING_S = 2.0
+"""Seconds that ending statements at the server may take as a worker exits."""
+BEFORE_S = 1.0
+"""How long before the end of graceful_timeout what still runs is ended, at most; of a short one half."""
 
 metrics_folder.prepare()  # the variables that it sets, the workers inherit
 
@@ -53,6 +60,7 @@ def post_worker_init(worker: Any) -> None:
     """
     wsgi.check_deadlines()
     _close_what_the_import_used()
+    _end_before_the_master_does(worker)
     inspected = os.environ.get(sockets.VARIABLE, "").strip()
     if inspected:
         try:
@@ -67,6 +75,42 @@ def post_worker_init(worker: Any) -> None:
 
         worker.wsgi = metrics.MetricsMiddleware(worker.wsgi, path)
         metrics.start()
+
+
+def _end_before_the_master_does(worker: Any) -> None:
+    """Have SIGTERM, besides what gunicorn does at it, begin the time after which running statements are ended.
+
+    The master counts graceful_timeout from the SIGTERM, and then sends SIGKILL; the worker counts from when it sees,
+    within a second, that it is to end, so that it would begin to end its handlers when it is dead.
+    """
+    inner: Any = signal.getsignal(signal.SIGTERM)
+    if inner != worker.handle_exit:
+        return  # a worker of another kind
+    graceful_s = float(worker.cfg.graceful_timeout)
+    before_s = min(BEFORE_S, graceful_s / 2)
+    begun = False
+
+    def end() -> None:
+        hub.sleep(graceful_s - before_s)
+        _report_ended(end_statements(before_s + 1, at_least_s=before_s + 1))
+
+    def terminated(signum: int, frame: Any) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            start: Callable[..., Any] = gevent.spawn if hub.lasts() else hub.run_in_thread
+            start(end)
+        inner(signum, frame)
+
+    signal.signal(signal.SIGTERM, terminated)
+    # A sync worker that waits for its database is told at once; Python's own calls then go on (PEP 475). In the others
+    # nothing waits in the main thread, and what gunicorn has set stays.
+    signal.siginterrupt(signal.SIGTERM, not hub.lasts())
+
+
+def _report_ended(count: int) -> None:
+    if count:
+        logger.warning("This worker ends: %s statements that were still running were ended.", count)
 
 
 def child_exit(server: Any, worker: Any) -> None:
@@ -95,9 +139,10 @@ def post_request(worker: Any, req: Any, environ: dict[str, Any], resp: Any) -> N
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """End the statements of killed requests at the server (for KILLING_S seconds at most), and close every engine's
-    idle connections. Does nothing in the arbiter, where gunicorn calls it for a worker that has vanished."""
+    """End what still runs at the server, and the statements of killed requests (for KILLING_S seconds at most), and
+    close every engine's idle connections. Does nothing in the arbiter, where gunicorn calls it for a worker that has
+    vanished."""
     if worker.pid == os.getpid():
         inspection.stop()
-        kill.finish(KILLING_S)
+        _report_ended(end_statements(KILLING_S))
         api.dispose()

@@ -228,6 +228,44 @@ def test_no_connection_is_left_when_the_master_gets_sigterm_with_requests_in_fli
         assert load.rows("READ COMMITTED").keys() == (numbers if graceful_s > 1 else set())
 
 
+HOOKS = "from dbsession.gunicorn_hooks import child_exit, post_request, post_worker_init, when_ready, worker_exit\n"
+
+
+@pytest.mark.parametrize(
+    "how", ["SIGTERM", *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGHUP", "SIGQUIT"))]
+)
+@pytest.mark.parametrize(
+    "kind", ["gevent", pytest.param("gthread", marks=pytest.mark.slow), pytest.param("sync", marks=pytest.mark.slow)]
+)
+def test_f35_running_statements_are_ended_at_the_server_when_the_master_is_told_to_end(
+    mariadb, mariadb_url, tmp_path, kind, how
+):
+    """Those of requests, and of greenlets and threads that they started; the server itself would let them run on."""
+    config = tmp_path / "gunicorn.conf.py"
+    config.write_text(HOOKS if kind != "gevent" else CONFIG.read_text())
+    with mariadb.root() as cursor:
+        cursor.execute(f"CREATE TABLE `{make_url(mariadb_url).database}`.work (n INT PRIMARY KEY, pid INT, id INT)")
+    server = Gunicorn(
+        "support.probe_app:wrapped",
+        f"--worker-class={kind}",
+        "--threads=4",
+        "--graceful-timeout=2",
+        config=config,
+        env={"DBSESSION_URL": mariadb_url},
+        workers=2,
+        ready="/state",
+    )
+    with server, Load(server, mariadb, make_url(mariadb_url).database) as load, ThreadPoolExecutor(4) as pool:
+        for n in (10, 20):
+            pool.submit(lambda path: load._status(pool.submit(server.get, path)), f"/compute?n={n}")
+        wait_until(lambda: len(load.rows()) == 4, 30, "they run")
+        ids = {id for _, id in load.rows().values()}
+        os.kill(server.pid, getattr(signal, how))
+        if how != "SIGHUP":
+            server.wait(40)
+        wait_until(lambda: not ids & {p["id"] for p in mariadb.processlist()}, 20, "they are gone")
+
+
 @pytest.mark.slow
 def test_no_connection_is_left_when_the_master_is_killed(serve, mariadb):
     """The workers see that they are orphans."""

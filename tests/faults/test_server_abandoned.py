@@ -282,7 +282,7 @@ def test_f14_threadpool_jobs_do_not_wedge_the_pool_or_the_killing(mariadb_url):
         import os
         from dbsession.green.mysql import kill
         def open_files():
-            kill.finish(10)
+            wait_until(lambda: not kill.pending(), 10)
             return len(os.listdir("/proc/self/fd"))
         before = open_files()
         for _ in range(10):

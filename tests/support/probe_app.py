@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -77,9 +78,20 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         session.execute(text("SELECT SLEEP(:s)"), {"s": float(query.get("statement", 0))})
         session.commit()
         return reply(start_response, str(os.getpid()))
+    if path == "/compute":
+        # For ever, in the request's own greenlet or thread, and in another one.
+        other = threading.Thread(target=compute, args=(int(query["n"]) + 1,), daemon=True)
+        other.start()
+        compute(int(query["n"]))
     if path == "/count":
         return reply(start_response, str(session.scalar(text("SELECT COUNT(*) FROM t"))))
     raise AssertionError(path)
+
+
+def compute(n: int) -> None:
+    with dbsession.session_scope():
+        session.execute(text("INSERT INTO work VALUES (:n, :pid, CONNECTION_ID())"), {"n": n, "pid": os.getpid()})
+        session.execute(text("SELECT BENCHMARK(1000000000000, SHA2('x', 512))"))
 
 
 def reply(start_response: Any, answer: str) -> list[bytes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 import weakref
 from typing import Any
 
@@ -126,9 +125,6 @@ class GreenKiller(Killer):
             pass
 
 
-def finish(timeout_s: float) -> None:
-    """Wait until every statement abandoned so far is ended, at most that long. For the end of a process, where nobody
-    is left to end them. Switches greenlets."""
-    end = time.monotonic() + timeout_s
-    while any(killer.pending for killer in list(_killers)) and time.monotonic() < end:
-        hub.sleep(0.01)
+def pending() -> bool:
+    """Whether a statement abandoned so far is still to be ended."""
+    return any(killer.pending for killer in list(_killers))
