@@ -98,6 +98,24 @@ class ForeignSession(DBSessionError, RuntimeError):
     code = "DBS-FOREIGN"
 
 
+class UsedByTwo(DBSessionError, exc.InvalidRequestError):
+    """Two tasks, greenlets or threads used one connection at once, mostly by one session. Nothing was sent for the one
+    that gets this; the other one goes on. `what` is what the first one was about to do."""
+
+    code = "DBS-TWO"
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} was begun on a connection on which another one is under way: two tasks, greenlets or threads use "
+            "one session at once. Let each take its own, by get_dbsession() or a session_scope() inside it, or do one "
+            "after the other."
+        )
+        self._what = what
+
+    def __reduce__(self) -> Any:
+        return UsedByTwo, (self._what,)
+
+
 class UnsavedWork(DBSessionError, RuntimeError):
     """`release_dbsession()` would have thrown away work that was not committed. Nothing was changed."""
 

@@ -16,7 +16,7 @@ before it ends. Nothing here imports gevent. `aio.loop_local` keeps other things
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar, overload
 
@@ -30,6 +30,7 @@ from dbsession.aio.scope import session_scope
 from dbsession.aio.session import AsyncScopedSession
 from dbsession.core.config import Databases
 from dbsession.core.engine import Listener, on_created
+from dbsession.core.functions import awaited
 from dbsession.core.snapshot import Snapshot, snapshot_of
 from dbsession.errors import (
     CommitOutcomeUnknown,
@@ -95,6 +96,9 @@ def get_dbsession(name: str = "default") -> AsyncScopedSession:
     first use there and closed when the scope ends: at the end of the request, of the `session_scope()`, or of the
     task. A child task (gather, TaskGroup, create_task) has a scope, and so a session, of its own.
 
+    The task that calls a method counts, whoever awaits what it returns: `asyncio.shield(session.commit())` commits the
+    caller's session. Two at once on one session raise UsedByTwo, or another InvalidRequestError of SQLAlchemy's.
+
     Never awaits. Raises, and checks the name, as `dbsession.get_dbsession`. Using the session may raise ScopeRequired
     (in a callback of the loop, or in a thread) and ScopeEnded.
     """
@@ -105,23 +109,25 @@ def get_dbsession(name: str = "default") -> AsyncScopedSession:
     return manager.get(name)
 
 
-async def clear_dbsession() -> None:
-    """Close every session of the current scope, which stays usable and empty. Idempotent. Waits for the server where a
-    transaction is open, for at most 5 seconds.
+@awaited
+def clear_dbsession() -> Coroutine[Any, Any, None]:
+    """Close every session of the caller's current scope, which stays usable and empty. Idempotent. Waits for the server
+    where a transaction is open, for at most 5 seconds.
 
     Errors are logged, as by `dbsession.clear_dbsession`; a cancellation is raised after the last session.
     """
-    await manager.clear()
+    return manager.clear()
 
 
-async def release_dbsession(*names: str) -> None:
-    """Before slow work that needs no database: end the transactions of the current scope's sessions (of all, or of
-    the named databases) and give their connections back.
+@awaited
+def release_dbsession(*names: str) -> Coroutine[Any, Any, None]:
+    """Before slow work that needs no database: end the transactions of the sessions of the caller's current scope (of
+    all, or of the named databases) and give their connections back.
 
     The sessions stay usable and their objects attached but expired: `await session.refresh(one)` before it is read,
     which checks a connection out again. Raises as `dbsession.release_dbsession`, such as UnsavedWork.
     """
-    await manager.release(*names)
+    return manager.release(*names)
 
 
 def get_engine(name: str = "default") -> AsyncEngine:

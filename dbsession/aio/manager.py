@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, overload
 
@@ -14,10 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from dbsession.aio import scope, teardown, transaction
 from dbsession.aio.drivers import TwinSource
 from dbsession.aio.engine import LoopDatabase, check, of_this_loop
-from dbsession.aio.scope import SessionScope
+from dbsession.aio.scope import Scope, SessionScope
 from dbsession.aio.session import AsyncScopedSession
 from dbsession.core import config, sources
-from dbsession.core.functions import F
+from dbsession.core.functions import F, awaited
 from dbsession.core.manager import BaseSessionManager, report_release
 
 logger = logging.getLogger("dbsession.aio.manager")
@@ -94,17 +94,24 @@ class SessionManager(BaseSessionManager[AsyncScopedSession]):
         """See `dbsession.aio.session_scope`."""
         return scope.session_scope(label, read_timeout_s=read_timeout_s)
 
-    async def clear(self) -> None:
-        """Close this manager's sessions in the current scope; see `dbsession.aio.clear_dbsession`."""
-        current = scope.current()
+    @awaited
+    def clear(self) -> Coroutine[Any, Any, None]:
+        """Close this manager's sessions in the caller's current scope; see `dbsession.aio.clear_dbsession`."""
+        return self._clear(scope.current())
+
+    async def _clear(self, current: Scope | None) -> None:
         if current is not None:
             await teardown.close_all(self._take(current), current.label)
 
-    async def release(self, *names: str) -> None:
-        """Give this scope's connections back; see `dbsession.aio.release_dbsession`."""
+    @awaited
+    def release(self, *names: str) -> Coroutine[Any, Any, None]:
+        """Give the connections of the caller's current scope back; see `dbsession.aio.release_dbsession`."""
+        return self._release(scope.current(), names)
+
+    async def _release(self, current: Scope | None, names: tuple[str, ...]) -> None:
         for name in names:
             self.database(name)
-        for database, session in self._to_release(scope.current(), names):
+        for database, session in self._to_release(current, names):
             try:
                 await session.rollback()  # expires every object, and keeps it attached
             except Exception as error:

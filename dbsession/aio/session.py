@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import weakref
 from _thread import get_ident
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
@@ -13,6 +16,7 @@ from dbsession.aio import scope, teardown
 from dbsession.aio.scope import current_task, here
 from dbsession.core import teardown as core_teardown
 from dbsession.core.config import DatabaseConfig
+from dbsession.core.functions import awaited
 from dbsession.core.registry import BaseScopeRegistry
 from dbsession.core.session import ManagedSession, check_arguments, managed_class, watch
 from dbsession.errors import ConfigError
@@ -180,14 +184,34 @@ class AsyncScopedSession(async_scoped_session[Any]):
         factory: async_sessionmaker[Any] = self._owner.database(self.name).factory
         return factory
 
-    async def remove(self) -> None:
+    @awaited
+    def remove(self) -> Coroutine[Any, Any, None]:
         """Close the current scope's session of this name, if there is one; the next use gets a fresh one.
 
         As `clear_dbsession()`: a session that fails to close is discarded and logged; only a cancellation is raised.
         """
-        taken = self.registry.take()
+        return self._remove(scope.current())
+
+    async def _remove(self, current: scope.Scope | None) -> None:
+        taken = self.registry.take_from(current)
         if taken is not None:
             await teardown.close_all(dict([taken]), f"a remove() of {self.name!r}")
 
     def __repr__(self) -> str:
         return f"<AsyncScopedSession {self.name!r}>"
+
+
+def _looked_up_at_call(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
+    @awaited
+    @functools.wraps(stock)
+    def method(self: AsyncScopedSession, *arguments: Any, **more: Any) -> Any:
+        return getattr(self(), name)(*arguments, **more)
+
+    return method
+
+
+# SQLAlchemy's proxy looks its session up when it is awaited, and asyncio.shield(), create_task(), gather() and Python
+# 3.11's wait_for() await it in a task of their own: its session, a new one, has nothing to commit.
+for _name, _stock in list(vars(async_scoped_session).items()):
+    if inspect.iscoroutinefunction(_stock) and _name not in vars(AsyncScopedSession):
+        setattr(AsyncScopedSession, _name, _looked_up_at_call(_name, _stock))

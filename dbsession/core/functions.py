@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from dbsession.errors import plain
 
 F = TypeVar("F", bound="Callable[..., Any] | classmethod[Any, Any, Any]")
 """What a decorator is given, and gives back."""
+
+Awaited = TypeVar("Awaited", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 
 def name_of(function: object) -> str:
@@ -67,6 +70,18 @@ def refuse_coroutine(result: object, label: str, instead: str) -> None:
             f"The function of {label} returned a coroutine, whose body would run when its unit of work is over; it was "
             f"not run. {instead}"
         )
+
+
+def awaited(function: Awaited) -> Awaited:
+    """Mark a `def` function that looks up the caller's scope and returns a coroutine as a coroutine function, for
+    frameworks that run any other one in a thread."""
+    if sys.version_info >= (3, 12):
+        return inspect.markcoroutinefunction(function)
+    # There is no mark there but the code's own, which says nothing to that interpreter: a coroutine is made by the
+    # code's first instruction.
+    marked: Any = function
+    marked.__code__ = marked.__code__.replace(co_flags=marked.__code__.co_flags | inspect.CO_COROUTINE)
+    return function
 
 
 def _innermost(function: Any) -> Any:

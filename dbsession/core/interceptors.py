@@ -42,6 +42,7 @@ from dbsession.core.connection_info import (
 from dbsession.core.outcome import TransactionWatch
 from dbsession.core.pool.checkout import Checkout
 from dbsession.core.pool.holders import HeldConnections
+from dbsession.errors import UsedByTwo
 
 STATEMENTS = ("do_execute", "do_executemany", "do_execute_no_params")
 REPLACED = (
@@ -101,7 +102,12 @@ class StatementNotes:
 
     @staticmethod
     def executing(inner: Callable[..., None], context: Any, cursor: Any, statement: str, *arguments: Any) -> None:
-        """Execute the statement; `context` is None in a recipe of the user's that names none."""
+        """Execute the statement; `context` is None in a recipe of the user's that names none.
+
+        Raises:
+            UsedByTwo: [DBS-TWO] another task, greenlet or thread is in the middle of one on the same Connection. Some
+                drivers let the second wait, some mix up the answers.
+        """
         record = None if context is None else context.root_connection.connection.record_info
         note: Checkout | None = None if record is None else record.get(CHECKOUT)
         if note is None:  # SQLAlchemy asks a new server what it can; or it was detached from the pool
@@ -109,15 +115,18 @@ class StatementNotes:
                 context.root_connection.connection.info[DETACHED_USER] = weakref.ref(context.root_connection)
             inner(cursor, statement, *arguments)
             return
+        connection = context.root_connection
+        if note.executing is connection:
+            raise UsedByTwo("A statement")
         note.statement = statement
         if note.connection is None:
-            note.connection = weakref.ref(context.root_connection)
-        note.executing = True
+            note.connection = weakref.ref(connection)
+        note.executing = connection
         note.changed = monotonic()
         try:
             inner(cursor, statement, *arguments)
         finally:
-            note.executing = False
+            note.executing = None
             note.changed = monotonic()
 
 

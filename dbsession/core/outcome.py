@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection, ExceptionContext, ExecutionContext
 from dbsession.core.backends.base import Backend, Verdict
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import CHECKOUT, COMMITTING, DETACHED_USER, DOOMED, SCOPE, KnownConnection, nobody
-from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, describe
+from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, UsedByTwo, describe
 
 wrote: weakref.WeakSet[Connection] = weakref.WeakSet()
 """Connections on which something was written in their last transaction. Written by the engine's events."""
@@ -218,7 +218,7 @@ class TransactionWatch:
             context.is_disconnect = True
         elif not from_driver and not isinstance(driver, KnownConnection):
             # Whether a driver that we do not know is still in step with its server, nobody can say.
-            ours = isinstance(context.original_exception, RollbackRequired)
+            ours = isinstance(context.original_exception, RollbackRequired | UsedByTwo)  # nothing was sent
             context.is_disconnect = context.is_disconnect or (context.execution_context is not None and not ours)
             context.invalidate_pool_on_disconnect = False
 

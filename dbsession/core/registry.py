@@ -48,7 +48,10 @@ class BaseScopeRegistry(ScopedRegistry[Any]):
 
     def take(self) -> tuple[Database, Any] | None:
         """Take the session out of the current scope, if it is there; it is then the caller's to close."""
-        current = self._current()
+        return self.take_from(self._current())
+
+    def take_from(self, current: BaseScope | None) -> tuple[Database, Any] | None:
+        """Take the session out of the scope `current`, if it is there; it is then the caller's to close."""
         database = self._find(current)
         if current is None or database is None:
             return None

@@ -43,7 +43,7 @@ class Checkout:
     label: str | None  # of the scope in which it was checked out; None: of none, or an implicit one
     statement: str | None
     connection: weakref.ref[Connection] | None  # SQLAlchemy's, that has executed something
-    executing: bool
+    executing: Connection | None  # the one of SQLAlchemy's that executes something just now: with a StaticPool, of many
     since: float  # by time.monotonic(), as `changed`: when `executing` became what it is
     changed: float
     # By the leak watch, perhaps in a thread of its own; it counts for the checkout that began at `reported_since`.
@@ -53,7 +53,7 @@ class Checkout:
 
     def state(self) -> str:
         """What it is busy with: see `Holder`."""
-        if self.executing:
+        if self.executing is not None:
             return "executing"
         record = self.record()
         if record is None or record.dbapi_connection is None:

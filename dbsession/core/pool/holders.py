@@ -117,8 +117,8 @@ class HeldConnections:
         info: Any = record.record_info
         note = info[CHECKOUT] = Checkout()
         note.record = weakref.ref(record)
-        note.in_use = note.executing = False  # until the rest is there, too
-        note.statement = note.connection = note.label = None
+        note.in_use = False  # until the rest is there, too
+        note.statement = note.connection = note.executing = note.label = None
         note.taken_at = []
         note.reported, note.reported_since = (), 0.0
         self._notes.add(note)

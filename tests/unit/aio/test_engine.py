@@ -607,7 +607,7 @@ FORK = """
 
     def child(inherited):
         for verb in (proxy, proxy.registry.has, manager.scope().__aenter__().__await__().__next__,
-                     manager.release().__await__().__next__, manager.clear().__await__().__next__):
+                     manager.release, manager.clear):
             try:
                 verb()
             except aio.ScopeRequired:
