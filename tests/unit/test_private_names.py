@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import os
 import socket
+import ssl
 import types
 
 import gevent
@@ -56,6 +57,21 @@ def test_pymysql_keeps_its_socket_in_sock(mariadb_url):
         assert fork.descriptor_of(driver) == driver._sock.fileno() >= 0
     engine.dispose()
     assert fork.descriptor_of(driver) is None
+
+
+def test_pymysql_makes_a_tls_context_by_a_method_that_asks_nothing_of_its_connection(tmp_path):
+    made = pymysql.connections.Connection._create_ssl_ctx(None, {"verify_mode": False})
+    assert isinstance(made, ssl.SSLContext) and made.verify_mode == ssl.CERT_NONE and not made.check_hostname
+
+    class Ours(pymysql.connections.Connection):
+        def _create_ssl_ctx(self, options):
+            asked.append(options)
+            return made
+
+    asked = []
+    for given in ({}, {"ssl": {"ca": "a"}}, {"ssl_ca": "a"}, {"ssl_disabled": True}):
+        Ours(defer_connect=True, **given)
+    assert asked == [{}, {"ca": "a"}, {"ca": "a", "check_hostname": False, "verify_mode": False}]
 
 
 @pytest.mark.parametrize("driver", ["asyncmy", "aiomysql"])

@@ -14,9 +14,11 @@ from typing import Any
 
 from sqlalchemy.engine import ExceptionContext
 
+from dbsession.aio.mysql import tls
 from dbsession.aio.mysql.connection import Stream, Wire, wire_of
 from dbsession.aio.mysql.kill import LoopKiller
 from dbsession.core.backends.mysql import MySQL
+from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import SCOPE, WIRE, nobody
 from dbsession.core.pool.stats import Stats
@@ -32,6 +34,7 @@ class AsyncMySQL(MySQL):
 
     def __init__(self, config: DatabaseConfig, stats: Stats) -> None:
         super().__init__(config)
+        self._tls = TLSContexts()
         self._killer = LoopKiller(config.name, stats) if config.kill_abandoned else None
 
     def engine_options(self) -> dict[str, Any]:
@@ -46,13 +49,15 @@ class AsyncMySQL(MySQL):
         seconds = self.config.connect_timeout_s
 
         async def within(*args: Any, **arguments: Any) -> Any:
-            if self._killer is not None:
-                self._killer.arguments = dict(arguments)  # as the user's own listeners have left them: a token, perhaps
             task: Any = asyncio.current_task()
             cancelled = task.cancelling()
             try:
                 async with asyncio.timeout(seconds):
+                    arguments |= tls.argument(self._tls, module, arguments)
+                    if self._killer is not None:
+                        self._killer.arguments = dict(arguments)  # as the user's listeners have left them: a token, say
                     connection = await connect(*args, **arguments)
+                    tls.require(connection, arguments, module)
                     if task.cancelling() > cancelled:
                         # Lost on the way: before Python 3.12 the driver's asyncio.wait_for() swallows a cancellation
                         # that comes when the connection has just been made.

@@ -12,6 +12,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from dbsession.core.backends.mysql import MySQL
+from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.config import TIMEOUTS, DatabaseConfig
 from dbsession.core.pool.stats import Stats
 from dbsession.green.mysql import session_state
@@ -29,7 +30,8 @@ class PyMySQL(MySQL):
 
     def __init__(self, config: DatabaseConfig, stats: Stats) -> None:
         super().__init__(config)
-        self._killer = GreenKiller(config.name, stats) if config.kill_abandoned else None
+        self._tls = TLSContexts()
+        self._killer = GreenKiller(config.name, stats, self._tls) if config.kill_abandoned else None
         self._engine: Callable[[], Engine | None] = lambda: None
         self._take_level_back: Callable[[Any], None]
         self.cleans = False
@@ -78,7 +80,7 @@ class PyMySQL(MySQL):
 
     def _connect(self, *cargs: Any, **cparams: Any) -> Any:
         killer = self._killer
-        connection = Connection(*cargs, ping_idle_s=self.config.ping_idle_s, **cparams)
+        connection = Connection(*cargs, ping_idle_s=self.config.ping_idle_s, tls=self._tls, **cparams)
         try:
             if killer is not None:
                 killer.opened(connection, cparams)

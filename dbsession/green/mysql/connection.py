@@ -17,6 +17,7 @@ from pymysql.constants import CR, SERVER_STATUS
 
 from dbsession.core import fork
 from dbsession.core.backends.mysql_errors import is_from_socket
+from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.connection_info import KnownConnection
 from dbsession.green.mysql.results import LAZY
 from dbsession.green.mysql.wire import Wire
@@ -26,12 +27,24 @@ _SET_TRANSACTION = re.compile(r"\s*SET\s+TRANSACTION\b", re.IGNORECASE)
 _BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 
 
+class _IfOffered:
+    """The context of a connection that takes TLS where the server has it: made as it is needed. Lives as long as the
+    connection."""
+
+    def __init__(self, contexts: TLSContexts) -> None:
+        self._contexts = contexts
+
+    def wrap_socket(self, *arguments: Any, **more: Any) -> Any:
+        return self._contexts.of({}, err.OperationalError).wrap_socket(*arguments, **more)
+
+
 class Connection(Wire, KnownConnection):
     """A `pymysql.connections.Connection`. Lives as long as its place in the pool, or until a read or write on it is
     ended by any exception: then its socket is closed, and the exception goes on as it is.
 
     Args:
         ping_idle_s: how long after the last answer a ping() looks at the socket only.
+        tls: the engine's TLS contexts.
         Others: those of PyMySQL. `connect_timeout` bounds the handshake, too.
     """
 
@@ -39,6 +52,7 @@ class Connection(Wire, KnownConnection):
         self,
         *args: Any,
         ping_idle_s: float = 0.0,
+        tls: TLSContexts | None = None,
         **kwargs: Any,
     ) -> None:
         self._epoch = fork.epoch
@@ -46,6 +60,7 @@ class Connection(Wire, KnownConnection):
         """Called with this connection when nobody waits any more for a statement that may still run at the server. Must
         not wait."""
         self._ping_idle_s = ping_idle_s
+        self._tls = TLSContexts() if tls is None else tls
         self._heard = 0.0  # when the last answer came
         self._next_transaction_set = False  # by SET TRANSACTION, until the next COMMIT or ROLLBACK
         self.commit_sent = False
@@ -65,6 +80,13 @@ class Connection(Wire, KnownConnection):
         self.place: Any = None
         """The current database and role, where they are to be kept; see session_state."""
         self.used = False
+
+    def _create_ssl_ctx(self, sslp: Any) -> Any:
+        if not isinstance(sslp, dict):
+            return super()._create_ssl_ctx(sslp)  # a context of the user's
+        if sslp:
+            return self._tls.of(sslp, err.OperationalError)
+        return _IfOffered(self._tls)
 
     def connect(self, sock: Any = None) -> None:
         self._ahead, self._at = b"", 0

@@ -11,6 +11,7 @@ from pymysql.cursors import Cursor
 
 from dbsession.core import fork
 from dbsession.core.backends.mysql_kill import OWN_THREAD, TIMEOUT_S, Killer, Thread
+from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.pool.stats import Stats
 from dbsession.green import hub
 from dbsession.green.mysql.connection import Connection
@@ -25,8 +26,9 @@ class GreenKiller(Killer):
     `_working` is a flag: it is only ever tried, never waited for, so it may be held over a switch.
     """
 
-    def __init__(self, name: str, stats: Stats) -> None:
+    def __init__(self, name: str, stats: Stats, tls: TLSContexts | None = None) -> None:
         super().__init__(name, stats)
+        self._tls = tls
         self._forget()
         _killers.add(self)
 
@@ -99,7 +101,9 @@ class GreenKiller(Killer):
     def _kill(self, thread: Thread) -> None:
         # To the very address that the connection had: its name may mean another server by now.
         timeouts = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), TIMEOUT_S)
-        side = Connection(**self.side_arguments() | timeouts | {"defer_connect": True, "cursorclass": Cursor})
+        side = Connection(
+            tls=self._tls, **self.side_arguments() | timeouts | {"defer_connect": True, "cursorclass": Cursor}
+        )
         own = self.arguments.get("bind_address")
         source = None if own is None else (own, 0)
         with socket.create_connection(thread.peer[:2], TIMEOUT_S, source) as raw:
