@@ -112,6 +112,8 @@ class LoopConnections(EngineConnections):
         return do_rollback
 
     def _note_end(self, proxied: Any) -> None:
+        if self.backend.still_open(proxied):
+            return
         self._ended = proxied.dbapi_connection
         asyncio.get_running_loop().call_soon(self._next_step, context=self._context)
 

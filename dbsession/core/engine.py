@@ -170,7 +170,7 @@ def _defaults(backend: Backend, options: dict[str, Any], stock_pool: type[Any], 
     defaults = backend.engine_options()
     if config.readonly:
         # No transaction is ever open: nothing to roll back.
-        defaults |= {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
+        defaults |= {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": backend.knows_autocommit}
     if "pool" in options:
         return defaults  # a ready-made pool has its sizes already
     poolclass = options.get("poolclass")

@@ -48,7 +48,7 @@ STATEMENTS = ("do_execute", "do_executemany", "do_execute_no_params")
 REPLACED = (
     *("connect", *STATEMENTS, "execution_ctx_cls"),
     *("do_commit", "do_commit_twophase", "do_rollback", "do_rollback_twophase"),
-    *("do_ping", "do_terminate", "set_isolation_level", "reset_isolation_level"),
+    *("do_ping", "do_terminate", "set_isolation_level", "reset_isolation_level", "detect_autocommit_setting"),
 )
 """What of a dialect may be replaced."""
 

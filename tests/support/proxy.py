@@ -51,6 +51,10 @@ class ProxyControl:
         """At most `size` bytes at a time from now on, about a millisecond apart."""
         self._call(verb="dribble", size=size)
 
+    def lie(self, set: int = 0, clear: int = 0) -> None:
+        """From now on these bits of the server's status are set, or cleared, in each OK and EOF packet of MySQL's."""
+        self._call(verb="lie", set=set, clear=clear)
+
     def cut(self) -> None:
         """Resets (RST) every connection, on both sides; new ones are served."""
         self._call(verb="cut")
@@ -118,6 +122,7 @@ class Gates:
 
     def resume(self) -> None:
         self.size = FULL_SIZE
+        self.lie: tuple[int, int] | None = None
         for event in self.open.values():
             event.set()
 
@@ -154,8 +159,11 @@ class Connection:
     def _pump(self, direction: str) -> None:
         source, sink = self.ends[direction]
         gate = self.gates.open[direction]
+        partial = b""
         try:
             while data := self._until_cut(source.recv, FULL_SIZE):
+                if direction == "to_client" and self.gates.lie is not None:
+                    data, partial = lied(partial + data, *self.gates.lie)
                 while data:
                     self._until_cut(self._pass, gate)
                     # Asked for now, and not when recv() began to wait: that may have been before dribble().
@@ -194,6 +202,28 @@ class Connection:
         self._closed.set()
 
 
+def lied(data: bytes, set: int, clear: int) -> tuple[bytes, bytes]:
+    """The whole packets of MySQL's in `data`, with these bits of their status set and cleared, and what is left."""
+    told = bytearray()
+    at = 0
+    while at + 4 <= len(data) and at + 4 + int.from_bytes(data[at : at + 3], "little") <= len(data):
+        end = at + 4 + int.from_bytes(data[at : at + 3], "little")
+        packet = bytearray(data[at:end])
+        body = 4
+        if packet[3] > 0 and end - at > 8 and (packet[4] == 0xFE or (packet[4] == 0 and packet[3] == 1)):
+            if packet[4] == 0xFE and end - at == 9:  # EOF: a count of warnings, and the status
+                body += 3
+            else:  # OK: affected rows and the last id, in as many bytes as they need
+                body += 1
+                for _ in range(2):
+                    body += {0xFC: 3, 0xFD: 4, 0xFE: 9}.get(packet[body], 1)
+            status = int.from_bytes(packet[body : body + 2], "little")
+            packet[body : body + 2] = ((status | set) & ~clear).to_bytes(2, "little")
+        told += packet
+        at = end
+    return bytes(told), data[at:]
+
+
 def reset(end: socket.socket) -> None:
     """Closes with RST instead of FIN, which is what "linger for 0 seconds" means."""
     with contextlib.suppress(OSError):
@@ -215,6 +245,8 @@ def serve(target_port: int) -> None:
                 gates.resume()
             case "dribble":
                 gates.size = int(request["size"])
+            case "lie":
+                gates.lie = request["set"], request["clear"]
             case "cut":
                 for connection in list(connections):
                     connection.cut()

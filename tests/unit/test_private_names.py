@@ -284,3 +284,49 @@ def test_sqlalchemy_tells_whether_something_can_be_awaited_here():
         return await greenlet_spawn(inside)
 
     assert asyncio.run(main()) == (True, "awaited") and not in_greenlet()
+
+
+@pytest.mark.parametrize("driver", ["asyncmy", "aiomysql"])
+def test_asyncio_drivers_send_each_command_by_one_method(driver, mariadb_url):
+    async def main():
+        engine = create_async_engine(mariadb_url.replace("pymysql", driver))
+        async with engine.connect() as connection:
+            stock = (await connection.get_raw_connection()).driver_connection
+            commands = []
+
+            class Watched(type(stock)):
+                def _execute_command(self, number, sql):
+                    commands.append((number, sql))
+                    return super()._execute_command(number, sql)
+
+            stock.__class__ = Watched
+            async with stock.cursor() as cursor:
+                await cursor.execute("SELECT 1")
+            await stock.commit()
+            await stock.rollback()
+            await stock.ping()
+            await stock._send_autocommit_mode()
+            assert [number for number, _ in commands] == [3, 3, 3, 14, 3]
+            assert commands[0][1] == b"SELECT 1" and commands[1][1] == "COMMIT" and commands[4][1].startswith("SET")
+        await engine.dispose()
+
+    asyncio.run(main())
+
+
+def test_pymysql_sends_each_command_by_one_method(mariadb_url):
+    engine = create_engine(mariadb_url)
+    with engine.connect() as connection:
+        driver = connection.connection.dbapi_connection
+        commands = []
+        stock = driver._execute_command
+        driver._execute_command = lambda number, sql: (commands.append(number), stock(number, sql))
+        with driver.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        driver.commit()
+        driver.rollback()
+        driver.select_db(engine.url.database)
+        driver.ping()
+        driver._send_autocommit_mode()
+        del driver._execute_command
+        assert commands == [3, 3, 3, 2, 14, 3]
+    engine.dispose()

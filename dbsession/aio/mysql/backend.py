@@ -17,6 +17,7 @@ from sqlalchemy.engine import ExceptionContext
 from dbsession.aio.mysql import tls
 from dbsession.aio.mysql.connection import Stream, Wire, wire_of
 from dbsession.aio.mysql.kill import LoopKiller
+from dbsession.aio.mysql.known import make_known
 from dbsession.core.backends.mysql import MySQL
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.config import DatabaseConfig
@@ -47,6 +48,7 @@ class AsyncMySQL(MySQL):
         module = dialect.loaded_dbapi
         connect = arguments.get("async_creator_fn") or module.driver.connect
         seconds = self.config.connect_timeout_s
+        left_to_us = {"autocommit": None} if connect is module.driver.connect else {}
 
         async def within(*args: Any, **arguments: Any) -> Any:
             task: Any = asyncio.current_task()
@@ -56,7 +58,7 @@ class AsyncMySQL(MySQL):
                     arguments |= tls.argument(self._tls, module, arguments)
                     if self._killer is not None:
                         self._killer.arguments = dict(arguments)  # as the user's listeners have left them: a token, say
-                    connection = await connect(*args, **arguments)
+                    connection = await connect(*args, **{**arguments, **left_to_us})
                     tls.require(connection, arguments, module)
                     if task.cancelling() > cancelled:
                         # Lost on the way: before Python 3.12 the driver's asyncio.wait_for() swallows a cancellation
@@ -65,6 +67,7 @@ class AsyncMySQL(MySQL):
                         raise asyncio.CancelledError
                     # As an attribute it goes with it; see wire_of().
                     connection._dbsession_wire = Wire(connection, module)
+                    await self._settle(connection, arguments.get("autocommit", False) if left_to_us else None)
                     return connection
             except TimeoutError:
                 raise module.OperationalError(
@@ -72,6 +75,16 @@ class AsyncMySQL(MySQL):
                 ) from None
 
         arguments["async_creator_fn"] = within
+
+    @staticmethod
+    async def _settle(connection: Any, autocommit: Any) -> None:
+        make_known(connection)
+        if autocommit is not None:  # sent whatever the server said, and so it is known
+            try:
+                await connection.autocommit(autocommit)
+            except BaseException:
+                connection.close()
+                raise
 
     def on_connect_first(self, connection: Any, record: Any) -> None:
         """Start the connect timer: what SQLAlchemy and we ask of a new connection is a part of connecting."""
@@ -162,6 +175,10 @@ class AsyncMySQL(MySQL):
             if _is_lost(error, wire):
                 raise wire.module.OperationalError(*_RESET) from error
             raise
+
+    def still_open(self, connection: Any) -> bool:
+        adapted = getattr(connection, "dbapi_connection", connection)
+        return bool(getattr(getattr(adapted, "driver_connection", None), "still_open", False))
 
     # Liveness, and the end.
 

@@ -43,6 +43,9 @@ class Backend:
     IS_FILE: ClassVar[bool] = False
     """It has no server, and its connections cost none anything."""
 
+    knows_autocommit: ClassVar[bool] = True
+    """SQLAlchemy's word that a connection is in autocommit is the client's own knowledge, and not the server's word."""
+
     in_process = False
     """Nothing can be lost on the way to it, and it undoes nothing behind our back."""
     no_op = "SELECT 1"
@@ -90,6 +93,11 @@ class Backend:
 
     def abandon(self) -> None:
         """In a forked child: forget whoever waited in the parent. No I/O."""
+
+    def still_open(self, connection: Any) -> bool:
+        """Return whether the server says that a transaction is open, after a COMMIT or ROLLBACK on this DBAPI
+        connection."""
+        return False
 
     # What an error means.
 

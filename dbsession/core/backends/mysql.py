@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from sqlalchemy.engine import Connection
@@ -28,6 +29,8 @@ class MySQL(Backend):
 
     PAUSES: ClassVar[dict[str, str]] = dict.fromkeys(("mysql", "mariadb"), "SELECT SLEEP(0.05)")
 
+    knows_autocommit = False  # a bit of the server's answers
+
     no_op = "DO 0"
 
     @staticmethod
@@ -41,6 +44,15 @@ class MySQL(Backend):
             cursor = connection.cursor()
             cursor.execute("SET SESSION TRANSACTION READ ONLY")
             cursor.close()
+
+    def around_detect_autocommit_setting(self, inner: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        def detect_autocommit_setting(dbapi_conn: Any) -> bool:
+            # Asked with `skip_autocommit_rollback`, to leave out a ROLLBACK.
+            connection = getattr(dbapi_conn, "dbapi_connection", dbapi_conn)
+            settled: bool | None = getattr(getattr(connection, "driver_connection", connection), "settled", None)
+            return inner(dbapi_conn) if settled is None else settled
+
+        return detect_autocommit_setting
 
     def classify(self, error: BaseException) -> Verdict:
         return mysql_errors.classify(error)

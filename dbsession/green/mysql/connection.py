@@ -1,11 +1,10 @@
-"""A PyMySQL connection that knows from its server whether a transaction is open, and gives up what nobody waits for.
+"""A PyMySQL connection that knows what was sent on it, and gives up what nobody waits for.
 
 What it sends and reads is `wire`'s; here is what a pool and a session ask of it.
 """
 
 from __future__ import annotations
 
-import re
 import select
 import time
 from collections.abc import Callable
@@ -17,13 +16,13 @@ from pymysql.constants import CR, SERVER_STATUS
 
 from dbsession.core import fork
 from dbsession.core.backends.mysql_errors import is_from_socket
+from dbsession.core.backends.mysql_sent import MULTI_STATEMENTS, Sent
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.connection_info import KnownConnection
 from dbsession.green.mysql.results import LAZY
 from dbsession.green.mysql.wire import Wire
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")  # which, with 0, never waits
-_SET_TRANSACTION = re.compile(r"\s*SET\s+TRANSACTION\b", re.IGNORECASE)
 _BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 
 
@@ -62,7 +61,6 @@ class Connection(Wire, KnownConnection):
         self._ping_idle_s = ping_idle_s
         self._tls = TLSContexts() if tls is None else tls
         self._heard = 0.0  # when the last answer came
-        self._next_transaction_set = False  # by SET TRANSACTION, until the next COMMIT or ROLLBACK
         self.commit_sent = False
         """Whether the last commit() got as far as sending COMMIT."""
         self.pinging = False
@@ -75,6 +73,7 @@ class Connection(Wire, KnownConnection):
         self.peer: Any = None
         self.seen_as: str | None = None
         """How the server shows it in HOST of its processlist, where that is known."""
+        self.sent = Sent(several=False)
         super().__init__(*args, **kwargs)
         self.autocommit_at_first = self.autocommit_mode
         self.place: Any = None
@@ -91,6 +90,7 @@ class Connection(Wire, KnownConnection):
     def connect(self, sock: Any = None) -> None:
         self._ahead, self._at = b"", 0
         self._cooperative = False
+        self.sent = Sent(several=bool(self.client_flag & MULTI_STATEMENTS))
         timeouts = self._read_timeout, self._write_timeout
         self._read_timeout = self._write_timeout = self.connect_timeout
         self._connect_by = time.monotonic() + self.connect_timeout
@@ -110,8 +110,15 @@ class Connection(Wire, KnownConnection):
 
     @property
     def settled(self) -> bool:
-        """Whether the server said that no transaction is open, and nothing was sent since."""
-        return self._settled and not self.server_status & _BUSY and not self._next_transaction_set
+        """Whether it is known that no transaction is open, by what was sent and answered. The server's word can only
+        make us doubt it: a COMMIT that chains a transaction, an autocommit mode that something has switched off."""
+        sent = self.sent
+        return (
+            sent.ended_at == sent.count
+            and self._settled
+            and not self.server_status & _BUSY
+            and (not sent.autocommit or self.get_autocommit())
+        )
 
     @property
     def in_transaction(self) -> bool:
@@ -124,23 +131,33 @@ class Connection(Wire, KnownConnection):
         return self._result is not None and bool(self._result.unbuffered_active)
 
     def rollback(self) -> None:
-        """Roll back, unless the server said that there is nothing to. A stream not read to its end is not read on for
+        """Roll back, unless it is known that there is nothing to. A stream not read to its end is not read on for
         it (that may take minutes): the connection is closed, and the server rolls back."""
         if self.unread:
             self._abandon()
         elif not (self.settled or (self.gave_up and not self.open)):
+            before = self.sent.count
             super().rollback()
-            self._next_transaction_set = False
+            self.sent.ended(before)
 
     def commit(self) -> None:
-        """Commit, unless the server said that there is nothing to."""
+        """Commit, unless it is known that there is nothing to."""
         self.commit_sent = False
         if not self.settled:
             if self.unread:
                 self._read_rest()
             self.commit_sent = True
+            before = self.sent.count
             super().commit()
-            self._next_transaction_set = False
+            self.sent.ended(before)
+
+    def autocommit(self, value: Any) -> None:
+        """Set the autocommit mode, unless it is known to be that."""
+        self.autocommit_mode = bool(value)
+        if self.sent.autocommit is not self.autocommit_mode or self.get_autocommit() is not self.autocommit_mode:
+            before = self.sent.count
+            self._send_autocommit_mode()
+            self.sent.autocommit_set(self.autocommit_mode, before)
 
     def ping(self, reconnect: bool = False) -> None:
         """Raise an error if the connection is gone. One used a moment ago is not asked but looked at: readable while
@@ -183,13 +200,6 @@ class Connection(Wire, KnownConnection):
 
     def cursor(self, cursor: Any = None) -> Any:
         return super().cursor(LAZY.get(cursor or self.cursorclass, cursor))
-
-    def query(self, sql: Any, unbuffered: bool = False) -> Any:
-        self.used = True
-        affected = super().query(sql, unbuffered)
-        if _SET_TRANSACTION.match(sql if isinstance(sql, str) else sql[:40].decode("latin-1")):
-            self._next_transaction_set = True
-        return affected
 
     def _abandon(self) -> None:
         """Nobody waits for the answer any more: close the socket, and have the statement ended at the server."""

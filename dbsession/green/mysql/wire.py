@@ -22,6 +22,7 @@ from pymysql.protocol import FieldDescriptorPacket, MysqlPacket
 
 from dbsession.core import fork
 from dbsession.core.backends.mysql_errors import is_from_socket, is_loss
+from dbsession.core.backends.mysql_sent import Sent
 from dbsession.green import hub
 from dbsession.green.mysql.results import field
 
@@ -50,6 +51,9 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
     gave_up = False
     """Closed by us, while the server may be well: no reason to mistrust the pool's other connections."""
     server_status: int
+    sent: Sent
+    used = False
+    """Something was sent on it since it was connected or reset."""
     _epoch = -1
     _heard = 0.0  # when the last answer came
     _settled = False  # everything sent was answered, and the last answer was no error
@@ -94,6 +98,8 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
         result = self._result
         if result is not None and result.unbuffered_active:
             self._read_rest()
+        self.used = True
+        self.sent.command(command, sql)
         super()._execute_command(command, sql)
 
     def _read_rest(self) -> None:
