@@ -15,6 +15,7 @@ from dbsession.core.backends.sqlite import SQLite
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.interceptors import EngineConnections
 from dbsession.core.pool.leaks import LeakWatch
+from dbsession.green import ident
 from dbsession.green.holders import HeldByGreenlets, leak_watches, watch_leaks
 from dbsession.green.mysql.backend import PyMySQL
 from dbsession.green.pool import OWNER_HUB, FairPool, owner_hub_of
@@ -51,6 +52,7 @@ class GreenConnections(EngineConnections):
 
     def on_connect(self, connection: Any, record: Any) -> None:
         """A connection was opened."""
+        ident.refuse_eventlet()  # which may have patched after the import, as in a preloaded worker
         try:
             self._records[connection] = weakref.ref(record)
         except TypeError:

@@ -84,8 +84,9 @@ def build(config: DatabaseConfig, owner: Any) -> ProcessDatabase:
 
     Raises:
         ConfigError: [DBS-CONFIG] a missing driver, a key that would do nothing by it, an option that create_engine
-            refuses.
+            refuses; or eventlet has patched this process.
     """
+    ident.refuse_eventlet()
     driver = driver_of(config, "'mysql+pymysql://', 'sqlite:///', 'postgresql+psycopg://'")
     refuse_useless_keys(config, driver)
     connections = GreenConnections(config)

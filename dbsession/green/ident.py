@@ -18,7 +18,21 @@ import greenlet
 from gevent import monkey
 from gevent.hub import MAIN_THREAD_IDENT, Hub  # type: ignore[attr-defined]  # tests/unit/test_private_names.py
 
-from dbsession.errors import ScopeRequired, UsedInHub, plain
+from dbsession.errors import ConfigError, ScopeRequired, UsedInHub, plain
+
+
+def refuse_eventlet() -> None:
+    """Raise ConfigError where eventlet has patched the process: its hub does not run what waits in gevent's."""
+    patcher = sys.modules.get("eventlet.patcher")
+    if patcher is not None and any(map(patcher.is_monkey_patched, ("socket", "select", "thread"))):
+        raise ConfigError(
+            "This process is patched by eventlet, which dbsession does not support: a greenlet that waited for a "
+            "connection would stop all the others. Use gevent (gunicorn's worker_class = 'gevent', or gevent's "
+            "monkey.patch_all() in place of eventlet's), threads, or dbsession.aio with asyncio."
+        )
+
+
+refuse_eventlet()  # before gevent is asked for what eventlet has taken away
 
 # Raises RuntimeError once the interpreter tears greenlets down (greenlet 3.5.1): destructors guard against it.
 current: Callable[[], Any] = greenlet.getcurrent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from sqlalchemy.engine import URL, Connection
@@ -37,10 +38,30 @@ class SQLite(Backend):
                 "its own. Use a file ('sqlite:///data.db'), or set `poolclass` in `options` if one connection for all "
                 "is what you mean."
             )
+        connect_args = config.options.get("connect_args")
+        if config.readonly and isinstance(connect_args, Mapping) and connect_args.get("autocommit") is False:
+            raise ConfigError(
+                f"Database {config.name!r}: with `autocommit` False in `connect_args` each connection would read for "
+                "ever what was there at its first statement, since nothing ends a transaction of a `readonly` "
+                "database. Remove one of the two."
+            )
         return {}
 
     def connected(self, connection: Any, info: dict[Any, Any]) -> None:
         cursor = connection.cursor()
+        # With autocommit=False (Python 3.12) sqlite3 holds a transaction open at all times, and in a transaction the
+        # journal mode cannot be changed.
+        began = in_transaction(connection)
+        try:
+            if began:
+                cursor.execute("COMMIT")
+            self._set_up(cursor)
+        finally:
+            if began:
+                cursor.execute("BEGIN")
+            cursor.close()
+
+    def _set_up(self, cursor: Any) -> None:
         try:
             cursor.execute("PRAGMA journal_mode=WAL")  # readers and the writer do not wait for each other
         except sqlite3.OperationalError as error:
@@ -49,8 +70,6 @@ class SQLite(Backend):
         else:
             if self.config.readonly:
                 cursor.execute("PRAGMA query_only=ON")
-        finally:
-            cursor.close()
 
     @staticmethod
     def is_retryable(error: BaseException) -> bool:
@@ -61,6 +80,11 @@ def is_memory(url: URL) -> bool:
     """Return whether the database has no file."""
     database = url.database or ":memory:"
     return ":memory:" in database or "mode=memory" in database or url.query.get("mode") == "memory"
+
+
+def in_transaction(connection: Any) -> bool:
+    """Return whether a transaction is open on a DBAPI connection, by SQLite's own word; False if it cannot be asked."""
+    return getattr(getattr(connection, "driver_connection", connection), "in_transaction", False) is True
 
 
 def is_busy(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool, Pool, QueuePool, StaticPool
 from dbsession.core.backends import KINDS, kind_of
 from dbsession.core.backends.base import Backend
 from dbsession.core.backends.mysql import MySQL
-from dbsession.core.backends.sqlite import SQLite
+from dbsession.core.backends.sqlite import SQLite, in_transaction
 from dbsession.errors import describe, driver_number
 from dbsession.green import hub
 
@@ -216,7 +216,8 @@ def _file(connection: Connection) -> dict[str, FileFacts]:
         return {"file": FileFacts(journal_mode, None)}
     try:
         # Rolled back. BEGIN IMMEDIATE alone does not fail where only reading is allowed.
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        if not in_transaction(connection.connection.dbapi_connection):  # one is, with autocommit=False
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
         version = connection.exec_driver_sql("PRAGMA user_version").scalar()
         connection.exec_driver_sql(f"PRAGMA user_version = {version:d}")
     except SQLAlchemyError as error:
