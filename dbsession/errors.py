@@ -123,8 +123,9 @@ class UnsavedWork(DBSessionError, RuntimeError):
 
 
 class RollbackRequired(DBSessionError, exc.PendingRollbackError):
-    """The transaction has lost a part of its work to a deadlock or a lock timeout, and refuses to do the rest: roll
-    back to its beginning (a savepoint is not enough) and do the whole again."""
+    """The transaction has lost a part of its work to a deadlock, or to a lock timeout on a server with
+    innodb_rollback_on_timeout=ON, and refuses to do the rest: roll back to its beginning (a savepoint is not enough)
+    and do the whole again."""
 
     code = "DBS-ROLLBACK"
 

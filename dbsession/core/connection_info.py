@@ -7,7 +7,11 @@ COMMITTING = "dbsession.committing"
 """In `info`: a commit was begun that has not succeeded."""
 
 DOOMED = "dbsession.doomed"
-"""In `info`: the error that has undone a part of the transaction under way."""
+"""In `info`: the error that has undone a part of the transaction under way, or its own statement only: that is found
+out where the transaction goes on."""
+
+TIMEOUT_UNDOES_ALL = "dbsession.timeout_undoes_all"
+"""In `info`: whether its server rolls the whole transaction back after a lock wait timeout, once it was asked."""
 
 SCOPE = "dbsession.scope"
 """In `info`: a weak reference to the scope of the session that uses it."""

@@ -1,8 +1,8 @@
 """What becomes of a transaction: doomed by a deadlock, committed, rolled back, or nobody knows.
 
-SQLAlchemy leaves a session usable after a deadlock or a lock timeout, though the server has thrown away a part of its
-work; and an error at COMMIT looks like any other. Both end here. An engine's events tell of every transaction on it,
-whether a Session or a Connection began it.
+SQLAlchemy leaves a session usable after a deadlock, though the server has thrown away its work; and an error at COMMIT
+looks like any other. Both end here. An engine's events tell of every transaction on it, whether a Session or a
+Connection began it.
 
 The ends of transactions are seen in the dialect's methods for them, and not by ConnectionEvents: a single listener for
 one of those makes SQLAlchemy join two dispatchers, event by event, for each Connection (30 us a request).
@@ -69,7 +69,7 @@ class TransactionWatch:
         """Refuse what must not be sent, and remember that something was written, so that `release_dbsession()` does not
         throw it away. True: the statement is not to be executed any more."""
         connection = context.root_connection
-        if self._ever_doomed and DOOMED in connection.info:
+        if self._ever_doomed and DOOMED in connection.info and self._is_doomed(connection.connection):
             if statement.startswith("ROLLBACK TO SAVEPOINT"):
                 # Of a block that the error goes through: its savepoint may be gone, and all is rolled back anyway.
                 cursor.execute(self._backend.no_op)
@@ -86,6 +86,14 @@ class TransactionWatch:
     def on_do_execute_no_params(self, cursor: Any, statement: str, context: ExecutionContext) -> bool:
         """Refuse or remember a statement without parameters; see `on_do_execute`."""
         return self.on_do_execute(cursor, statement, None, context)
+
+    def _is_doomed(self, connection: Any) -> bool:
+        """Return whether the transaction that was to go on must not; may ask the server. `connection` is the proxy."""
+        cause = connection.info.get(DOOMED)
+        if cause is not None and self._backend.undid_statement_only(cause, connection):
+            connection.info.pop(DOOMED, None)
+            cause = None
+        return cause is not None
 
     def _refuse_if_doomed(self, info: dict[Any, Any]) -> None:
         cause = info.get(DOOMED)
@@ -104,7 +112,7 @@ class TransactionWatch:
 
         def do_commit(dbapi_connection: Any) -> None:
             info = dbapi_connection.info
-            if DOOMED in info:
+            if DOOMED in info and self._is_doomed(dbapi_connection):
                 self._refuse_commit(info, self._roll_back, dbapi_connection)
             info[COMMITTING] = True
             note = (dbapi_connection.record_info or {}).get(CHECKOUT)
@@ -123,7 +131,7 @@ class TransactionWatch:
             connection: Connection, xid: Any, is_prepared: bool = True, recover: bool = False
         ) -> None:
             info = connection.info
-            if DOOMED in info:
+            if DOOMED in info and self._is_doomed(connection.connection):
                 self._refuse_commit(info, self._roll_back_twophase, connection, xid, is_prepared, recover)
             info[COMMITTING] = True
             inner(connection, xid, is_prepared, recover)  # XA COMMIT, a statement like others

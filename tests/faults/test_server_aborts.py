@@ -1,5 +1,5 @@
-"""F16: after a deadlock (1213) or a lock wait timeout (1205) a part of the transaction is gone at the server, so the
-rest is refused until the whole is rolled back: half a unit of work is never committed."""
+"""F16: after a deadlock (1213) the transaction is gone at the server, so the rest is refused until the whole is rolled
+back: half a unit of work is never committed. A lock wait timeout (1205) is test_lock_timeout's."""
 
 from __future__ import annotations
 
@@ -77,15 +77,12 @@ SETUP = """
         raise AssertionError("no error")
 """
 
-ERRORS = pytest.mark.parametrize("code", [1213, 1205])
-EITHER = pytest.mark.parametrize("code", [1213, pytest.param(1205, marks=pytest.mark.slow)])
 WAYS = pytest.mark.parametrize("how", ["session", pytest.param("core", marks=pytest.mark.slow)])
 WINNERS = "[1 if code == 1213 else 0, 1, 0, 3]"
 
 
-@ERRORS
 @WAYS
-def test_f16_everything_is_refused_until_the_rollback(code, how, with_server):
+def test_f16_everything_is_refused_until_the_rollback(how, with_server):
     with_server(
         SETUP
         + f"""
@@ -103,15 +100,14 @@ def test_f16_everything_is_refused_until_the_rollback(code, how, with_server):
     assert values() == {WINNERS.replace("0, 3]", "1, 3]")}
     nothing_in_use()
     """,
-        code,
+        1213,
         how,
     )
 
 
-@EITHER
 @WAYS
-def test_f16_rollback_to_a_savepoint_is_not_enough(code, how, with_server):
-    """Of a deadlock the server has rolled back all, the savepoint too; of a lock wait timeout, one statement."""
+def test_f16_rollback_to_a_savepoint_is_not_enough(how, with_server):
+    """The server has rolled back all, the savepoint too."""
     with_server(
         SETUP
         + f"""
@@ -128,14 +124,13 @@ def test_f16_rollback_to_a_savepoint_is_not_enough(code, how, with_server):
     assert values() == {WINNERS}
     nothing_in_use()
     """,
-        code,
+        1213,
         how,
     )
 
 
-@EITHER
 @WAYS
-def test_f16_block_that_swallowed_the_error_commits_nothing(code, how, with_server):
+def test_f16_block_that_swallowed_the_error_commits_nothing(how, with_server):
     """`with session.begin()`, `with engine.begin()`: the commit at their end is refused, and their work rolled back."""
     with_server(
         SETUP
@@ -154,7 +149,7 @@ def test_f16_block_that_swallowed_the_error_commits_nothing(code, how, with_serv
     assert values() == {WINNERS}
     nothing_in_use()
     """,
-        code,
+        1213,
         how,
     )
 

@@ -165,6 +165,9 @@ class AsyncMySQL(MySQL):
 
         return set_isolation_level
 
+    def _ask(self, connection: Any, question: str) -> Any:
+        return self._within(super()._ask, self.config.read_timeout_s, connection, question)
+
     def _within(self, ask: Callable[..., Any], seconds: float, connection: Any, *arguments: Any) -> Any:
         wire = wire_of(connection)
         if wire is None:

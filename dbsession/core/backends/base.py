@@ -110,6 +110,11 @@ class Backend:
         `is_disconnect` is SQLAlchemy's word for it."""
         return is_disconnect
 
+    def undid_statement_only(self, error: BaseException, connection: Any) -> bool:
+        """Return whether a retryable `error` has undone its statement only, so that the transaction can go on; asked
+        where it goes on, with SQLAlchemy's proxy of its DBAPI connection. May ask the server, and switch."""
+        return False
+
     @staticmethod
     def is_retryable(error: BaseException) -> bool:
         """Return whether `error`, of any driver, is one of this kind of database after which the whole unit of work may

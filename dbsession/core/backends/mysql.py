@@ -10,6 +10,7 @@ from sqlalchemy.engine import Connection
 from dbsession.core.backends import mysql_errors
 from dbsession.core.backends.base import Backend, Verdict
 from dbsession.core.config import TIMEOUTS
+from dbsession.core.connection_info import TIMEOUT_UNDOES_ALL
 
 _BOTH_HALVES = {"connect_timeout_s", "read_timeout_s", "kill_abandoned", "ping_idle_s"}
 
@@ -59,6 +60,29 @@ class MySQL(Backend):
 
     def may_have_committed(self, error: BaseException, is_disconnect: bool) -> bool:
         return mysql_errors.commit_may_have_happened(error)
+
+    def undid_statement_only(self, error: BaseException, connection: Any) -> bool:
+        if mysql_errors.number(error) != mysql_errors.LOCK_WAIT_TIMEOUT:
+            return False
+        # Asked once for each connection that needs it: behind the next one there may be another server.
+        known: bool | None = connection.info.get(TIMEOUT_UNDOES_ALL)
+        if known is None:
+            try:
+                known = bool(self._ask(connection, "SELECT @@innodb_rollback_on_timeout"))
+            except Exception as failure:
+                if not mysql_errors.is_refusal(failure):
+                    raise
+                known = True  # a server that does not tell: nothing of what it may have undone is to be committed
+            connection.info[TIMEOUT_UNDOES_ALL] = known
+        return not known
+
+    def _ask(self, connection: Any, question: str) -> Any:
+        cursor = connection.cursor()
+        try:
+            cursor.execute(question)
+            return cursor.fetchall()[0][0]
+        finally:
+            cursor.close()
 
     @staticmethod
     def is_retryable(error: BaseException) -> bool:

@@ -29,9 +29,13 @@ _REASONS: dict[int, tuple[Verdict, str]] = {
     1792: (Verdict.FAILOVER, "cannot execute the statement in a READ ONLY transaction"),
     1836: (Verdict.FAILOVER, "running in read-only mode"),
     1020: (Verdict.RETRY, "the record has changed since it was read (snapshot isolation)"),
-    1205: (Verdict.RETRY, "lock wait timeout: only the statement was rolled back"),
+    1205: (Verdict.RETRY, "lock wait timeout, MariaDB's NOWAIT too: mostly only the statement was rolled back"),
+    1206: (Verdict.RETRY, "the lock table is full: the transaction was rolled back"),
     1213: (Verdict.RETRY, "deadlock, or a Galera certification failure: the transaction was rolled back"),
 }
+
+LOCK_WAIT_TIMEOUT = 1205
+"""Undoes its statement only, unless the server runs with innodb_rollback_on_timeout=ON."""
 
 _WRAPPED = re.compile(r"error (\d+)")
 # What 1180 (error during COMMIT) may wrap: the numbers above, or those of the storage engine's handler for the same:
@@ -64,6 +68,12 @@ def classify(error: BaseException) -> Verdict:
 def is_retryable(error: BaseException) -> bool:
     """Whether `error`, of any driver, is one after which the whole unit of work may be run again."""
     return _is_of_mysql(error) and classify(error) is Verdict.RETRY
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether `error` is the server's answer to a statement that it will not do, and that is all: the connection is in
+    step."""
+    return _is_of_mysql(error) and classify(error) is Verdict.FATAL
 
 
 def commit_may_have_happened(error: BaseException) -> bool:

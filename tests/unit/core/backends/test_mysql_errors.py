@@ -19,7 +19,7 @@ def test_disconnect_leaves_a_commit_in_doubt(code):
     assert commit_may_have_happened(error(code)) and not is_retryable(error(code))
 
 
-@pytest.mark.parametrize("code", [1205, 1213, 1020])
+@pytest.mark.parametrize("code", [1205, 1206, 1213, 1020])
 def test_whole_unit_may_be_run_again(code):
     assert is_retryable(error(code)) and not commit_may_have_happened(error(code))
     assert classify(WrappedError("SELECT 1", None, error(code))) is Verdict.RETRY

@@ -1,0 +1,262 @@
+"""F23: a lock wait timeout (1205), which is MariaDB's NOWAIT, too, undoes its statement only, so that a transaction in
+which it was caught goes on; unless the server runs with innodb_rollback_on_timeout=ON."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from functools import partial
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+from dbsession import CommitOutcomeUnknown, RollbackRequired
+from dbsession.core.backends.mysql import MySQL
+from support.halves import HALVES, done, entered
+from support.mariadb import MariaDBServer
+from support.proxy import Proxy
+
+DRIVERS = {"pymysql": "gevent", "asyncmy": "aio", "aiomysql": "aio"}
+QUESTION = b"innodb_rollback_on_timeout"
+
+
+@pytest.fixture(params=["pymysql", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
+def driver(request):
+    return request.param
+
+
+@pytest.fixture
+def half(driver):
+    return HALVES[DRIVERS[driver]]
+
+
+@pytest.fixture(scope="module")
+def undoing():
+    server = MariaDBServer("--innodb-rollback-on-timeout=1")
+    yield server
+    server.close()
+
+
+class Bench:
+    """A table whose row 1 somebody else has locked, and a manager with a pool of one behind a proxy."""
+
+    def __init__(self, server, url, half, driver, proxy, cursor):
+        self.half, self.proxy, self._cursor = half, proxy, cursor
+        self._name = url.rpartition("/")[2]
+        url = url.replace("pymysql", driver).replace(f":{server.port}/", f":{proxy.port}/")
+        options = {"pool_size": 1, "pool_timeout": 20}
+        self.manager = half.verbs.SessionManager({"default": {"url": url, "read_timeout_s": 2, "options": options}})
+
+    def stored(self):
+        self._cursor.execute(f"SELECT n FROM {self._name}.jobs WHERE id > 2 ORDER BY id")
+        return [row["n"] for row in self._cursor.fetchall()]
+
+    async def scope(self, work):
+        async with entered(self.manager.scope()) as scope:
+            session = self.manager.get()()
+            await self.half.call(work, getattr(session, "sync_session", session))
+        return scope
+
+    def asked(self):
+        numbers = range(len(self.proxy.connections()))
+        return sum(len(re.findall(QUESTION, self.proxy.sent(number))) for number in numbers)
+
+    def run(self, main):
+        async def whole():
+            await main()
+            await done(self.manager.dispose())
+
+        self.half.run(whole)
+
+
+@contextlib.contextmanager
+def bench_on(server, half, driver):
+    url = server.create_database("jobs")
+    with Proxy(server.port) as proxy, server.root() as cursor, server.root() as other:
+        cursor.execute("CREATE TABLE jobs.jobs (id INT PRIMARY KEY, n INT) ENGINE=InnoDB")
+        cursor.execute("INSERT INTO jobs.jobs VALUES (1, 1), (2, 2)")
+        cursor.execute("COMMIT")
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM jobs.jobs WHERE id = 1 FOR UPDATE")
+        cursor.execute("SET autocommit = 1")
+        yield Bench(server, url, half, driver, proxy, cursor)
+    server.drop_database("jobs")
+
+
+@pytest.fixture
+def bench(mariadb, half, driver):
+    mariadb.ensure_running()
+    with bench_on(mariadb, half, driver) as bench:
+        yield bench
+
+
+def insert(session, number):
+    session.execute(text("INSERT INTO jobs VALUES (:n, :n)"), {"n": number})
+
+
+def nowait(session):
+    session.execute(text("SELECT * FROM jobs WHERE id = 1 FOR UPDATE NOWAIT"))
+
+
+def wait_a_moment(session):
+    session.execute(text("SET SESSION innodb_lock_wait_timeout = 0"))
+    session.execute(text("UPDATE jobs SET n = 0"))
+
+
+def another_drivers_nowait(session):
+    """MySQL 8 has a number of its own for it."""
+    session.execute(text("SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = 3572, MESSAGE_TEXT = 'NOWAIT is set'"))
+
+
+FAIL = [nowait, wait_a_moment, another_drivers_nowait]
+
+
+def fails(session, fail, nested):
+    insert(session, 3)
+    with pytest.raises(OperationalError, match=r"1205|3572"):
+        if nested:
+            with session.begin_nested():
+                insert(session, 4)
+                fail(session)
+        else:
+            fail(session)
+    insert(session, 5)
+
+
+def test_f23_transaction_goes_on_and_commits_when_a_lock_timeout_was_caught(bench):
+    async def main():
+        for fail in FAIL:
+            for nested in (True, False):
+
+                def work(session, fail=fail, nested=nested):
+                    fails(session, fail, nested)
+                    session.commit()
+
+                def empty(session):
+                    session.execute(text("DELETE FROM jobs WHERE id > 2"))
+                    session.commit()
+
+                scope = await bench.scope(work)
+                assert (bench.stored(), scope.outcome) == ([3, 5], "committed"), (fail, nested)
+                await bench.scope(empty)
+
+    bench.run(main)
+
+
+def test_f23_server_is_asked_once_for_a_connection_and_not_when_the_error_is_not_caught(bench):
+    def twice(session):
+        for _ in range(2):
+            with pytest.raises(OperationalError, match="1205"), session.begin_nested():
+                nowait(session)
+        session.commit()
+
+    async def main():
+        for _ in range(2):
+            with pytest.raises(OperationalError, match="1205"):
+                await bench.scope(nowait)
+        assert bench.asked() == 0
+        for _ in range(2):
+            await bench.scope(twice)
+        assert bench.asked() == 1
+
+    bench.run(main)
+
+
+def test_f23_uncaught_lock_timeout_runs_the_unit_again(bench):
+    runs = []
+
+    def sync_work(session):
+        runs.append(1)
+        insert(session, 3)
+        if len(runs) < 3:
+            nowait(session)
+
+    async def main():
+        async def work():
+            session = bench.manager.get()()
+            await bench.half.call(sync_work, getattr(session, "sync_session", session))
+
+        def plain():
+            sync_work(bench.manager.get())
+
+        unit = work if bench.half.name == "aio" else plain
+        await done(bench.manager.run_in_transaction(unit, attempts=3, backoff_s=0.001))
+        assert len(runs) == 3 and bench.stored() == [3] and bench.asked() == 0
+
+    bench.run(main)
+
+
+def refused(bench, nested):
+    def work(session):
+        insert(session, 3)
+        with pytest.raises(OperationalError, match="1205"):
+            if nested:
+                with session.begin_nested():
+                    insert(session, 4)
+                    nowait(session)
+            else:
+                nowait(session)
+        with pytest.raises(RollbackRequired, match="1205"):
+            insert(session, 5)
+        with pytest.raises(RollbackRequired, match="1205"):
+            session.commit()
+        session.rollback()
+        insert(session, 6)
+        session.commit()
+
+    async def main():
+        await bench.scope(work)
+        assert bench.stored() == [6]
+
+    bench.run(main)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nested", [True, False])
+def test_f23_transaction_is_refused_when_the_server_rolls_all_of_it_back(undoing, half, driver, nested):
+    with bench_on(undoing, half, driver) as bench:
+        refused(bench, nested)
+
+
+@pytest.mark.parametrize("question", ["SELECT 1", "SELECT @@no_such_variable"], ids=["on", "unknown"])
+def test_f23_transaction_is_refused_when_the_server_says_so_or_does_not_tell(bench, question, monkeypatch):
+    ask = MySQL._ask
+    monkeypatch.setattr(MySQL, "_ask", lambda self, connection, _: ask(self, connection, question))
+    refused(bench, nested=True)
+
+
+@pytest.mark.slow
+def test_f23_silence_while_the_server_is_asked_leaves_nothing_in_doubt(bench):
+    def work(session):
+        insert(session, 3)
+        with pytest.raises(OperationalError, match="1205"):
+            nowait(session)
+        bench.proxy.stall("to_client")
+        with pytest.raises(OperationalError) as raised:
+            session.commit()
+        assert not isinstance(raised.value, CommitOutcomeUnknown) and raised.value.connection_invalidated
+        bench.proxy.resume()
+
+    async def main():
+        scope = await bench.scope(work)
+        assert (bench.stored(), scope.outcome) == ([], "rolled back")
+        assert bench.manager.engine().pool.checkedout() == 0
+
+    bench.run(main)
+
+
+def test_f23_error_that_undoes_the_whole_transaction_is_never_asked_about(bench):
+    def work(session, code):
+        insert(session, 3)
+        with pytest.raises(OperationalError, match=str(code)):
+            session.execute(text(f"SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = {code}, MESSAGE_TEXT = 'gone'"))
+        with pytest.raises(RollbackRequired, match=str(code)):
+            session.commit()
+
+    async def main():
+        for code in (1206, 1213, 1020):
+            await bench.scope(partial(work, code=code))
+        assert bench.stored() == [] and bench.asked() == 0
+
+    bench.run(main)
