@@ -171,6 +171,10 @@ class FairPool(QueuedPool[_Waiter], AsyncAdaptedQueuePool):
                 self._returned.append(None)
                 self._settle()
 
+    def replace_next(self) -> bool:
+        """Have the idle connection that is next in turn replaced at its checkout; return False if none is."""
+        return self._replace_next_of(self._idle)
+
     def dispose(self) -> None:
         """Close what is idle now, and what is in use when it comes back. Whoever waits here, or holds a reference,
         is still served; nothing is kept."""

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import URL, Engine
 from sqlalchemy.pool import Pool, QueuePool
 
 from dbsession.core import backends
@@ -68,6 +68,20 @@ class Database:
 def all_databases() -> list[Database]:
     """List the databases of this process, of both halves, in no order."""
     return [each for each in (reference() for reference in list(_live)) if each is not None]
+
+
+def discard_earlier(url: URL, opened_s: float) -> None:
+    """Have every connection that leads where `url` does, and was opened before `opened_s`, in seconds since the epoch,
+    replaced at its next checkout, whatever its database's name, half or loop. Waits for nothing."""
+    for database in all_databases():
+        if _address(database.config.url) == _address(url):
+            # What SQLAlchemy itself sets to discard all that there are: private, see tests/unit/test_private_names.py
+            pool: Any = database.sync_engine.pool
+            pool._invalidate_time = max(pool._invalidate_time, opened_s)
+
+
+def _address(url: URL) -> tuple[object, ...]:
+    return url.get_backend_name(), url.host, url.port, url.query.get("unix_socket")
 
 
 class EngineListeners:

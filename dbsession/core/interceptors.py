@@ -39,6 +39,7 @@ from dbsession.core.connection_info import (
     SCOPE,
     KnownConnection,
 )
+from dbsession.core.engine import discard_earlier
 from dbsession.core.outcome import TransactionWatch
 from dbsession.core.pool.checkout import Checkout
 from dbsession.core.pool.holders import HeldConnections
@@ -156,6 +157,10 @@ class EngineConnections:
         """A connection was opened."""
         self.stats.connects += 1
         self.backend.connected(connection, record.info)
+        discards = self.backend.discards
+        if discards.refused and self.backend.takes_writes(connection):
+            discards.refused = False
+            discard_earlier(self.backend.config.url, record.starttime)
 
     def on_checkin(self, connection: Any, record: Any) -> None:
         """A connection comes back: forget what was its user's."""

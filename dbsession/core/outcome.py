@@ -18,6 +18,7 @@ from time import monotonic
 from typing import Any
 
 from sqlalchemy.engine import Connection, ExceptionContext, ExecutionContext
+from sqlalchemy.exc import DisconnectionError
 
 from dbsession.core.backends.base import Backend, Verdict
 from dbsession.core.config import DatabaseConfig
@@ -198,13 +199,15 @@ class TransactionWatch:
         if connection is None or connection.closed or connection.invalidated:
             if context.is_pre_ping and self._backend.classify(error) is not Verdict.FATAL:
                 context.is_disconnect = True
+                if not self._backend.discards.due():
+                    return DisconnectionError("this one only")  # else SQLAlchemy discards all
             return None
         from_driver = isinstance(error, context.dialect.loaded_dbapi.Error)
         driver: Any = connection.connection.dbapi_connection
         verdict = self._backend.classify(error) if from_driver else Verdict.FATAL
         if self._config.readonly and verdict is Verdict.FAILOVER:
             verdict = Verdict.FATAL  # a write, which is refused as it should be
-        self._judge_connection(context, driver, verdict, from_driver)
+        self._judge_connection(context, connection, driver, verdict, from_driver)
         # In this order: while SQLAlchemy asks a new server what it can, the connection has no `info`.
         statement = context.statement
         if (statement is None or statement.startswith("XA COMMIT")) and connection.info.pop(COMMITTING, False):
@@ -217,18 +220,34 @@ class TransactionWatch:
             self._ever_doomed = True
         return None
 
-    def _judge_connection(self, context: ExceptionContext, driver: Any, verdict: Verdict, from_driver: bool) -> None:
+    def _judge_connection(
+        self, context: ExceptionContext, connection: Connection, driver: Any, verdict: Verdict, from_driver: bool
+    ) -> None:
         """Tell SQLAlchemy whether the connection is of no use any more, and whether those opened before it are."""
         if isinstance(driver, KnownConnection) and driver.gave_up:
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
-        elif verdict in (Verdict.DISCONNECT, Verdict.FAILOVER):
+        elif verdict is Verdict.DISCONNECT:
             context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = self._backend.discards.due()
+        elif verdict is Verdict.FAILOVER:
+            self._judge_refusal(context, connection)
         elif not from_driver and not isinstance(driver, KnownConnection):
             # Whether a driver that we do not know is still in step with its server, nobody can say.
             ours = isinstance(context.original_exception, RollbackRequired | UsedByTwo)  # nothing was sent
             context.is_disconnect = context.is_disconnect or (context.execution_context is not None and not ours)
             context.invalidate_pool_on_disconnect = False
+
+    def _judge_refusal(self, context: ExceptionContext, connection: Connection) -> None:
+        """Discard all connections to a server that takes no writes; if they are known to be new, have the next one that
+        is used replaced, and it asks what it has found."""
+        discards = self._backend.discards
+        if not discards.due() or not self._backend.is_failover(context.original_exception, connection.connection):
+            return
+        first, discards.refused = not discards.refused, True
+        replace_next = getattr(connection.engine.pool, "replace_next", None)  # of our own pools
+        context.is_disconnect = first or replace_next is None or not replace_next()
+        context.invalidate_pool_on_disconnect = first
 
     def _judge_commit(
         self, context: ExceptionContext, connection: Connection, error: BaseException, from_driver: bool

@@ -252,6 +252,10 @@ class FairPool(QueuedPool[_PoolWaiter]):
         waiter.granted = True  # last: it is read without the lock
         waiter.wake()
 
+    def replace_next(self) -> bool:
+        """Have the idle connection that is next in turn here replaced at its checkout; return False if none is."""
+        return self._replace_next_of(self._shared or self._idle.get(here(), self._shared))
+
     def dispose(self) -> None:
         """Close what is idle now, and what is in use when it comes back. Whoever waits here, or holds a reference,
         is still served; nothing is kept."""

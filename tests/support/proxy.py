@@ -55,6 +55,10 @@ class ProxyControl:
         """From now on these bits of the server's status are set, or cleared, in each OK and EOF packet of MySQL's."""
         self._call(verb="lie", set=set, clear=clear)
 
+    def lead_to(self, port: int) -> None:
+        """Leads new connections to another server; those that there are stay where they are."""
+        self._call(verb="lead_to", port=port)
+
     def cut(self) -> None:
         """Resets (RST) every connection, on both sides; new ones are served."""
         self._call(verb="cut")
@@ -116,7 +120,8 @@ class Proxy(ProxyControl):
 class Gates:
     """What all connections obey. Plain attributes: each is replaced as a whole, by one control call."""
 
-    def __init__(self) -> None:
+    def __init__(self, target_port: int) -> None:
+        self.target_port = target_port
         self.open = {direction: threading.Event() for direction in DIRECTIONS}
         self.resume()
 
@@ -232,7 +237,7 @@ def reset(end: socket.socket) -> None:
 
 
 def serve(target_port: int) -> None:
-    gates = Gates()
+    gates = Gates(target_port)
     connections: list[Connection] = []  # only ever appended to, by the accepting thread
 
     def answer(request: dict[str, Any]) -> Any:
@@ -247,6 +252,8 @@ def serve(target_port: int) -> None:
                 gates.size = int(request["size"])
             case "lie":
                 gates.lie = request["set"], request["clear"]
+            case "lead_to":
+                gates.target_port = request["port"]
             case "cut":
                 for connection in list(connections):
                     connection.cut()
@@ -272,7 +279,7 @@ def serve(target_port: int) -> None:
         while True:
             client, _ = listener.accept()
             try:
-                server = socket.create_connection(("127.0.0.1", target_port), timeout=10)
+                server = socket.create_connection(("127.0.0.1", gates.target_port), timeout=10)
             except OSError:
                 reset(client)
                 continue

@@ -145,6 +145,18 @@ def test_pymysql_sends_and_reads_through_what_our_connection_overrides():
     assert "_read_packet(FieldDescriptorPacket)" in inspect.getsource(pymysql.connections.MySQLResult._get_descriptions)
 
 
+def test_sqlalchemys_pool_replaces_what_was_opened_before_its_invalidate_time():
+    engine = create_engine("sqlite://", poolclass=QueuePool)
+    with engine.connect() as connection:
+        first, record = connection.connection.dbapi_connection, connection.connection._connection_record
+    assert engine.pool._invalidate_time == 0
+    for opened_s, replaced in ((record.starttime, False), (record.starttime + 0.001, True)):
+        engine.pool._invalidate_time = opened_s
+        with engine.connect() as connection:
+            assert (connection.connection.dbapi_connection is not first) is replaced
+    engine.dispose()
+
+
 def test_sqlalchemys_session_keeps_whether_it_was_closed_where_ours_says_it_too():
     """ManagedSession.close() of an untouched session sets what Session.close() would set, and nothing else."""
     from sqlalchemy.orm import Session

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DisconnectionError
 
 from dbsession.aio.mysql import tls
 from dbsession.aio.mysql.connection import Stream, Wire, wire_of
@@ -191,6 +192,8 @@ class AsyncMySQL(MySQL):
             if wire is None:
                 return inner(dbapi_connection)
             if wire.transport.is_closing():
+                if not self.discards.due():
+                    raise DisconnectionError("this one only")  # else SQLAlchemy discards all
                 return False  # the driver's answer may be uvloop's RuntimeError, which is not taken for a disconnect
             if wire.lives(self.config.ping_idle_s):
                 return True

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from sqlalchemy.engine import Connection
 
 from dbsession.core.config import DatabaseConfig
+from dbsession.core.discards import Discards
 
 
 class Verdict(Enum):
@@ -53,6 +54,7 @@ class Backend:
 
     def __init__(self, config: DatabaseConfig) -> None:
         self.config = config
+        self.discards = Discards()
 
     @classmethod
     def keys(cls, driver: str) -> frozenset[str]:
@@ -84,6 +86,11 @@ class Backend:
     def connected(self, connection: Any, info: dict[Any, Any]) -> None:
         """Give a DBAPI connection just opened what it needs; `info` is its pool record's. May switch."""
 
+    def takes_writes(self, connection: Any) -> bool:
+        """Return whether the server of a DBAPI connection, or of the pool's proxy of one, takes writes; False if it
+        does not say. May switch."""
+        return True
+
     async def closed(self) -> None:
         """Wait, in asyncio, for what ends aside after its connections were closed; bounded."""
 
@@ -104,6 +111,11 @@ class Backend:
     def classify(self, error: BaseException) -> Verdict:
         """Return what has to follow `error`, the driver's or SQLAlchemy's wrapper of it."""
         return Verdict.FATAL
+
+    def is_failover(self, error: BaseException, connection: Any) -> bool:
+        """Return whether it is the server that takes no writes, after an `error` that is FAILOVER, and not something of
+        this session. May switch."""
+        return True
 
     def may_have_committed(self, error: BaseException, is_disconnect: bool) -> bool:
         """Return whether a COMMIT that ended with the driver's `error` may have been carried out all the same;

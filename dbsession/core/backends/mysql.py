@@ -12,6 +12,12 @@ from dbsession.core.backends.base import Backend, Verdict
 from dbsession.core.config import TIMEOUTS
 from dbsession.core.connection_info import TIMEOUT_UNDOES_ALL
 
+READ_ONLY = (
+    "SHOW GLOBAL VARIABLES WHERE Variable_name IN ('read_only', 'super_read_only', 'innodb_read_only', "
+    "'tx_read_only', 'transaction_read_only') AND Value NOT IN ('OFF', '0', 'NO')"
+)
+"""Answered with a row for each reason for which the server takes no writes."""
+
 _BOTH_HALVES = {"connect_timeout_s", "read_timeout_s", "kill_abandoned", "ping_idle_s"}
 
 
@@ -55,8 +61,20 @@ class MySQL(Backend):
 
         return detect_autocommit_setting
 
+    def takes_writes(self, connection: Any) -> bool:
+        try:
+            return not self._ask(connection, READ_ONLY)
+        except Exception as failure:
+            if not mysql_errors.is_refusal(failure):
+                raise
+            return False
+
     def classify(self, error: BaseException) -> Verdict:
         return mysql_errors.classify(error)
+
+    def is_failover(self, error: BaseException, connection: Any) -> bool:
+        # The same number for a transaction that the program itself has begun READ ONLY.
+        return mysql_errors.number(error) != mysql_errors.READ_ONLY_TRANSACTION or not self.takes_writes(connection)
 
     def may_have_committed(self, error: BaseException, is_disconnect: bool) -> bool:
         return mysql_errors.commit_may_have_happened(error)
@@ -68,7 +86,7 @@ class MySQL(Backend):
         known: bool | None = connection.info.get(TIMEOUT_UNDOES_ALL)
         if known is None:
             try:
-                known = bool(self._ask(connection, "SELECT @@innodb_rollback_on_timeout"))
+                known = bool(self._ask(connection, "SELECT @@innodb_rollback_on_timeout")[0][0])
             except Exception as failure:
                 if not mysql_errors.is_refusal(failure):
                     raise
@@ -77,10 +95,11 @@ class MySQL(Backend):
         return not known
 
     def _ask(self, connection: Any, question: str) -> Any:
+        """Return the rows that a DBAPI connection, or the pool's proxy of one, has for a question of ours."""
         cursor = connection.cursor()
         try:
             cursor.execute(question)
-            return cursor.fetchall()[0][0]
+            return cursor.fetchall()
         finally:
             cursor.close()
 

@@ -36,6 +36,7 @@ _REASONS: dict[int, tuple[Verdict, str]] = {
 
 LOCK_WAIT_TIMEOUT = 1205
 """Undoes its statement only, unless the server runs with innodb_rollback_on_timeout=ON."""
+READ_ONLY_TRANSACTION = 1792
 
 _WRAPPED = re.compile(r"error (\d+)")
 # What 1180 (error during COMMIT) may wrap: the numbers above, or those of the storage engine's handler for the same:

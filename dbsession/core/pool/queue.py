@@ -60,6 +60,15 @@ class QueuedPool(QueuePool, Generic[WaiterT]):
         successor.held = self.held
         return successor
 
+    def _replace_next_of(self, idle: deque[ConnectionPoolEntry]) -> bool:
+        """Have the connection that is checked out next of `idle` replaced then; return False if there is none."""
+        try:
+            record = idle[-1 if self._lifo else 0]
+        except IndexError:
+            return False
+        record.invalidate(soft=True)
+        return True
+
     def overflow(self) -> int:
         return self._open - self._size if self._size else 0
 
