@@ -122,6 +122,21 @@ class UnsavedWork(DBSessionError, RuntimeError):
     code = "DBS-UNSAVED"
 
 
+class ResultCut(DBSessionError, exc.ResourceClosedError):
+    """A result was read on after something had ended it before its last row: a commit, a rollback, the end of its
+    session or scope, another statement on its connection, a kill or a lost connection. The text says what."""
+
+    code = "DBS-RESULT-CUT"
+
+    @classmethod
+    def because(cls, why: str) -> ResultCut:
+        """The error for a result that `why` has ended."""
+        return cls(
+            f"This result has more rows, which are lost: {why}. Read it to its end before that, or fetch all of it at "
+            "once, or do the other work in a session_scope() of its own."
+        )
+
+
 class RollbackRequired(DBSessionError, exc.PendingRollbackError):
     """The transaction has lost a part of its work to a deadlock, or to a lock timeout on a server with
     innodb_rollback_on_timeout=ON, and refuses to do the rest: roll back to its beginning (a savepoint is not enough)

@@ -53,6 +53,10 @@ class KnownConnection:
         """Whether a server-side stream has not been read to its end."""
         raise NotImplementedError
 
+    def finish_at_hand(self) -> bool:
+        """Read what is left of a server-side stream if it has come already and is little; return whether it was."""
+        raise NotImplementedError
+
     def read_within(self, timeout_s: float | None) -> float | None:
         """Wait so long for each piece of an answer from now on; returns how long it was before."""
         raise NotImplementedError

@@ -162,7 +162,7 @@ class TransactionWatch:
             info.pop(COMMITTING, None)
             info.pop(DOOMED, None)
             driver = dbapi_connection.dbapi_connection
-            if isinstance(driver, KnownConnection) and driver.unread:
+            if isinstance(driver, KnownConnection) and driver.unread and not driver.finish_at_hand():
                 note = (dbapi_connection.record_info or {}).get(CHECKOUT)
                 reference = info.get(DETACHED_USER) if note is None else note.connection
                 reader = None if reference is None else reference()
@@ -184,7 +184,7 @@ class TransactionWatch:
             connection.info.pop(COMMITTING, None)
             connection.info.pop(DOOMED, None)
             driver: Any = connection.connection.dbapi_connection
-            if isinstance(driver, KnownConnection) and driver.unread:
+            if isinstance(driver, KnownConnection) and driver.unread and not driver.finish_at_hand():
                 connection.invalidate()
             else:
                 inner(connection, xid, is_prepared, recover)

@@ -11,6 +11,7 @@ from dbsession.core.backends import mysql_errors
 from dbsession.core.backends.base import Backend, Verdict
 from dbsession.core.config import TIMEOUTS
 from dbsession.core.connection_info import TIMEOUT_UNDOES_ALL
+from dbsession.errors import ConfigError
 
 READ_ONLY = (
     "SHOW GLOBAL VARIABLES WHERE Variable_name IN ('read_only', 'super_read_only', 'innodb_read_only', "
@@ -108,6 +109,18 @@ class MySQL(Backend):
         return mysql_errors.is_retryable(error)
 
     def driver_arguments(self, **timeouts: float) -> dict[str, Any]:
-        """Return the arguments of the driver's connect() below what the URL's query says: utf8mb4, and `timeouts`."""
+        """Return the arguments of the driver's connect() below what the URL's query says: utf8mb4, and `timeouts`.
+
+        Raises:
+            ConfigError: [DBS-CONFIG] `connect_args` ask for rows that SQLAlchemy cannot read.
+        """
+        given = self.config.options.get("connect_args", {})
+        for key in ("cursorclass", "cursor_cls"):
+            if hasattr(given.get(key), "dict_type"):  # what each driver's DictCursor and SSDictCursor have
+                raise ConfigError(
+                    f"Database {self.config.name!r}: `{key}` in `connect_args` is {given[key].__name__}, whose rows "
+                    "are dicts, and SQLAlchemy reads rows by position. Remove it, and use result.mappings(); a raw "
+                    "cursor of your own can be given the class: raw_connection().cursor(DictCursor)."
+                )
         defaults = {"charset": "utf8mb4", **timeouts}
         return {key: value for key, value in defaults.items() if key not in self.config.url.query}

@@ -52,3 +52,16 @@ def _is_users(module: str, file: str) -> bool:
 def written(sites: Iterable[CallSite]) -> tuple[str, ...]:
     """Each call site as `file:line in function`."""
     return tuple(plain(f"{code.co_filename}:{line} in {code.co_qualname}") for code, line in sites)
+
+
+def call(frames: Iterable[FrameType] | None = None) -> str | None:
+    """The call by which the user's code has led here, as `commit() at file:line in function`; None if no frame is the
+    user's. `frames` are those of the caller, innermost first."""
+    name = ""
+    for frame in outwards(sys._getframe(1)) if frames is None else frames:
+        site = users((frame,))
+        if site:
+            return f"{name}() at {written(site)[0]}" if name and not name.startswith("_") else f"at {written(site)[0]}"
+        if not str(frame.f_globals.get("__name__")).endswith(".guard"):  # which calls the session's method itself
+            name = frame.f_code.co_name
+    return None

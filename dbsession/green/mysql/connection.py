@@ -19,7 +19,7 @@ from dbsession.core.backends.mysql_errors import is_from_socket
 from dbsession.core.backends.mysql_sent import MULTI_STATEMENTS, Sent
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.connection_info import KnownConnection
-from dbsession.green.mysql.results import LAZY
+from dbsession.green.mysql import results
 from dbsession.green.mysql.wire import Wire
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")  # which, with 0, never waits
@@ -61,6 +61,7 @@ class Connection(Wire, KnownConnection):
         self._ping_idle_s = ping_idle_s
         self._tls = TLSContexts() if tls is None else tls
         self._heard = 0.0  # when the last answer came
+        self._given_up_by = "its connection was closed"  # what keeps a stream from whoever reads it still
         self.commit_sent = False
         """Whether the last commit() got as far as sending COMMIT."""
         self.pinging = False
@@ -130,10 +131,20 @@ class Connection(Wire, KnownConnection):
         """Whether a server-side stream has not been read to its end."""
         return self._result is not None and bool(self._result.unbuffered_active)
 
+    def finish_at_hand(self) -> bool:
+        try:
+            finished = self._epoch == fork.epoch and results.finish_at_hand(self)
+        except BaseException:
+            self._abandon()
+            raise
+        if not finished:
+            self._given_up_by = results.ROLLED_BACK
+        return finished
+
     def rollback(self) -> None:
         """Roll back, unless it is known that there is nothing to. A stream not read to its end is not read on for
         it (that may take minutes): the connection is closed, and the server rolls back."""
-        if self.unread:
+        if self.unread and not self.finish_at_hand():
             self._abandon()
         elif not (self.settled or (self.gave_up and not self.open)):
             before = self.sent.count
@@ -145,7 +156,7 @@ class Connection(Wire, KnownConnection):
         self.commit_sent = False
         if not self.settled:
             if self.unread:
-                self._read_rest()
+                self._read_rest("its transaction was committed")
             self.commit_sent = True
             before = self.sent.count
             super().commit()
@@ -199,14 +210,13 @@ class Connection(Wire, KnownConnection):
             super().close()
 
     def cursor(self, cursor: Any = None) -> Any:
-        return super().cursor(LAZY.get(cursor or self.cursorclass, cursor))
+        return super().cursor(results.LAZY.get(cursor or self.cursorclass, cursor))
 
     def _abandon(self) -> None:
         """Nobody waits for the answer any more: close the socket, and have the statement ended at the server."""
         self.gave_up = True
-        if self._result is not None:
-            self._result.unbuffered_active = False
-            self._result = None
+        self._cut(self._given_up_by)
+        self._result = None
         self._force_close()
         if self.on_abandon is not None and self._epoch == fork.epoch:  # in a forked child it is the parent's
             self.on_abandon(self)

@@ -1,18 +1,36 @@
 """What a statement gets: cursors that leave a stream unread, and columns that are taken apart once.
 
-Stock PyMySQL reads a server-side stream to its end, which may take minutes, when the cursor is closed or collected.
+Stock PyMySQL reads a server-side stream to its end, which may take minutes, when the cursor is closed or collected; and
+whoever reads on in a stream that something else has ended gets no row more, as at its end.
 """
 
 from __future__ import annotations
 
 import itertools
+import ssl
+import struct
+import time
 from functools import lru_cache
 from typing import Any
 
+import pymysql.connections
 import pymysql.cursors
+from pymysql import err
+from pymysql.constants import ER, SERVER_STATUS
 from pymysql.protocol import FieldDescriptorPacket
 
+from dbsession.core.backends.mysql_errors import is_from_socket
+from dbsession.core.pool import callsites
+from dbsession.errors import ResultCut, describe
+
+_EOF = struct.Struct("<xHH")  # an EOF packet's count of warnings, and status
+_HEAD = struct.Struct("<IB")  # a packet's length (3 bytes) and number, and the first byte of what is in it
+ROLLED_BACK = "its transaction was rolled back"
+_AT_HAND = 2**16  # bytes of a stream's rest that are worth reading to keep its connection
+_AT_HAND_S = 0.05
+
 # Their stubs leave the private names out.
+_StockResult: Any = pymysql.connections.MySQLResult
 _StockField: Any = FieldDescriptorPacket
 _StockSSCursor: Any = pymysql.cursors.SSCursor
 _StockSSDictCursor: Any = pymysql.cursors.SSDictCursor
@@ -45,6 +63,138 @@ LAZY: dict[Any, Any] = {
     pymysql.cursors.SSCursor: _SSCursor,
     pymysql.cursors.SSDictCursor: _SSDictCursor,
 }
+
+
+class Result(_StockResult):  # type: ignore[misc]
+    """The answer to one statement, whose last word is kept. Lives until the next one; of a server-side stream, as long
+    as its cursor.
+
+    Each OK and EOF packet says whether a transaction is open. Stock PyMySQL drops it after a SELECT, so that its
+    `server_status` is wrong whenever it matters.
+    """
+
+    # PyMySQL's own, whose first values say too little of their types.
+    connection: Any
+    unbuffered_active: Any
+
+    left = False
+    """Its cursor was closed before its end."""
+    cut: str | None = None
+    """What has kept rows of a stream from whoever may still fetch them."""
+
+    def end_early(self, why: str) -> None:
+        """Nobody gets the rest of this stream, because of `why`."""
+        self.unbuffered_active = False
+        self.connection = None
+        call = callsites.call()
+        self.cut = why if call is None else f"{why} ({call})"
+
+    def read_away(self, why: str) -> None:
+        """Read a stream to its end, and drop the rows because of `why`."""
+        dropped = False
+        while self.unbuffered_active:
+            try:
+                packet = self.connection._read_packet()
+            except err.MySQLError as error:
+                if not self.unbuffered_active:  # the server has ended it so
+                    self.end_early(f"{why}, and the server ended it with {describe(error)}")
+                    if error.args[0] in (ER.QUERY_TIMEOUT, ER.STATEMENT_TIMEOUT):
+                        return  # as PyMySQL has it: nobody waits for these rows any more
+                raise
+            if self._check_packet_is_eof(packet):
+                self.unbuffered_active = False
+                self.connection = None
+            else:
+                dropped = True
+        if dropped:
+            self.end_early(why)
+
+    def _finish_unbuffered_query(self) -> None:
+        self.read_away("its cursor was closed")
+
+    def _read_rowdata_packet_unbuffered(self) -> Any:
+        if self.cut is not None:
+            raise ResultCut.because(self.cut)
+        try:
+            return super()._read_rowdata_packet_unbuffered()
+        except err.MySQLError as error:
+            if not self.unbuffered_active and self.cut is None:
+                self.cut = f"the server ended it with {describe(error)}"
+            raise
+
+    def _check_packet_is_eof(self, packet: Any) -> bool:
+        if not packet.is_eof_packet():
+            return False
+        self.warning_count, status = _EOF.unpack_from(packet.get_all_data())
+        self.has_next = status & SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
+        self.server_status = status
+        if self.unbuffered_active:
+            self.connection.server_status = status
+            self.connection._settled = True
+        return True
+
+    def __del__(self) -> None:
+        pass  # stock reads a stream to its end here, wherever the collector found it
+
+
+def finish_at_hand(wire: Any) -> bool:
+    """Read what is left of a connection's stream if it has come already, or comes within a moment, and is little;
+    return whether it was. Nothing is read if somebody waits for it just now."""
+    if wire._sock is None or wire._reading:
+        return False
+    end = time.monotonic() + _AT_HAND_S
+    wait_s = 0.0
+    while not _has_last_packet(wire._ahead, wire._at):
+        piece = _piece_within(wire, wait_s) if len(wire._ahead) - wire._at < _AT_HAND else b""
+        if piece:
+            wire._ahead, wire._at = wire._ahead[wire._at :] + piece, 0
+        elif piece is None and wait_s == 0.0:
+            wait_s = _AT_HAND_S
+        else:
+            return False
+        if wait_s:
+            wait_s = end - time.monotonic()
+            if wait_s <= 0:
+                return False
+    try:
+        wire._result.read_away(ROLLED_BACK)
+    except err.MySQLError:
+        pass  # the server has ended it so
+    return wire._sock is not None
+
+
+def _has_last_packet(data: bytes, at: int) -> bool:
+    """Whether `data`, packets of rows from the position `at`, has the one that ends them: EOF, or an error."""
+    while len(data) > at + 4:
+        head, first = _HEAD.unpack_from(data, at)
+        size = head & 0xFFFFFF
+        at += 4 + size
+        if at > len(data):
+            return False
+        if first == 0xFF or (first == 0xFE and size < 9):
+            return True
+    return False
+
+
+def _piece_within(wire: Any, seconds: float) -> bytes | None:
+    """Return what has come, or None if that is nothing within so many seconds; b"" at the end."""
+    sock = wire._sock
+    sock.settimeout(seconds)
+    wire._reading = True
+    try:
+        piece: bytes = sock.recv(2**13)
+    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        return None
+    except OSError as error:
+        if is_from_socket(error):
+            return None if isinstance(error, TimeoutError) else b""
+        raise  # somebody's own, thrown in here
+    finally:
+        wire._reading = False
+        if wire._sock is sock:
+            sock.settimeout(None if wire._cooperative else wire._read_timeout)
+            wire._current_timeout = wire._read_timeout
+    return piece
 
 
 class _Field(_StockField):  # type: ignore[misc]

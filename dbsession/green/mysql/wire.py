@@ -17,24 +17,22 @@ import gevent
 import gevent.socket
 import pymysql.connections
 from pymysql import err
-from pymysql.constants import CR, SERVER_STATUS
+from pymysql.constants import CR
 from pymysql.protocol import FieldDescriptorPacket, MysqlPacket
 
 from dbsession.core import fork
 from dbsession.core.backends.mysql_errors import is_from_socket, is_loss
 from dbsession.core.backends.mysql_sent import Sent
+from dbsession.errors import describe
 from dbsession.green import hub
-from dbsession.green.mysql.results import field
+from dbsession.green.mysql.results import Result, field
 
 _HEAD = struct.Struct("<IB")  # a packet's length (3 bytes) and number, and the first byte of what is in it
 _ERROR = 0xFF
 _AHEAD, _PIECE = 2**13, 2**18  # bytes asked for at once: what the socket's reader has a buffer for; of large packets
 
-_EOF = struct.Struct("<xHH")  # an EOF packet's count of warnings, and status
-
 # Their stubs leave the private names out.
 _Connection: Any = pymysql.connections.Connection
-_StockResult: Any = pymysql.connections.MySQLResult
 
 
 class Wire(_Connection):  # type: ignore[misc]  # of Any
@@ -61,6 +59,7 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
     _killed_by: BaseException | None = None
     _connect_by: float | None = None
     _cooperative = False  # its socket is gevent's, and its timeouts are kept here
+    _reading = False  # somebody waits for what comes from the socket
     # What was read from the socket with an earlier packet, and where in it the next one begins.
     _ahead = b""
     _at = 0
@@ -88,6 +87,7 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
             timer.close()
 
     def _force_close(self) -> None:
+        self._cut("its connection was closed or lost")
         self._ahead = b""
         self._at = 0
         super()._force_close()
@@ -97,16 +97,23 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
     def _execute_command(self, command: int, sql: Any) -> None:
         result = self._result
         if result is not None and result.unbuffered_active:
-            self._read_rest()
+            self._read_rest("another statement was sent on its connection")
         self.used = True
         self.sent.command(command, sql)
         super()._execute_command(command, sql)
 
-    def _read_rest(self) -> None:
-        """Read what is left of a server-side stream, which somebody has stopped reading."""
+    def _cut(self, why: str) -> None:
+        """Nobody gets the rest of the server-side stream under way, if there is one."""
+        result = self._result
+        if result is not None and result.unbuffered_active:
+            result.end_early(why)
+
+    def _read_rest(self, why: str) -> None:
+        """Read what is left of a server-side stream, which somebody has stopped reading or is about to be cut off
+        from."""
         if not self._result.left:
             warnings.warn("Previous unbuffered result was left incomplete", stacklevel=2)  # as PyMySQL does
-        self._result._finish_unbuffered_query()
+        self._result.read_away(why)
 
     def _read_query_result(self, unbuffered: bool = False) -> Any:
         self._result = None
@@ -197,6 +204,7 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
         try:
             data = self._read_ahead(num_bytes)
         except BaseException as error:
+            self._cut(f"{describe(error)} ended the wait for its rows")
             if is_loss(error) or self._connect_by:
                 self._force_close()
             else:
@@ -231,14 +239,18 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
     def _read_piece(self, size: int) -> bytes:
         """What has come, at most `size` bytes; wait until something has."""
         read: Callable[[int], bytes] = self._rfile.read1
-        if self._cooperative:
-            piece: bytes = self._in_time(self._read_timeout, read, size)
-            return piece
-        if self._connect_by:
-            # The handshake's time is counted as a whole, however small the pieces are in which it comes.
-            self._current_timeout = None
-            self._sock.settimeout(self._seconds_left())
-        return read(size)
+        self._reading = True
+        try:
+            if self._cooperative:
+                piece: bytes = self._in_time(self._read_timeout, read, size)
+                return piece
+            if self._connect_by:
+                # The handshake's time is counted as a whole, however small the pieces are in which it comes.
+                self._current_timeout = None
+                self._sock.settimeout(self._seconds_left())
+            return read(size)
+        finally:
+            self._reading = False
 
     def _seconds_left(self) -> float:
         left = (self._connect_by or 0.0) - time.monotonic()
@@ -249,28 +261,3 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
     def _note_kill(self, error: BaseException) -> None:
         if self._answering and self._killed_by is None and not is_from_socket(error):
             self._killed_by = error
-
-
-class Result(_StockResult):  # type: ignore[misc]
-    """The answer to one statement, whose last word is kept. Lives until the next one.
-
-    Each OK and EOF packet says whether a transaction is open. Stock PyMySQL drops it after a SELECT, so that its
-    `server_status` is wrong whenever it matters.
-    """
-
-    left = False
-    """Its cursor was closed before its end."""
-
-    def _check_packet_is_eof(self, packet: Any) -> bool:
-        if not packet.is_eof_packet():
-            return False
-        self.warning_count, status = _EOF.unpack_from(packet.get_all_data())
-        self.has_next = status & SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
-        self.server_status = status
-        if self.unbuffered_active:
-            self.connection.server_status = status
-            self.connection._settled = True
-        return True
-
-    def __del__(self) -> None:
-        pass  # stock reads a stream to its end here, wherever the collector found it
