@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from contextvars import Context
 from typing import Any
 
@@ -20,6 +19,7 @@ from dbsession.aio import loop_local, teardown
 from dbsession.aio.connections import LoopConnections
 from dbsession.aio.pool import FairPool
 from dbsession.aio.session import make_factory
+from dbsession.core import fork
 from dbsession.core import teardown as core_teardown
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.engine import Database, all_databases, made
@@ -219,4 +219,4 @@ def _after_fork_in_child() -> None:
             _kept.append(database)
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+fork.in_child(_after_fork_in_child)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -16,7 +15,7 @@ from dbsession.aio.drivers import TwinSource
 from dbsession.aio.engine import LoopDatabase, check, of_this_loop
 from dbsession.aio.scope import Scope, SessionScope
 from dbsession.aio.session import AsyncScopedSession
-from dbsession.core import config, sources
+from dbsession.core import config, fork, sources
 from dbsession.core.functions import F, awaited
 from dbsession.core.manager import BaseSessionManager, report_release
 
@@ -150,4 +149,4 @@ def _forget_all() -> None:
 
 
 sources.followers.append(_forget_all)
-os.register_at_fork(after_in_child=_forget_all)
+fork.in_child(_forget_all)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import sys
 from _thread import get_ident
 from collections.abc import Callable, Coroutine, Mapping
@@ -24,7 +23,8 @@ from types import MappingProxyType
 from typing import Any, cast, overload
 
 from dbsession.aio import teardown
-from dbsession.core import functions
+from dbsession.core import fork, functions
+from dbsession.core.fork import KNOWN
 from dbsession.core.functions import F
 from dbsession.core.scope import BaseScope, BaseSessionScope
 from dbsession.errors import ScopeEnded, ScopeRequired
@@ -115,6 +115,8 @@ class Stack:
 
 def stack_here() -> Stack:
     """The calling task's own stack. Raises ScopeRequired where no task runs."""
+    if not KNOWN[0]:
+        fork.found_out()
     stack = here()
     if stack is None or stack.thread != get_ident() or current_task(stack.loop) is not stack.task:
         try:
@@ -233,4 +235,4 @@ def _after_fork_in_child() -> None:
         stack.thread = 0
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+fork.in_child(_after_fork_in_child)

@@ -14,8 +14,10 @@ from sqlalchemy.orm import Session
 
 from dbsession.aio import scope, teardown
 from dbsession.aio.scope import current_task, here
+from dbsession.core import fork
 from dbsession.core import teardown as core_teardown
 from dbsession.core.config import DatabaseConfig
+from dbsession.core.fork import KNOWN
 from dbsession.core.functions import awaited
 from dbsession.core.registry import BaseScopeRegistry
 from dbsession.core.session import ManagedSession, check_arguments, managed_class, watch
@@ -164,6 +166,8 @@ class AsyncScopedSession(async_scoped_session[Any]):
         """
         if kw:
             return super().__call__(**kw)
+        if not KNOWN[0]:
+            fork.found_out()
         stack = here()  # as scope.current(), without its calls
         if stack is None or stack.thread != get_ident() or current_task(stack.loop) is not stack.task:
             return self.registry.open(None)

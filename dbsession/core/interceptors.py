@@ -29,6 +29,7 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
+from dbsession.core import fork
 from dbsession.core.backends.base import Backend
 from dbsession.core.connection_info import (
     CHECKOUT,
@@ -40,6 +41,7 @@ from dbsession.core.connection_info import (
     KnownConnection,
 )
 from dbsession.core.engine import discard_earlier
+from dbsession.core.fork import KNOWN
 from dbsession.core.outcome import TransactionWatch
 from dbsession.core.pool.checkout import Checkout
 from dbsession.core.pool.holders import HeldConnections
@@ -49,7 +51,8 @@ STATEMENTS = ("do_execute", "do_executemany", "do_execute_no_params")
 REPLACED = (
     *("connect", *STATEMENTS, "execution_ctx_cls"),
     *("do_commit", "do_commit_twophase", "do_rollback", "do_rollback_twophase"),
-    *("do_ping", "do_terminate", "set_isolation_level", "reset_isolation_level", "detect_autocommit_setting"),
+    *("do_ping", "do_close", "do_terminate"),
+    *("set_isolation_level", "reset_isolation_level", "detect_autocommit_setting"),
 )
 """What of a dialect may be replaced."""
 
@@ -109,6 +112,8 @@ class StatementNotes:
             UsedByTwo: [DBS-TWO] another task, greenlet or thread is in the middle of one on the same Connection. Some
                 drivers let the second wait, some mix up the answers.
         """
+        if not KNOWN[0]:
+            fork.found_out()
         record = None if context is None else context.root_connection.connection.record_info
         note: Checkout | None = None if record is None else record.get(CHECKOUT)
         if note is None:  # SQLAlchemy asks a new server what it can; or it was detached from the pool
@@ -152,6 +157,13 @@ class EngineConnections:
             pool.held = self.held
         else:
             self.held.listen(engine)
+
+    def around_do_close(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
+        def do_close(dbapi_connection: Any) -> None:
+            fork.look()
+            inner(dbapi_connection)
+
+        return do_close
 
     def on_connect(self, connection: Any, record: Any) -> None:
         """A connection was opened."""

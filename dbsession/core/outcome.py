@@ -20,9 +20,11 @@ from typing import Any
 from sqlalchemy.engine import Connection, ExceptionContext, ExecutionContext
 from sqlalchemy.exc import DisconnectionError
 
+from dbsession.core import fork
 from dbsession.core.backends.base import Backend, Verdict
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import CHECKOUT, COMMITTING, DETACHED_USER, DOOMED, SCOPE, KnownConnection, nobody
+from dbsession.core.fork import KNOWN
 from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, UsedByTwo, describe
 
 wrote: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -112,6 +114,8 @@ class TransactionWatch:
             return inner
 
         def do_commit(dbapi_connection: Any) -> None:
+            if not KNOWN[0]:
+                fork.found_out()
             info = dbapi_connection.info
             if DOOMED in info and self._is_doomed(dbapi_connection):
                 self._refuse_commit(info, self._roll_back, dbapi_connection)
@@ -154,6 +158,8 @@ class TransactionWatch:
         self._roll_back = inner
 
         def do_rollback(dbapi_connection: Any) -> None:
+            if not KNOWN[0]:
+                fork.found_out()
             try:
                 info = dbapi_connection.info
             except NotImplementedError:  # SQLAlchemy's own, while it asks a new server what it can

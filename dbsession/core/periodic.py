@@ -36,6 +36,7 @@ class PeriodicTask:
 
     def start(self) -> None:
         """See to it that it runs in this process; where no thread can be had now, by the next call. Never waits."""
+        fork.look()
         epoch, token = fork.epoch, object()
         if epoch not in self._started and self._started.setdefault(epoch, token) is token:
             try:

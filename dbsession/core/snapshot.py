@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy.orm.session import _sessions
 from sqlalchemy.pool import QueuePool
 
+from dbsession.core import fork
 from dbsession.core.engine import Database, all_databases
 from dbsession.core.pool.holders import Holder
 from dbsession.core.pool.stats import BOUNDS_S, Histogram, Stats, quantile
@@ -104,6 +105,7 @@ def snapshot() -> Snapshot:
     Frozen; it changes no more. Never waits and does no I/O, so it may be called anywhere; each number is right for its
     moment, and all are of nearly the same one. Passwords, parameter values and query strings are not in it.
     """
+    fork.look()  # or it would tell of its parent
     return snapshot_of(Database)
 
 

@@ -15,7 +15,7 @@ from dbsession.core.backends.sqlite import SQLite
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.interceptors import EngineConnections
 from dbsession.core.pool.leaks import LeakWatch
-from dbsession.green import ident
+from dbsession.green import hub, ident
 from dbsession.green.holders import HeldByGreenlets, leak_watches, watch_leaks
 from dbsession.green.mysql.backend import PyMySQL
 from dbsession.green.pool import OWNER_HUB, FairPool, owner_hub_of
@@ -40,7 +40,8 @@ class GreenConnections(EngineConnections):
         self.database: object = None
         """Kept alive as long as the engine: after configure() somebody may still hold a connection of it."""
         self._leaks = LeakWatch(config, held, leak_watches)  # for its life only
-        self._records: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+        # Each connection's record, and what its socket is. A dict of its own in a child.
+        self._records: weakref.WeakKeyDictionary[Any, tuple[weakref.ref[Any], Any]] = weakref.WeakKeyDictionary()
 
     def follow(self, engine: Engine) -> None:
         """Follow a new engine, and its pool."""
@@ -54,17 +55,18 @@ class GreenConnections(EngineConnections):
         """A connection was opened."""
         ident.refuse_eventlet()  # which may have patched after the import, as in a preloaded worker
         try:
-            self._records[connection] = weakref.ref(record)
+            self._records[connection] = weakref.ref(record), fork.identity(connection)
         except TypeError:
             pass  # a driver without weak references: after a fork its pool is replaced, and that is all
         watch_leaks()
         fork.prepare()
+        hub.watch_forks()
         record.info[OWNER_HUB] = owner_hub_of(connection)
         super().on_connect(connection, record)
 
     def abandon(self) -> None:
         """In a forked child: give up the parent's connections. No I/O."""
-        inherited = [(connection, record()) for connection, record in self._records.items()]
+        inherited = [(connection, record(), opened_as) for connection, (record, opened_as) in self._records.items()]
         self._records = weakref.WeakKeyDictionary()
         self.backend.abandon()
         self.held.forget()

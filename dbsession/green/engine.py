@@ -9,6 +9,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import QueuePool
 
+from dbsession.core import fork
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.engine import Database, all_databases, driver_of, made
 from dbsession.core.entries import refuse_useless_keys
@@ -75,6 +76,7 @@ def process_databases() -> list[ProcessDatabase]:
 
 def close_before_fork() -> None:
     """Close the idle connections that a forked child may not inherit; see `Backend.close_before_fork`."""
+    fork.look()  # or they are the parent's
     for database in process_databases():
         database.close_before_fork()
 
@@ -161,6 +163,7 @@ class EngineCache:
         Raises:
             UnknownDatabase, ConfigError: as the configuration says.
         """
+        fork.look()  # or we might wait for a builder that there is in the parent only
         while True:
             found = self._built.get(name)
             if found is not None:

@@ -20,6 +20,8 @@ from gevent import monkey
 # event loop that nobody closes. tests/unit/test_private_names.py fails loudly when the name goes.
 from gevent._hub_local import get_hub_if_exists
 
+from dbsession.core import fork
+
 _start_thread: Callable[[Callable[..., object], tuple[Any, ...]], int] = monkey.get_original(
     "_thread", "start_new_thread"
 )
@@ -64,6 +66,25 @@ def start_timer(hub: Any, seconds: float, function: Callable[..., object], *argu
     timer = hub.loop.timer(seconds, priority=-1)
     timer.start(function, *arguments, update=True)
     return timer
+
+
+def watch_forks() -> None:
+    """See to it that the calling thread's hub looks for a fork as its loop goes on in a child: before it wakes a
+    greenlet of the parent's that waits for a socket which both have. It keeps no loop running."""
+    hub: Any = here()
+    if hub is not None and getattr(hub, "_dbsession_fork_watcher", None) is None:
+        hub._dbsession_fork_watcher = watcher = hub.loop.fork(ref=False)
+        watcher.start(fork.look)
+
+
+def _take_over() -> None:
+    """In a forked child: give the calling thread's hub, which was the parent's, a loop and helper threads of its own.
+    gevent's own os.fork() does so; a second time changes nothing."""
+    if here() is not None:
+        gevent.reinit()
+
+
+fork.in_child(_take_over)
 
 
 class Waiter:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 
 from sqlalchemy.engine import Engine
 
-from dbsession.core import config, sources
+from dbsession.core import config, fork, sources
 from dbsession.core.functions import F
 from dbsession.core.manager import BaseSessionManager, report_release
 from dbsession.errors import describe
@@ -174,4 +174,5 @@ def _after_fork_in_child() -> None:
             logger.warning("Database %r could not be abandoned after a fork: %s.", database.name, describe(error))
 
 
-os.register_at_fork(before=engines.close_before_fork, after_in_child=_after_fork_in_child)
+os.register_at_fork(before=engines.close_before_fork)
+fork.in_child(_after_fork_in_child)

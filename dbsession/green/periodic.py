@@ -33,6 +33,7 @@ class PeriodicTask(periodic.PeriodicTask):
         self._timer.start(gevent.spawn, self._work_in_hub, owner, epoch)  # in a greenlet: `work` may wait
 
     def _work_in_hub(self, owner: Any, epoch: int) -> None:
+        fork.look()
         if epoch != fork.epoch:
             return  # a forked child's loop still has its parent's timers
         try:

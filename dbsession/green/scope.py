@@ -21,7 +21,8 @@ from typing import Any, cast, overload
 
 from gevent.hub import Hub
 
-from dbsession.core import functions
+from dbsession.core import fork, functions
+from dbsession.core.fork import KNOWN
 from dbsession.core.functions import F
 from dbsession.core.scope import BaseScope, BaseSessionScope
 from dbsession.errors import ScopeEnded
@@ -155,6 +156,8 @@ def unlink(stack: list[Scope], scope: Scope) -> None:
 
 def current() -> Scope | None:
     """The calling ident's current scope, or None when it has none."""
+    if not KNOWN[0]:
+        fork.found_out()
     try:
         scope: Scope = ident.current()._dbsession_scopes[-1]
     except (AttributeError, IndexError):
@@ -202,6 +205,8 @@ def end_dead() -> None:
 
 def begin_request(label: str) -> Scope:
     """Begin a request's scope, which is current on the calling ident from here on."""
+    if not KNOWN[0]:
+        fork.found_out()
     caller = ident.current()
     stack = getattr(caller, "_dbsession_scopes", None)
     if stack and stack[-1].ended:  # an exception between two lines of ours may have left it

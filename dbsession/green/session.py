@@ -8,8 +8,10 @@ from typing import Any
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from dbsession.core import fork
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.engine import Database
+from dbsession.core.fork import KNOWN
 from dbsession.core.registry import BaseScopeRegistry
 from dbsession.core.session import check_arguments, managed_class, watch
 from dbsession.errors import ScopeEnded
@@ -47,6 +49,8 @@ class ScopeRegistry(BaseScopeRegistry):
 
     def __call__(self) -> Any:
         """The current scope's session. No I/O; the first use of a name may switch greenlets."""
+        if not KNOWN[0]:
+            fork.found_out()
         try:  # as scope.current(), without its call
             current = ident.current()._dbsession_scopes[-1]
         except (AttributeError, IndexError):
@@ -119,6 +123,8 @@ class ScopedSession(scoped_session[Any]):
         """The current scope's session, opened if need be; `kw` as for SQLAlchemy's."""
         if kw:
             return super().__call__(**kw)
+        if not KNOWN[0]:
+            fork.found_out()
         try:  # as the registry's own, without the call
             current = ident.current()._dbsession_scopes[-1]
         except (AttributeError, IndexError):

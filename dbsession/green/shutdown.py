@@ -7,6 +7,7 @@ from typing import Any
 
 import gevent
 
+from dbsession.core import fork
 from dbsession.core.pool.checkout import Checkout
 from dbsession.green import hub, ident
 from dbsession.green.engine import process_databases
@@ -27,6 +28,7 @@ def end_statements(within_s: float, at_least_s: float = 0.0) -> int:
         within_s: seconds that this may take.
         at_least_s: seconds for which what is begun meanwhile is ended, too.
     """
+    fork.look()  # or they are the parent's
     began = time.monotonic()
     told: set[object] = set()  # the greenlets; and the statements, each by its note and when it began
     count = 0

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from dbsession.core import fork
 from dbsession.core.backends.sqlite import SQLite, is_busy, is_memory
 from dbsession.core.config import DatabaseConfig
+from dbsession.core.fork import KNOWN
 from dbsession.green import hub
 
 T = TypeVar("T")
@@ -92,10 +93,13 @@ class Connection(sqlite3.Connection):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        fork.look()
         self.epoch = fork.epoch
         self.queue = deque()
 
     def refuse_inherited(self) -> None:
+        if not KNOWN[0]:
+            fork.found_out()
         if self.epoch != fork.epoch:
             raise sqlite3.ProgrammingError(
                 "This SQLite connection was opened before this process was forked and belongs to the parent. "
@@ -109,10 +113,12 @@ class Connection(sqlite3.Connection):
         _until_free(self, super().commit)
 
     def rollback(self) -> None:
+        fork.look()
         if self.epoch == fork.epoch:
             super().rollback()
 
     def close(self) -> None:
+        fork.look()
         if self.epoch == fork.epoch:
             super().close()
 

@@ -32,6 +32,7 @@ class Changes:
 
     def take(self) -> Iterator[tuple[str, list[float]]]:
         """For each database its name and by how much each number has grown. Nothing while another thread is at it."""
+        fork.look()
         if self._epoch != fork.epoch:
             self._begin()
         if not self._lock.acquire(False):

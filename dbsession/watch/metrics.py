@@ -230,6 +230,7 @@ class MetricsMiddleware:
         self._epoch: int | None = None  # of the process that was started
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        fork.look()
         if self._epoch != fork.epoch:
             self._epoch = fork.epoch
             start()

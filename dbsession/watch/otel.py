@@ -5,7 +5,6 @@ https://opentelemetry.io/docs/specs/semconv/database/database-metrics/
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Engine
 
-from dbsession.core import snapshot
+from dbsession.core import fork, snapshot
 from dbsession.core.engine import all_databases
 from dbsession.core.pool.stats import BOUNDS_S, Histogram
 from dbsession.errors import ConfigError
@@ -78,7 +77,7 @@ class _Pools:
         self._values: dict[Histogram, tuple[str, Any, deque[float]]] = {}  # written by `_listen`, one step
         for _ in self._changes.take():  # from now on, as the histograms
             pass
-        os.register_at_fork(after_in_child=self._forget)
+        fork.in_child(self._forget)
         self._ticker = PeriodicTask(self._turn)
         self._ticker.start()
         api.on_engine_created(self._listen)

@@ -20,11 +20,13 @@ from time import monotonic
 from types import FrameType
 from typing import Any
 
-from sqlalchemy import event
+from sqlalchemy import event, exc
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
+from dbsession.core import fork
 from dbsession.core.connection_info import CHECKOUT, SCOPE, nobody
+from dbsession.core.fork import KNOWN
 from dbsession.core.pool import callsites
 from dbsession.core.pool.checkout import Checkout
 from dbsession.core.pool.stats import BOUNDS_S, Stats
@@ -144,9 +146,15 @@ class HeldConnections:
 
     def listen(self, engine: Engine) -> None:
         """Follow a pool that does not call `taken` and `returned` itself."""
-        event.listen(engine, "checkout", lambda _, record, __: self.taken(record))
+        event.listen(engine, "checkout", self._checked_out)
         event.listen(engine, "checkin", lambda _, record: self.returned(record))
         event.listen(engine, "detach", lambda _, record: self.returned(record))
+
+    def _checked_out(self, _: object, record: ConnectionPoolEntry, __: object) -> None:
+        if not KNOWN[0]:  # a pool that does not look itself may have handed out a connection of the parent's
+            fork.found_out()
+            raise exc.DisconnectionError("this process was forked")  # SQLAlchemy then opens another one
+        self.taken(record)
 
     def waited(self, seconds: float, in_vain: bool) -> None:
         """Somebody has waited for a connection."""

@@ -8,6 +8,8 @@ from typing import Any, Generic, Self, TypeVar
 
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
+from dbsession.core import fork
+from dbsession.core.fork import KNOWN
 from dbsession.core.pool.holders import HeldConnections
 
 WaiterT = TypeVar("WaiterT")
@@ -26,7 +28,7 @@ class QueuedPool(QueuePool, Generic[WaiterT]):
     """
 
     # Read by every checkout and checkin: as slots, in two thirds of the time that SQLAlchemy's `__dict__` takes.
-    __slots__ = ("_lifo", "_limit", "_max_idle", "_open", "_returned", "_size", "_waiting", "held")
+    __slots__ = ("_lifo", "_limit", "_max_idle", "_open", "_returned", "_size", "_successor", "_waiting", "held")
 
     held: HeldConnections
 
@@ -46,6 +48,14 @@ class QueuedPool(QueuePool, Generic[WaiterT]):
         self._waiting: OrderedDict[WaiterT, None] = OrderedDict()
         self._returned: deque[ConnectionPoolEntry | None] = deque()
         self._open = 0
+        self._successor: Self | None = None
+
+    def connect(self) -> Any:
+        if not KNOWN[0]:
+            fork.found_out()
+            if self._successor is not None:  # the engine's, which was asked for its pool before it had that
+                return self._successor.connect()
+        return super().connect()
 
     def _count_wait(self, began: float, granted: bool) -> None:
         """Count a wait that is over; raise PoolTimeout if it was in vain."""
@@ -58,6 +68,7 @@ class QueuedPool(QueuePool, Generic[WaiterT]):
         successor = super().recreate()
         assert isinstance(successor, type(self))
         successor.held = self.held
+        self._successor = successor
         return successor
 
     def _replace_next_of(self, idle: deque[ConnectionPoolEntry]) -> bool:

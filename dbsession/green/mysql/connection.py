@@ -54,6 +54,7 @@ class Connection(Wire, KnownConnection):
         tls: TLSContexts | None = None,
         **kwargs: Any,
     ) -> None:
+        fork.look()
         self._epoch = fork.epoch
         self.on_abandon: Callable[[Connection], None] | None = None
         """Called with this connection when nobody waits any more for a statement that may still run at the server. Must
@@ -218,5 +219,6 @@ class Connection(Wire, KnownConnection):
         self._cut(self._given_up_by)
         self._result = None
         self._force_close()
+        fork.look()
         if self.on_abandon is not None and self._epoch == fork.epoch:  # in a forked child it is the parent's
             self.on_abandon(self)

@@ -23,6 +23,7 @@ from pymysql.protocol import FieldDescriptorPacket, MysqlPacket
 from dbsession.core import fork
 from dbsession.core.backends.mysql_errors import is_from_socket, is_loss
 from dbsession.core.backends.mysql_sent import Sent
+from dbsession.core.fork import KNOWN
 from dbsession.errors import describe
 from dbsession.green import hub
 from dbsession.green.mysql.results import Result, field
@@ -152,6 +153,8 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
 
     def _write_bytes(self, data: Any) -> None:
         self._settled = False
+        if not KNOWN[0]:
+            fork.found_out()
         if self._sock is None or self._epoch != fork.epoch:  # in a forked child it is the parent's
             raise err.InterfaceError(0, "")
         if self._at < len(self._ahead):
@@ -199,6 +202,8 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
         return super()._read_packet(packet_type)
 
     def _read_bytes(self, num_bytes: int) -> bytes:
+        if not KNOWN[0]:
+            fork.found_out()
         if self._rfile is None or self._epoch != fork.epoch:
             raise err.InterfaceError(0, "")
         try:

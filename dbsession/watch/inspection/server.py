@@ -44,17 +44,19 @@ class _Server:
     """Serves one socket. Lives until stop(), or as long as the process.
 
     It runs in the main hub where that lasts, and keeps no loop running there; elsewhere, also without gevent, in
-    threads of ours, which have no hub: one that ran while the interpreter ends would crash it. `_clients` is written by
-    whoever answers one, a step each.
+    threads of ours, which have no hub: one that ran while the interpreter ends would crash it. `_clients` holds
+    what each socket is, and is written by whoever answers one, a step each.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._over = False
-        self._clients: set[Any] = set()
+        self._clients: dict[Any, Any] = {}
         self._listener: Any = folders.listen(path, _Socket)
+        self._listens_as = self._listener, fork.identity(self._listener)
         if hub.lasts():
             self._listener.setblocking(False)
+            hub.watch_forks()
             gevent.spawn(self._serve_in_hub)
         else:
             self._listener.setblocking(True)
@@ -107,7 +109,7 @@ class _Server:
         return kind(fileno=descriptor)
 
     def _answer(self, client: Any) -> None:
-        self._clients.add(client)
+        self._clients[client] = fork.identity(client)
         try:
             client.settimeout(ANSWER_S)  # for the whole of sendall()
             client.sendall(json.dumps(snapshot().as_dict()).encode() + b"\n")
@@ -121,7 +123,7 @@ class _Server:
         except OSError:  # it did not read it all, or did not close
             pass
         finally:
-            self._clients.discard(client)
+            self._clients.pop(client, None)
             client.close()
 
     def stop(self) -> None:
@@ -136,8 +138,9 @@ class _Server:
     def abandon(self) -> None:
         """In a forked child, which has no part in the parent's sockets."""
         self._over = True
-        for inherited in (self._listener, *self._clients):
-            fork.cut(inherited)
+        for inherited, opened_as in (self._listens_as, *self._clients.items()):
+            if fork.identity(inherited) == opened_as:
+                fork.cut(inherited)
 
 
 def serve_snapshots(folder: str | os.PathLike[str]) -> None:
@@ -165,6 +168,7 @@ def serve_snapshots(folder: str | os.PathLike[str]) -> None:
 def stop() -> None:
     """Serve no longer, and remove the socket. Called at the end of the process, too. Never waits."""
     global _server
+    fork.look()  # or it is the parent's
     if _server is not None:
         _server.stop()
         _server = None
@@ -177,5 +181,5 @@ def _abandon() -> None:
         _server = None
 
 
-os.register_at_fork(after_in_child=_abandon)
+fork.in_child(_abandon)
 atexit.register(stop)
