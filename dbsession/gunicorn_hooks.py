@@ -84,7 +84,7 @@ def _end_before_the_master_does(worker: Any) -> None:
     within a second, that it is to end, so that it would begin to end its handlers when it is dead.
     """
     inner: Any = signal.getsignal(signal.SIGTERM)
-    if inner != worker.handle_exit:
+    if inner != getattr(worker, "handle_exit", "of another kind"):
         return  # a worker of another kind
     graceful_s = float(worker.cfg.graceful_timeout)
     before_s = min(BEFORE_S, graceful_s / 2)
