@@ -100,7 +100,8 @@ class ForeignSession(DBSessionError, RuntimeError):
 
 class UsedByTwo(DBSessionError, exc.InvalidRequestError):
     """Two tasks, greenlets or threads used one connection at once, mostly by one session. Nothing was sent for the one
-    that gets this; the other one goes on. `what` is what the first one was about to do."""
+    that gets this. The other one goes on, but where this one was to end their transaction: then it has lost its
+    connection."""
 
     code = "DBS-TWO"
 

@@ -217,8 +217,10 @@ class TransactionWatch:
         # In this order: while SQLAlchemy asks a new server what it can, the connection has no `info`.
         statement = context.statement
         if (statement is None or statement.startswith("XA COMMIT")) and connection.info.pop(COMMITTING, False):
-            if statement is None and isinstance(driver, KnownConnection) and not driver.commit_sent:
-                return None
+            if isinstance(error, UsedByTwo) or (
+                statement is None and isinstance(driver, KnownConnection) and not driver.commit_sent
+            ):
+                return None  # it was not sent
             return self._judge_commit(context, connection, error, from_driver)
         if verdict is Verdict.RETRY and connection.in_transaction() and not is_autocommit(connection, self._config):
             # A copy: the error's traceback would keep everything alive that this is only to be remembered for.

@@ -21,6 +21,11 @@ async def until(predicate, deadline_s=30.0):
             await asyncio.sleep(0.01)
 
 
+async def execute(manager, statement):
+    """In a task of its own, its session is its own."""
+    await manager.get("default").execute(text(statement))
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_statement_is_ended_at_the_server_when_its_task_is_cancelled(driver, mariadb, mariadb_url):
     manager = aio.SessionManager({"default": mariadb_url.replace("pymysql", driver)})
@@ -29,7 +34,7 @@ def test_statement_is_ended_at_the_server_when_its_task_is_cancelled(driver, mar
         return [each for each in mariadb.processlist() if "SLEEP(60" in (each["info"] or "")]
 
     async def main():
-        task = asyncio.create_task(manager.get("default").execute(text("SELECT SLEEP(60)")))
+        task = asyncio.create_task(execute(manager, "SELECT SLEEP(60)"))
         await until(running)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -54,7 +59,7 @@ def test_statement_is_ended_at_the_server_when_the_loop_ends_with_its_task(drive
 
     async def main():
         async with asyncio.timeout(30) as limit:
-            task = asyncio.create_task(manager.get("default").execute(text("UPDATE t SET n = 2")))
+            task = asyncio.create_task(execute(manager, "UPDATE t SET n = 2"))
             await until(running)
             limit.reschedule(0)
             await task
@@ -96,7 +101,7 @@ def test_statement_is_ended_when_the_password_comes_from_a_listener(mariadb, mar
         def give_password(dialect, record, args, arguments):
             arguments["password"] = url.password
 
-        task = asyncio.create_task(manager.get("default").execute(text("SELECT SLEEP(60)")))
+        task = asyncio.create_task(execute(manager, "SELECT SLEEP(60)"))
         await until(lambda: any("SLEEP(60" in (each["info"] or "") for each in mariadb.processlist()))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -112,7 +117,7 @@ def test_nothing_is_killed_when_kill_abandoned_is_off(mariadb, mariadb_url):
     manager = aio.SessionManager({"default": {"url": url, "kill_abandoned": False}})
 
     async def main():
-        task = asyncio.create_task(manager.get("default").execute(text("SELECT SLEEP(1)")))
+        task = asyncio.create_task(execute(manager, "SELECT SLEEP(1)"))
         await until(lambda: any("SLEEP(1)" in (each["info"] or "") for each in mariadb.processlist()))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

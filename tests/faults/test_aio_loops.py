@@ -107,7 +107,9 @@ def test_loop_leaves_nothing_behind_when_it_ends(mariadb, driver, url, loop, end
             await use("main")
         if ending == "statement":
             slow = "SELECT SLEEP(2)" if "mysql" in url else "SELECT 1"
-            keep.append(asyncio.create_task(session.execute(text(slow))))
+            async def execute():
+                await session.execute(text(slow))
+            keep.append(asyncio.create_task(execute()))
             await asyncio.sleep(0.05)  # sent by then, as a rule; nothing left behind is asked in any case
         elif ending == "error":
             raise LookupError("of main")

@@ -89,6 +89,26 @@ def test_asyncio_drivers_have_their_transport_in_an_attribute(mariadb_url, drive
     asyncio.run(work())
 
 
+@pytest.mark.parametrize("driver", ["asyncmy", "aiomysql"])
+def test_asyncio_drivers_tell_what_was_received_and_not_read(mariadb_url, driver):
+    """For aio.mysql.connection: of an idle connection nothing has been read ahead; of one whose query nobody reads, its
+    answer has."""
+
+    async def work():
+        engine = create_async_engine(mariadb_url.replace("pymysql", driver))
+        async with engine.connect() as connection:
+            held = (await connection.get_raw_connection()).driver_connection
+            assert getattr(held, "_reader", None) is not None or held._proto is not None
+            assert not line._read_ahead(held)
+            await held._execute_command(3, "SELECT 1")  # COM_QUERY
+            while not line._read_ahead(held):
+                await asyncio.sleep(0.001)
+            await connection.invalidate()
+        await engine.dispose()
+
+    asyncio.run(work())
+
+
 def test_sqlalchemy_record_without_its_connection_is_not_reset_when_collected(tmp_path):
     """What fork.abandon() does to a record must be enough to keep SQLAlchemy's finalizer off the connection."""
     engine = create_engine(f"sqlite:///{tmp_path}/a.db")

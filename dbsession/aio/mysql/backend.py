@@ -27,8 +27,6 @@ from dbsession.core.pool.stats import Stats
 
 # The driver's number for a server that cannot be reached, CR_CONN_HOST_ERROR.
 _CANNOT_CONNECT = 2003
-# The number of one that was lost, CR_SERVER_LOST, and what to say of it.
-_RESET = 2013, "Lost connection to MySQL server: it was reset"
 
 
 class AsyncMySQL(MySQL):
@@ -66,6 +64,7 @@ class AsyncMySQL(MySQL):
                         # that comes when the connection has just been made.
                         connection.close()
                         raise asyncio.CancelledError
+                    make_known(connection)
                     # As an attribute it goes with it; see wire_of().
                     connection._dbsession_wire = Wire(connection, module)
                     await self._settle(connection, arguments.get("autocommit", False) if left_to_us else None)
@@ -79,7 +78,6 @@ class AsyncMySQL(MySQL):
 
     @staticmethod
     async def _settle(connection: Any, autocommit: Any) -> None:
-        make_known(connection)
         if autocommit is not None:  # sent whatever the server said, and so it is known
             try:
                 await connection.autocommit(autocommit)
@@ -114,12 +112,9 @@ class AsyncMySQL(MySQL):
         info = _info_of(proxied)
         try:
             wire.within(self._read_s_of(info), inner, *arguments, answers=True)
-        except BaseException as error:
-            module = context.dialect.loaded_dbapi
-            if _is_lost(error, wire):
-                raise module.OperationalError(*_RESET) from error
-            if self._killer is not None and (wire.late or not isinstance(error, module.Error)):
-                self._killer.abandon_connection(info, module.driver.connect)
+        except BaseException:
+            if self._killer is not None and wire.given_up:
+                self._killer.abandon_connection(info, wire.module.driver.connect)
             raise
 
     def _read_s_of(self, info: dict[Any, Any]) -> float:
@@ -144,6 +139,7 @@ class AsyncMySQL(MySQL):
 
     def around_do_commit(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
         def do_commit(dbapi_connection: Any) -> None:
+            _give_up_if_asking(wire_of(dbapi_connection))  # SQLAlchemy sends no ROLLBACK after a commit() that failed
             self._within(inner, self.config.read_timeout_s, dbapi_connection)
 
         return do_commit
@@ -152,6 +148,7 @@ class AsyncMySQL(MySQL):
         def do_rollback(dbapi_connection: Any) -> None:
             wire = wire_of(dbapi_connection)
             reader = None if wire is None or wire.unread is None else wire.unread()
+            _give_up_if_asking(wire)
             if wire is None or reader is None or not reader.in_transaction():
                 self._within(inner, self.config.read_timeout_s, dbapi_connection)
             else:  # the rest, perhaps millions of rows, is not read for a ROLLBACK: the server does it when we are gone
@@ -171,14 +168,7 @@ class AsyncMySQL(MySQL):
 
     def _within(self, ask: Callable[..., Any], seconds: float, connection: Any, *arguments: Any) -> Any:
         wire = wire_of(connection)
-        if wire is None:
-            return ask(connection, *arguments)
-        try:
-            return wire.within(seconds, ask, connection, *arguments)
-        except RuntimeError as error:
-            if _is_lost(error, wire):
-                raise wire.module.OperationalError(*_RESET) from error
-            raise
+        return ask(connection, *arguments) if wire is None else wire.within(seconds, ask, connection, *arguments)
 
     def still_open(self, connection: Any) -> bool:
         adapted = getattr(connection, "dbapi_connection", connection)
@@ -200,6 +190,10 @@ class AsyncMySQL(MySQL):
             wire.pinging = True
             try:
                 return bool(self._within(inner, self.config.connect_timeout_s, dbapi_connection))
+            except Exception:
+                if not wire.given_up or wire.late:
+                    raise
+                return False  # out of step: whoever used it before has left something to read
             finally:
                 wire.pinging = False
 
@@ -219,19 +213,25 @@ class AsyncMySQL(MySQL):
         return do_terminate
 
     def on_handle_error(self, context: ExceptionContext) -> None:
-        """Say that a connection closed for its silence is gone, which says nothing of the others."""
-        connection = context.connection
+        """Say that a connection that we gave up is gone, which says nothing of the others, and that one which something
+        else than the driver has failed on is not."""
+        connection, error = context.connection, context.original_exception
         if connection is None or connection.closed or connection.invalidated:
             return
         wire = wire_of(connection.connection)
-        if wire is not None and wire.late:
+        if wire is None:
+            return
+        if wire.given_up:
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
+        elif isinstance(error, Exception) and not isinstance(error, wire.module.Error):
+            context.is_disconnect = False  # nothing was sent, or all was read: see Wire.within()
 
 
-def _is_lost(error: BaseException, wire: Wire) -> bool:
-    """Whether this is what uvloop says of a write to a connection that was reset, which aiomysql passes on as it is."""
-    return isinstance(error, RuntimeError) and wire.transport.is_closing()
+def _give_up_if_asking(wire: Wire | None) -> None:
+    """In the middle of another task's answer nothing can be sent: the server rolls back when we are gone."""
+    if wire is not None and wire.asking:
+        wire.give_up()
 
 
 def _info_of(proxied: Any) -> dict[Any, Any]:

@@ -11,6 +11,15 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
+from dbsession.core.backends.mysql_sent import Sent
+from dbsession.errors import UsedByTwo, driver_number
+
+# The drivers' number of an answer that does not fit the question, CR_COMMANDS_OUT_OF_SYNC.
+_OUT_OF_SYNC = 2014
+# That of a connection that was lost, CR_SERVER_LOST, and what to say where uvloop raises a RuntimeError for a write to
+# one that was reset, which aiomysql passes on as it is.
+_RESET = 2013, "Lost connection to MySQL server: it was reset"
+
 
 class Wire:
     """An open connection of a driver, and until when an answer has to come. Lives as long as it. Written in the loop's
@@ -28,9 +37,12 @@ class Wire:
         "_heard",
         "_loop",
         "_timer",
+        "asking",
+        "given_up",
         "late",
         "module",
         "pinging",
+        "sent",
         "transport",
         "unread",
     )
@@ -45,8 +57,14 @@ class Wire:
         self._asked = self._heard = float("-inf")  # when something was asked; the same of the last that was answered
         self._timer: asyncio.TimerHandle | None = None
         self.transport: asyncio.WriteTransport = transport_of(driver)
+        self.sent: Sent | None = getattr(driver, "sent", None)
+        self.asking = False
+        """Somebody waits for an answer."""
         self.late = False
-        """It was closed for its silence, which says nothing of the pool's other connections."""
+        """It was closed for its silence."""
+        self.given_up = False
+        """It was closed by us, for its silence or since nobody knows what comes next on it, which says nothing of the
+        pool's other connections."""
         self.pinging = False
         """A ping was sent that is not answered."""
         self.unread: weakref.ref[Connection] | None = None
@@ -72,16 +90,48 @@ class Wire:
         self._due = None
 
     def within(self, seconds: float, ask: Callable[..., Any], *arguments: Any, answers: bool = False) -> Any:
-        """Return what `ask(*arguments)` does, and close the connection when that takes longer. `answers`: the server
-        has answered something then; other calls may send nothing, as a ROLLBACK of a connection in AUTOCOMMIT."""
+        """Return what `ask(*arguments)` does, and close the connection when that takes longer, or when whatever ends it
+        leaves open whether there is more to read: not when nothing was sent, as a parameter cannot be encoded, say.
+        `answers`: the server has answered something then; other calls may send nothing, as a ROLLBACK of a connection
+        in AUTOCOMMIT.
+
+        Raises:
+            UsedByTwo: [DBS-TWO] somebody else waits for an answer; they would get each other's.
+        """
+        if self.asking:
+            raise UsedByTwo("A question to the server")
         earlier = self.expect(seconds)
+        self.asking = True
+        sent = self.sent
+        before = None if sent is None else sent.count
         try:
             found = ask(*arguments)
             if answers:
                 self._heard = self._asked
             return found
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and self.transport.is_closing():
+                raise self.module.OperationalError(*_RESET) from error
+            if self._may_have_more(error, before):
+                self.give_up()
+            raise
         finally:
+            self.asking = False
             self._due = earlier
+
+    def _may_have_more(self, error: BaseException, before: int | None) -> bool:
+        """Whether something may be left to read after this error, `before` which so many commands had been sent: not
+        after one of the server's, which has a number, nor where nothing was sent and no stream is read."""
+        if isinstance(error, self.module.Error) and driver_number(error) not in (None, _OUT_OF_SYNC):
+            return False
+        return self.sent is None or self.sent.count != before or self.unread is not None
+
+    def give_up(self) -> None:
+        """Close the connection: whoever waits for an answer on it gets the driver's error of a lost connection."""
+        self.given_up = True
+        driver = self._driver()
+        if driver is not None:
+            self.cut_off(driver)
 
     def lives(self, seconds: float) -> bool:
         """Whether it, which is not closed here, answered to something asked less than so many seconds ago, and is not
@@ -93,7 +143,7 @@ class Wire:
             return False
         look = select.poll()
         look.register(socket.fileno(), select.POLLIN)
-        return not look.poll(0)
+        return not look.poll(0) and not _read_ahead(self._driver())
 
     def _look(self) -> None:
         self._timer = None
@@ -104,7 +154,7 @@ class Wire:
             self._timer = self._loop.call_at(self._due, self._look, context=self._context)
         else:
             self.late = True
-            self.cut_off(driver)
+            self.give_up()
 
     def cut_off(self, driver: Any) -> None:
         driver.close()
@@ -153,6 +203,15 @@ def wire_of(connection: Any) -> Wire | None:
     is gone."""
     adapted = getattr(connection, "dbapi_connection", connection)
     return getattr(getattr(adapted, "driver_connection", None), "_dbsession_wire", None)
+
+
+def _read_ahead(driver: Any) -> bool:
+    """Whether a driver has received what nobody has read: somebody has used it behind our back."""
+    reader = getattr(driver, "_reader", None)  # of aiomysql
+    if reader is not None:
+        return bool(reader._buffer)
+    received = getattr(driver, "_proto", None)
+    return received is not None and received.length > received.pos
 
 
 def transport_of(driver: Any) -> Any:
