@@ -6,13 +6,15 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from dbsession.aio import engine
-from dbsession.aio.scope import SessionScope, begin
+from dbsession.aio.scope import Scope, SessionScope, Stack, begin, here
 from dbsession.errors import plain
 
 ASGIScope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
+
+_KEY = "dbsession.scope"
 
 
 class DBSessionMiddleware:
@@ -56,12 +58,16 @@ class DBSessionMiddleware:
             return
         if not label.isprintable():  # a client may send any character; a line end in a label would forge a log line
             label = plain(label)
+        stack = here()  # the calling task's, or that of the one whose child it is
+        before = scope.get(_KEY)
         current = begin(label, "request")
         try:
-            # A copy, as the specification asks: what is above sees nothing of what is added here.
-            await self.app({**scope, "dbsession.scope": current}, receive, send)
+            await self.app(_noted(scope, current, before, stack), receive, send)
         finally:
-            await current.leave()
+            try:
+                _take_back(scope, current, before)
+            finally:
+                await current.leave()
 
     async def _lifespan(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         async def send_when_closed(message: MutableMapping[str, Any]) -> None:
@@ -76,3 +82,29 @@ class DBSessionMiddleware:
                 await self.app(scope, receive, send_when_closed)
         finally:
             await engine.dispose_here()  # it has been cancelled, or has no lifespan
+
+
+def _noted(scope: ASGIScope, current: Scope, before: Any, stack: Stack | None) -> ASGIScope:
+    """Return the ASGI scope for the application, with `current` in it in place of what was there `before`.
+
+    It is the server's own, and not the copy that the specification asks for: frameworks write route, endpoint and
+    path_params into it, and what stands above us reads them there. It is a copy where nobody can write to it, and where
+    another call works with it at this moment: what that one noted is none of ours, nor of the task's whose child we
+    are.
+    """
+    if before is None or (stack is not None and before in stack.scopes):
+        try:
+            scope[_KEY] = current
+            return scope
+        except Exception:  # a mapping that is read-only
+            pass
+    return {**scope, _KEY: current}
+
+
+def _take_back(scope: ASGIScope, current: Scope, before: Any) -> None:
+    if scope.get(_KEY) is not current:
+        return  # it was given a copy, or has put something else there
+    if before is None:
+        del scope[_KEY]
+    else:
+        scope[_KEY] = before

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import weakref
+from types import MappingProxyType
 
 import anyio
 import pytest
@@ -144,15 +145,117 @@ def test_call_has_a_scope_of_its_own_when_it_is_http_or_websocket(manager, sessi
     assert first.ended and not first.sessions
 
 
-def test_asgi_scope_of_the_caller_stays_as_it_is(manager):
+# -- the ASGI scope ------------------------------------------------------------------------------------------
+
+
+KEY = "dbsession.scope"
+
+
+@pytest.mark.parametrize("scope", [http(state={}), websocket() | {"state": {}}], ids=["http", "websocket"])
+@pytest.mark.parametrize("end", ["returns", "raises", "is cancelled"])
+def test_f41_what_stands_outside_sees_what_the_application_writes_into_the_scope(manager, scope, end):
+    """Route, endpoint and path_params, for traces and metrics; of ours nothing is left."""
+    found = {}
+
     async def app(scope, receive, send):
-        scope["route"] = "/orders/{id}"
+        scope |= {"route": "/orders/{id}", "endpoint": app, "path_params": {"id": 7}}
         scope["state"]["shared"] = True
+        if end == "raises":
+            raise LookupError
+        if end == "is cancelled":
+            asyncio.current_task().cancel()
+            await asyncio.sleep(60)
+
+    async def telemetry(scope, receive, send):
+        try:
+            await DBSessionMiddleware(app)(scope, receive, send)
+        finally:
+            found.update(scope)
 
     async def main():
-        given = http(state={})
+        given = {**scope, "state": {}}
+        await asyncio.gather(asyncio.create_task(Server().call(telemetry, given)), return_exceptions=True)
+        written = {"route": "/orders/{id}", "endpoint": app, "path_params": {"id": 7}, "state": {"shared": True}}
+        assert found == given == scope | written
+
+    run(manager, main)
+
+
+def test_f41_nested_middleware_writes_into_the_same_scope_and_puts_the_outer_ones_back(manager):
+    """Also below a middleware that runs what is inside it in a child task, as Starlette's BaseHTTPMiddleware does."""
+    units = []
+
+    async def app(scope, receive, send):
+        scope["route"] = "/orders/{id}"
+        units.append(scope[KEY])
+
+    def in_a_child(app):
+        async def middle(scope, receive, send):
+            await asyncio.create_task(app(scope, receive, send))
+
+        return middle
+
+    for between in (lambda app: app, in_a_child):
+        inner = DBSessionMiddleware(app)
+
+        async def outer(scope, receive, send, inner=inner, between=between):
+            unit = scope[KEY]
+            await between(inner)(scope, receive, send)
+            assert scope[KEY] is unit and scope["route"] == "/orders/{id}"
+            units.append(unit)
+
+        async def main(outer=outer):
+            given = http()
+            await Server().call(DBSessionMiddleware(outer), given)
+            assert given == http(route="/orders/{id}")
+
+        run(manager, main)
+    assert len(set(units)) == 4
+
+
+def test_f41_scope_in_which_nobody_can_write_is_copied(manager):
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(scope[KEY].label)
+
+    run(manager, lambda: Server().call(DBSessionMiddleware(app), MappingProxyType(http())))
+    assert seen == ["GET /orders/7"]
+
+
+@pytest.mark.parametrize("application", ["replaces it", "deletes it"])
+def test_f41_what_the_application_puts_in_place_of_ours_stays(manager, application):
+    async def app(scope, receive, send):
+        del scope[KEY]
+        if application == "replaces it":
+            scope[KEY] = "its own"
+
+    async def main():
+        given = http()
         await Server().call(DBSessionMiddleware(app), given)
-        assert given == http(state={"shared": True})
+        assert given == (http(**{KEY: "its own"}) if application == "replaces it" else http())
+
+    run(manager, main)
+
+
+def test_f41_two_calls_at_once_with_one_scope_have_one_each(manager):
+    """As no server gives them: nothing of either is left in it."""
+    both = asyncio.Event()
+
+    async def app(scope, receive, send):
+        unit = scope[KEY]
+        await send({"unit": unit})
+        if len(sent.sent) == 2:
+            both.set()
+        await both.wait()
+        assert scope[KEY] is unit is scopes.current()
+
+    sent = Server()
+
+    async def main():
+        given = http()
+        await asyncio.gather(*[sent.call(DBSessionMiddleware(app), given) for _ in range(2)])
+        assert given == http() and sent.sent[0]["unit"] is not sent.sent[1]["unit"]
 
     run(manager, main)
 

@@ -185,6 +185,15 @@ def test_def_endpoint_gets_the_clear_error(server):
     assert "use it in an `async def` function" in answer.text and "DBS-SCOPE-REQUIRED" in answer.text
 
 
+def test_f41_telemetry_outside_sees_the_endpoint_and_its_parameters(server):
+    """Of a mounted application's, too."""
+    for path in ("/item/7", "/mounted/item/8"):
+        assert server.get(path).text == path[-1]
+    for path in ("/item/7", "/mounted/item/8"):
+        seen = wait_until(lambda path=path: json.loads(server.get("/seen").body).get(path), 30, "the call is over")
+        assert seen == ["item", {"n": path[-1]}, False]
+
+
 def test_background_task_has_the_session_of_its_request(server):
     n = secrets.randbelow(10**6) + 10
     assert server.get(f"/background?n={n}").text == "later"

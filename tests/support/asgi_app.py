@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import Depends, FastAPI
 from sqlalchemy import text
@@ -27,7 +27,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from dbsession import aio
@@ -151,7 +151,35 @@ async def lifespan(app: Any) -> AsyncIterator[None]:
     logger.info("the application's shutdown read %s", await query("SELECT 42"))
 
 
+class Telemetry:
+    """Stands outside everything, and notes what is in the ASGI scope at the end of a call, as OpenTelemetry does."""
+
+    seen: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope.get("path")
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            if "/item/" in (path or ""):
+                endpoint = getattr(scope.get("endpoint"), "__name__", None)
+                self.seen[path] = [endpoint, scope.get("path_params"), "dbsession.scope" in scope]
+
+
+async def item(request: Request) -> Response:
+    return PlainTextResponse(str(await query("SELECT :n", n=request.path_params["n"])))
+
+
+async def seen(request: Request) -> Response:
+    return JSONResponse(Telemetry.seen)
+
+
 ENDPOINTS = {
+    "/item/{n}": item,
+    "/seen": seen,
     "/state": state,
     "/meet": meet,
     "/token": token,
@@ -165,7 +193,11 @@ ENDPOINTS = {
 routes = [*(Route(path, endpoint) for path, endpoint in ENDPOINTS.items()), WebSocketRoute("/chat", chat)]
 handlers: Any = {aio.ScopeRequired: unavailable}
 
-starlette_app = aio.DBSessionMiddleware(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers))
+routes.append(Mount("/mounted", routes=[Route("/item/{n}", item)]))
+
+starlette_app = Telemetry(
+    aio.DBSessionMiddleware(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers))
+)
 
 _fastapi = FastAPI(lifespan=lifespan, exception_handlers=handlers)
 for _path, _endpoint in ENDPOINTS.items():
@@ -186,7 +218,8 @@ async def dependency(n: int, unit: Annotated[Any, Depends(unit_of_work)]) -> int
     return n
 
 
-fastapi_app = aio.DBSessionMiddleware(_fastapi)
+_fastapi.mount("/mounted", Starlette(routes=[Route("/item/{n}", item)]))
+fastapi_app = Telemetry(aio.DBSessionMiddleware(_fastapi))
 
 
 class Layer(BaseHTTPMiddleware):
@@ -196,11 +229,13 @@ class Layer(BaseHTTPMiddleware):
         return response
 
 
-layered_app = Starlette(
-    routes=routes,
-    lifespan=lifespan,
-    exception_handlers=handlers,
-    middleware=[Middleware(Layer), Middleware(aio.DBSessionMiddleware), Middleware(Layer)],
+layered_app = Telemetry(
+    Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers=handlers,
+        middleware=[Middleware(Layer), Middleware(aio.DBSessionMiddleware), Middleware(Layer)],
+    )
 )
 
 
