@@ -27,7 +27,7 @@ from time import monotonic
 from typing import Any
 
 from sqlalchemy import event
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 
 from dbsession.core import fork
 from dbsession.core.backends.base import Backend
@@ -134,6 +134,16 @@ class StatementNotes:
         finally:
             note.executing = None
             note.changed = monotonic()
+
+    @staticmethod
+    def note_user(connection: Connection) -> None:
+        """Note who executes, where a listener of the user's has executed the statement in the dialect's place."""
+        proxied = connection.connection
+        note: Checkout | None = (proxied.record_info or {}).get(CHECKOUT)
+        if note is not None:
+            note.connection = weakref.ref(connection)
+        elif proxied.record_info is None:
+            proxied.info[DETACHED_USER] = weakref.ref(connection)
 
 
 class EngineConnections:

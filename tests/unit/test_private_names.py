@@ -109,6 +109,39 @@ def test_asyncio_drivers_tell_what_was_received_and_not_read(mariadb_url, driver
     asyncio.run(work())
 
 
+@pytest.mark.parametrize("driver", ["asyncmy", "aiomysql"])
+def test_asyncio_cursors_tell_of_later_results_and_read_them_away(mariadb_url, driver):
+    def read(connection):
+        result = connection.exec_driver_sql("SELECT 1 AS a; SELECT 2 AS b")
+        cursor, context = result.cursor, result.context
+        assert line.has_later_results(cursor) and hasattr(context, "_rowcount")
+        line.read_later_results(cursor)
+        assert not line.has_later_results(cursor)
+        assert list(result.keys()) == ["a"] and cursor.description[0][0] == "a" and result.all() == [(1,)]
+
+    async def work():
+        engine = create_async_engine(mariadb_url.replace("pymysql", driver), connect_args={"client_flag": 0x10000})
+        async with engine.connect() as connection:
+            await connection.run_sync(read)
+        await engine.dispose()
+
+    asyncio.run(work())
+
+
+def test_pymysqls_result_says_whether_its_stream_is_at_its_end(mariadb_url):
+    engine = create_engine(mariadb_url)
+    raw = engine.raw_connection()
+    with raw.cursor(pymysql.cursors.SSCursor) as cursor:
+        cursor.execute("SELECT 1")
+        result = raw.dbapi_connection._result
+        assert result is cursor._result and result.unbuffered_active is True and result.has_next is None
+        assert result._read_rowdata_packet_unbuffered() == (1,)
+        result._finish_unbuffered_query()
+        assert result.unbuffered_active is False and not result.has_next
+    raw.close()
+    engine.dispose()
+
+
 def test_sqlalchemy_record_without_its_connection_is_not_reset_when_collected(tmp_path):
     """What fork.abandon() does to a record must be enough to keep SQLAlchemy's finalizer off the connection."""
     engine = create_engine(f"sqlite:///{tmp_path}/a.db")

@@ -16,7 +16,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 
 from dbsession.aio.mysql import tls
-from dbsession.aio.mysql.connection import Stream, Wire, wire_of
+from dbsession.aio.mysql.connection import Stream, Wire, has_later_results, read_later_results, wire_of
 from dbsession.aio.mysql.kill import LoopKiller
 from dbsession.aio.mysql.known import make_known
 from dbsession.core.backends.mysql import MySQL
@@ -123,17 +123,24 @@ class AsyncMySQL(MySQL):
         return self.config.read_timeout_s if own is None else own
 
     def around_execution_ctx_cls(self, inner: Any) -> Any:
-        """Return the class of the dialect's execution contexts, with server-side cursors that are bounded."""
+        """Return the class of the dialect's execution contexts, with server-side cursors that are bounded, and in which
+        a statement has failed where any of its results has: the drivers read the later ones as a cursor is closed."""
         backend = self
 
         class Context(inner):  # type: ignore[misc]
+            def post_exec(self) -> None:
+                super().post_exec()
+                if has_later_results(self.cursor):
+                    self._rowcount = self.cursor.rowcount  # that of the first, as a driver's cursor is one for all
+                    backend.executing(read_later_results, self, self.cursor)
+
             def create_server_side_cursor(self) -> Any:
                 cursor = super().create_server_side_cursor()
                 proxied = self.root_connection.connection
                 wire = wire_of(proxied)
                 if wire is None:
                     return cursor
-                return Stream(cursor, wire, backend._read_s_of(_info_of(proxied)), self.root_connection)
+                return Stream(cursor, wire, backend._read_s_of(_info_of(proxied)), self.root_connection, backend.config)
 
         return Context
 

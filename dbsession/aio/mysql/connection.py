@@ -10,8 +10,12 @@ from contextvars import Context
 from typing import Any
 
 from sqlalchemy.engine import Connection
+from sqlalchemy.util import await_only
 
 from dbsession.core.backends.mysql_sent import Sent
+from dbsession.core.config import DatabaseConfig
+from dbsession.core.connection_info import DOOMED
+from dbsession.core.outcome import is_autocommit
 from dbsession.errors import UsedByTwo, driver_number
 
 # The drivers' number of an answer that does not fit the question, CR_COMMANDS_OUT_OF_SYNC.
@@ -164,11 +168,12 @@ class Wire:
 class Stream:
     """A server-side cursor whose fetches are bounded, one by one. Lives as long as its result."""
 
-    def __init__(self, cursor: Any, wire: Wire, seconds: float, reader: Connection) -> None:
+    def __init__(self, cursor: Any, wire: Wire, seconds: float, reader: Connection, config: DatabaseConfig) -> None:
         self._cursor = cursor
         self._wire = wire
         self._seconds = seconds
         self._reader = weakref.ref(reader)
+        self._config = config
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cursor, name)
@@ -189,13 +194,32 @@ class Stream:
         return self._read(self._cursor.fetchall, to_the_end=True)
 
     def close(self) -> None:
-        self._read(self._cursor.close, to_the_end=True)  # reads what is left
+        """Read what is left, later results included. SQLAlchemy only logs an error that is met here, so half of a unit
+        of work would be committed."""
+        try:
+            self._read(self._cursor.close, to_the_end=True)
+        except self._wire.module.Error as error:
+            reader = self._reader()
+            if reader is not None and reader.in_transaction() and not is_autocommit(reader, self._config):
+                reader.info[DOOMED] = type(error)(*error.args)
+            raise
 
     def _read(self, read: Callable[..., Any], *arguments: Any, to_the_end: bool = False) -> Any:
         found = self._wire.within(self._seconds, read, *arguments)
         if (to_the_end or not found) and self._wire.unread is self._reader:
             self._wire.unread = None
         return found
+
+
+def has_later_results(cursor: Any) -> bool:
+    """Whether the answer to what an adapter's cursor has executed goes on after its first result."""
+    result = getattr(getattr(cursor, "_cursor", None), "_result", None)
+    return result is not None and bool(result.has_next) and not cursor.server_side
+
+
+def read_later_results(cursor: Any) -> None:
+    """Read the results after the first one, whose rows and description stay, and drop them."""
+    await_only(cursor._async_soft_close())
 
 
 def wire_of(connection: Any) -> Wire | None:

@@ -14,6 +14,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 from dbsession.core.backends.mysql import MySQL
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.config import TIMEOUTS, DatabaseConfig
+from dbsession.core.interceptors import StatementNotes
 from dbsession.core.pool.stats import Stats
 from dbsession.green.mysql import session_state
 from dbsession.green.mysql.connection import Connection
@@ -81,6 +82,7 @@ class PyMySQL(MySQL):
     def _connect(self, *cargs: Any, **cparams: Any) -> Any:
         killer = self._killer
         connection = Connection(*cargs, ping_idle_s=self.config.ping_idle_s, tls=self._tls, **cparams)
+        connection.database = self.config.name
         try:
             if killer is not None:
                 killer.opened(connection, cparams)
@@ -95,6 +97,26 @@ class PyMySQL(MySQL):
         if getattr(connection, "collation", None) is not None:
             connection.set_character_set(connection.charset, connection.collation)  # SQLAlchemy's SET NAMES drops it
         super().connected(connection, info)
+
+    # Statements.
+
+    def around_execution_ctx_cls(self, inner: Any) -> Any:
+        """Return the class of the dialect's execution contexts, in which a statement has failed where any of its
+        results has: SQLAlchemy reads the later ones as it closes the cursor, and only logs what it meets there."""
+
+        class Context(inner):  # type: ignore[misc]
+            def post_exec(self) -> None:
+                super().post_exec()
+                driver = getattr(self.cursor, "connection", None)
+                if not isinstance(driver, Connection) or driver._result is None:
+                    return
+                result = driver._result
+                if result.unbuffered_active:
+                    StatementNotes.note_user(self.root_connection)  # a listener may have executed it, by its own cursor
+                elif result.has_next:
+                    driver.read_later_results()
+
+        return Context
 
     # Coming back.
 

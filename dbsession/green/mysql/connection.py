@@ -5,6 +5,7 @@ What it sends and reads is `wire`'s; here is what a pool and a session ask of it
 
 from __future__ import annotations
 
+import logging
 import select
 import time
 from collections.abc import Callable
@@ -19,8 +20,11 @@ from dbsession.core.backends.mysql_errors import is_from_socket
 from dbsession.core.backends.mysql_sent import MULTI_STATEMENTS, Sent
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.connection_info import KnownConnection
+from dbsession.errors import describe
 from dbsession.green.mysql import results
 from dbsession.green.mysql.wire import Wire
+
+logger = logging.getLogger("dbsession.mysql")
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")  # which, with 0, never waits
 _BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
@@ -62,6 +66,8 @@ class Connection(Wire, KnownConnection):
         self._ping_idle_s = ping_idle_s
         self._tls = TLSContexts() if tls is None else tls
         self._heard = 0.0  # when the last answer came
+        self.database: str | None = None  # its name, for log lines
+        self._later: list[Any] = []  # results read ahead
         self._given_up_by = "its connection was closed"  # what keeps a stream from whoever reads it still
         self.commit_sent = False
         """Whether the last commit() got as far as sending COMMIT."""
@@ -148,20 +154,61 @@ class Connection(Wire, KnownConnection):
         if self.unread and not self.finish_at_hand():
             self._abandon()
         elif not (self.settled or (self.gave_up and not self.open)):
-            before = self.sent.count
-            super().rollback()
-            self.sent.ended(before)
+            try:
+                self._finish(results.ROLLED_BACK)
+            except err.MySQLError as error:
+                if not self.open:
+                    raise
+                logger.warning(
+                    "Database %r: a later result of the last statement was %s, of which nobody had been told when the "
+                    "connection was rolled back.",
+                    self.database,
+                    describe(error),
+                )
+            self._roll_back()
 
     def commit(self) -> None:
         """Commit, unless it is known that there is nothing to."""
         self.commit_sent = False
         if not self.settled:
-            if self.unread:
-                self._read_rest("its transaction was committed")
+            try:
+                self._finish("its transaction was committed")
+            except err.MySQLError:
+                if self.open:  # SQLAlchemy sends no ROLLBACK after a commit() that failed
+                    self._roll_back()
+                raise
             self.commit_sent = True
             before = self.sent.count
             super().commit()
             self.sent.ended(before)
+
+    def _roll_back(self) -> None:
+        before = self.sent.count
+        super().rollback()
+        self.sent.ended(before)
+
+    def _finish(self, why: str) -> None:
+        """Read all that is still to come of the last answer. An error in it is that of a statement: half of a unit."""
+        if self.unread:
+            self._read_rest(why)
+        while self._result is not None and self._result.has_next:
+            self.next_result()
+
+    def read_later_results(self) -> None:
+        """Read the results that come after the last statement's first one, as those of a CALL do, and keep them for
+        `next_result()`: an error in one of them is the statement's."""
+        first, found = self._result, []
+        while self._result.has_next:
+            self._read_query_result()
+            found.append(self._result)
+        self._result, self._later = first, found
+
+    def next_result(self, unbuffered: bool = False) -> Any:
+        if not self._later:
+            return super().next_result(unbuffered)
+        self._result = self._later.pop(0)
+        self._affected_rows = self._result.affected_rows
+        return self._affected_rows
 
     def autocommit(self, value: Any) -> None:
         """Set the autocommit mode, unless it is known to be that."""
@@ -218,6 +265,7 @@ class Connection(Wire, KnownConnection):
         self.gave_up = True
         self._cut(self._given_up_by)
         self._result = None
+        self._later = []
         self._force_close()
         fork.look()
         if self.on_abandon is not None and self._epoch == fork.epoch:  # in a forked child it is the parent's
