@@ -97,7 +97,7 @@ def cut(connection: Any) -> None:
     descriptor = descriptor_of(connection)
     if descriptor is None or _dead is None:
         return
-    if _what_is(_dead) != _dead_is:  # C code has closed what it did not know
+    if what_is(_dead) != _dead_is:  # C code has closed what it did not know
         _dead = None
         prepare()
     os.dup2(_dead or -1, descriptor, inheritable=False)
@@ -121,7 +121,7 @@ def prepare() -> None:
         peer.close()  # what is written to `dead` fails, what is read from it has ended
         dead.setblocking(False)
         _dead = dead.detach()
-        _dead_is = _what_is(_dead)
+        _dead_is = what_is(_dead)
 
 
 def descriptor_of(connection: Any) -> int | None:
@@ -141,12 +141,13 @@ def descriptor_of(connection: Any) -> int | None:
 def identity(connection: Any) -> tuple[int, int] | None:
     """Which socket, of all in the kernel, the connection's descriptor is; None when it has none, or is closed."""
     descriptor = descriptor_of(connection)
-    return None if descriptor is None else _what_is(descriptor)
+    return None if descriptor is None else what_is(descriptor)
 
 
-def _what_is(descriptor: int) -> tuple[int, int] | None:
+def what_is(file: int | str) -> tuple[int, int] | None:
+    """Which file or socket, of all in the kernel, a descriptor or a path is; None if there is none."""
     try:
-        found = os.fstat(descriptor)
+        found = os.stat(file)
     except OSError:
         return None
     return found.st_dev, found.st_ino

@@ -68,7 +68,7 @@ class GreenConnections(EngineConnections):
         """In a forked child: give up the parent's connections. No I/O."""
         inherited = [(connection, record(), opened_as) for connection, (record, opened_as) in self._records.items()]
         self._records = weakref.WeakKeyDictionary()
-        self.backend.abandon()
+        self.backend.abandon([connection for connection, *_ in inherited])
         self.held.forget()
         self.stats.reset()
         fork.abandon(inherited)

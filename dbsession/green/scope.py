@@ -132,7 +132,8 @@ class Scope(BaseScope):
             timer.close()
 
     def __del__(self) -> None:
-        if self.sessions and not sys.is_finalizing():
+        # uWSGI takes its interpreter to pieces without such a flag.
+        if self.sessions and sys is not None and not sys.is_finalizing():
             self.end_aside()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import random
 import sqlite3
 import time
@@ -123,6 +125,13 @@ class Connection(sqlite3.Connection):
             super().close()
 
 
+def _is_open(connection: sqlite3.Connection) -> bool:
+    try:
+        return connection.total_changes >= 0
+    except sqlite3.ProgrammingError:
+        return False
+
+
 class PySQLite(SQLite):
     """The rules of one engine's SQLite file by the sqlite3 module, and its connections. Lives as long as the engine."""
 
@@ -132,6 +141,9 @@ class PySQLite(SQLite):
         super().__init__(config)
         self.queue: deque[Connection] = deque()
         """The writers of the engine that wait; replaced in a forked child."""
+        self._file = ""  # the path of the database, and what its -shm file is, as of the newest connection
+        self._shm: tuple[int, int] | None = None
+        self._lost = False  # the file cannot be used in this child
 
     def engine_options(self) -> dict[str, Any]:
         own = {"connect_args": {"timeout": 0, "factory": Connection}}
@@ -141,12 +153,43 @@ class PySQLite(SQLite):
         if isinstance(connection, Connection):
             connection.busy_timeout_s = self.config.busy_timeout_s
             connection.queue = self.queue
+            if self._lost:
+                raise sqlite3.ProgrammingError(
+                    f"Database {self.config.name!r}: this process was forked by C code while its SQLite file was open, "
+                    "and the parent has closed it since. Call dbsession.dispose() before the fork."
+                )
         super().connected(connection, info)
+
+    def _set_up(self, cursor: Any) -> None:
+        super()._set_up(cursor)
+        if isinstance(cursor, Cursor):
+            cursor.execute("PRAGMA schema_version").fetchall()  # reads, which opens the WAL and its -shm file
+            self._file = cursor.execute("PRAGMA database_list").fetchone()[2]
+            self._shm = fork.what_is(f"{self._file}-shm")
 
     def close_before_fork(self) -> bool:
         # SQLite keeps its locks per process and file, and a child that inherits an open file would believe that it
         # holds what its parent holds (https://www.sqlite.org/howtocorrupt.html).
         return not is_memory(self.config.url)
 
-    def abandon(self) -> None:
+    def abandon(self, inherited: list[Any]) -> None:
         self.queue = deque()
+        if self._shm is not None and any(map(_is_open, inherited)):
+            self._lost = not self._hold_what_was_held()
+
+    def _hold_what_was_held(self) -> bool:
+        """Take the locks that SQLite, whose memory in this process is the parent's, believes to have and asks for no
+        more: without them, whoever closes the file last would remove its WAL, with what is committed here after that.
+        Return whether the file is still the one that was open.
+
+        Where they are, os_unix.c says; they are held as long as the process, as closing the descriptors would give
+        back all locks of the process on these files.
+        """
+        try:
+            file = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 510, 0x40000002)  # SHARED
+            shm = os.open(f"{self._file}-shm", os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.lockf(shm, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, 128)  # the "dead man's switch" of the WAL's index
+        except OSError:
+            return False
+        return fork.what_is(shm) == self._shm

@@ -47,7 +47,7 @@ def refused(use):
         return True
 """
 
-BOTH = pytest.mark.parametrize("database", ["mysql", "sqlite"])
+BOTH = pytest.mark.parametrize("database", ["mysql", pytest.param("sqlite", marks=pytest.mark.slow)])
 GEVENT = pytest.mark.parametrize("gevent_mode", ["patched", pytest.param("plain", marks=pytest.mark.slow)])
 
 
@@ -142,6 +142,7 @@ assert session.scalar(text("SELECT 7")) == 7
         )
 
 
+@pytest.mark.slow
 def test_f24_greenlet_that_waits_for_an_answer_does_not_take_it_in_a_child_that_c_code_forked(mariadb_url):
     """The child lets its loop run before it uses anything of ours; the parent's greenlet gets its answer."""
     run_python(
@@ -167,6 +168,7 @@ assert [each.get() for each in asking] == [7, 7]
     )
 
 
+@pytest.mark.slow
 @BOTH
 @GEVENT
 def test_f24_child_is_not_held_up_by_locks_and_builds_of_another_thread_of_its_parent(url, database, gevent_mode):
@@ -199,6 +201,7 @@ builder.kill()
     )
 
 
+@pytest.mark.slow
 @GEVENT
 def test_f24_other_pools_hand_out_nothing_inherited(mariadb_url, gevent_mode):
     run_python(
@@ -225,6 +228,7 @@ for pool in (QueuePool, StaticPool):
     )
 
 
+@pytest.mark.slow
 def test_f24_number_of_a_descriptor_that_c_code_has_given_to_somebody_else_is_left_alone(mariadb_url):
     run_python(
         PRELUDE
@@ -249,6 +253,7 @@ assert session.scalar(text("SELECT 7")) == 7
     )
 
 
+@pytest.mark.slow
 def test_f24_where_the_kernel_does_not_tell_of_a_fork_the_number_of_the_process_does(mariadb_url):
     run_python(
         """
@@ -271,5 +276,72 @@ in_child(lambda: in_child(child), os.fork)
 assert session.scalar(own) == parents
 """,
         mariadb_url,
+        "plain",
+    )
+
+
+SQLITE_PARENT_CLOSES = """
+import sqlite3
+to_parent, to_child = os.pipe(), os.pipe()
+def wait(end):
+    assert os.read(end[0], 1) == b"x"
+def tell(end):
+    os.write(end[1], b"x")
+def insert(n):
+    with dbsession.session_scope():
+        session.execute(text("INSERT INTO t VALUES (:n)"), {"n": n})
+        session.commit()
+"""
+
+
+def test_f24_what_a_child_commits_to_sqlite_stays_when_its_parent_closes_the_file(tmp_path):
+    """SQLite would have no lock of the child's own, and the parent, as the last one, would remove the WAL."""
+    run_python(
+        PRELUDE
+        + SQLITE_PARENT_CLOSES
+        + """
+insert(1)
+pid = c_fork()
+if pid == 0:
+    insert(2)
+    tell(to_parent); wait(to_child)
+    insert(3)
+    os._exit(0)
+wait(to_parent)
+dbsession.dispose()
+tell(to_child)
+assert os.waitpid(pid, 0)[1] == 0
+other = sqlite3.connect(sys.argv[1].removeprefix("sqlite:///"))
+assert other.execute("SELECT n FROM t").fetchall() == [(1,), (2,), (3,)]
+assert other.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+other.close()
+""",
+        f"sqlite:///{tmp_path}/a.db",
+        "plain",
+    )
+
+
+@pytest.mark.slow
+def test_f24_child_refuses_a_file_of_sqlites_that_its_parent_has_closed_before(tmp_path):
+    run_python(
+        PRELUDE
+        + SQLITE_PARENT_CLOSES
+        + """
+insert(1)
+pid = c_fork()
+if pid == 0:
+    wait(to_child)
+    try:
+        insert(2)
+    except Exception as error:
+        os._exit(0 if "dispose() before the fork" in str(error) else 1)
+    os._exit(1)
+dbsession.dispose()
+insert(3)
+tell(to_child)
+assert os.waitpid(pid, 0)[1] == 0
+assert session.scalar(text("SELECT COUNT(*) FROM t")) == 2
+""",
+        f"sqlite:///{tmp_path}/a.db",
         "plain",
     )

@@ -128,7 +128,7 @@ def ends(app):
     return app
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("method", ["GET", pytest.param("HEAD", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ENDS)
 def test_f36_error_page_gives_its_connection_back_before_it_is_read(ends, name, method):
     """Nobody closes the answers, and each request finds the one place of the pool free."""

@@ -98,8 +98,8 @@ class Backend:
         """Return whether its idle connections have to be closed before a fork."""
         return False
 
-    def abandon(self) -> None:
-        """In a forked child: forget whoever waited in the parent. No I/O."""
+    def abandon(self, inherited: list[Any]) -> None:
+        """In a forked child: forget whoever waited in the parent, whose connections are `inherited`. Never waits."""
 
     def still_open(self, connection: Any) -> bool:
         """Return whether the server says that a transaction is open, after a COMMIT or ROLLBACK on this DBAPI
