@@ -20,7 +20,7 @@ from dbsession.core.config import DatabaseConfig
 from dbsession.core.fork import KNOWN
 from dbsession.core.functions import awaited
 from dbsession.core.registry import BaseScopeRegistry
-from dbsession.core.session import ManagedSession, check_arguments, managed_class, watch
+from dbsession.core.session import ManagedSession, check_arguments, managed_class
 from dbsession.errors import ConfigError
 
 
@@ -80,12 +80,9 @@ def make_factory(config: DatabaseConfig, engine: AsyncEngine) -> async_sessionma
             "sqlalchemy.ext.asyncio.AsyncSession or sqlalchemy.orm.Session."
         )
     managed_sync = managed_class(config.name, base.sync_session_class if sync is None else sync)
-    # A class of this database's own, for its listeners.
-    listened: Any = type(managed_sync.__name__, (managed_sync,), {})
-    watch(listened)
     bases = (ManagedAsyncSession,) if base is AsyncSession else (ManagedAsyncSession, base)
     own_close = base.close is not AsyncSession.close or managed_sync._always_closes
-    managed: Any = type(f"Managed{base.__name__}", bases, {"sync_session_class": listened, "_own_close": own_close})
+    managed: Any = type(f"Managed{base.__name__}", bases, {"sync_session_class": managed_sync, "_own_close": own_close})
     factory = SessionFactory(bind=engine, class_=managed, **arguments)
     check_arguments(config, factory)
     return factory

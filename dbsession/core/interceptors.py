@@ -62,13 +62,17 @@ EVENTS = (
 )
 """What of an engine may be listened to."""
 
+# Texts made for each engine would fill the interpreter's cache of attributes, 4096 entries, before they are freed.
+_AROUND = {name: f"around_{name}" for name in REPLACED}
+_ON = {name: f"on_{name}" for name in EVENTS}
+
 
 def install(engine: Engine, layers: Sequence[Any]) -> None:
     """Put the layers, the innermost first, into the dialect and the events of a new engine."""
     dialect = engine.dialect
-    for name in REPLACED:
+    for name, ours in _AROUND.items():
         for layer in layers:
-            around = getattr(layer, f"around_{name}", None)
+            around = getattr(layer, ours, None)
             if around is not None:
                 setattr(dialect, name, around(getattr(dialect, name)))
             elif name in STATEMENTS and hasattr(layer, "executing"):
@@ -76,9 +80,9 @@ def install(engine: Engine, layers: Sequence[Any]) -> None:
     for layer in layers:
         if hasattr(layer, "on_connect_first"):
             event.listen(engine, "connect", layer.on_connect_first, insert=True)
-    for name in EVENTS:
+    for name, ours in _ON.items():
         for layer in layers:
-            listener = getattr(layer, f"on_{name}", None)
+            listener = getattr(layer, ours, None)
             if listener is not None:
                 event.listen(engine, name, listener)
 

@@ -123,13 +123,6 @@ def check_arguments(config: DatabaseConfig, factory: Callable[[], Any]) -> None:
             ) from error
 
 
-def watch(target: Any) -> None:
-    """Follow the transactions of the sessions of `target`, a sessionmaker or a session class."""
-    event.listen(target, "after_begin", _connection_in_use)
-    event.listen(target, "after_commit", _committed)
-    event.listen(target, "after_transaction_end", _connections_returned)
-
-
 def unsaved(session: Any) -> str:
     """What of the session's work a rollback would throw away, in words; "" if nothing."""
     for what in ("new", "dirty", "deleted"):
@@ -213,3 +206,9 @@ def _connections_returned(session: ManagedSession, transaction: SessionTransacti
                 driver.read_within(held.info.pop(READ_TIMEOUT))
         _pinned.difference_update(session._open_connections)
         session._open_connections = ()
+
+
+# Of the class itself, once: SQLAlchemy never forgets the listeners of a class, and asyncio makes classes for each loop.
+event.listen(ManagedSession, "after_begin", _connection_in_use)
+event.listen(ManagedSession, "after_commit", _committed)
+event.listen(ManagedSession, "after_transaction_end", _connections_returned)

@@ -13,7 +13,7 @@ from dbsession.core.config import DatabaseConfig
 from dbsession.core.engine import Database
 from dbsession.core.fork import KNOWN
 from dbsession.core.registry import BaseScopeRegistry
-from dbsession.core.session import check_arguments, managed_class, watch
+from dbsession.core.session import check_arguments, managed_class
 from dbsession.errors import ScopeEnded
 from dbsession.green import hub, ident, scope, teardown
 from dbsession.green.guard import Opened, guarded
@@ -38,7 +38,6 @@ def make_factory(config: DatabaseConfig, engine: Engine) -> sessionmaker[Any]:
         managed = guarded(managed, config.name, config.guard)
     factory = SessionFactory(bind=engine, class_=managed, **arguments)
     check_arguments(config, factory)
-    watch(factory)
     return factory
 
 

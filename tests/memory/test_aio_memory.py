@@ -138,3 +138,79 @@ run(main())
         tmp_path,
         "asyncio",
     )
+
+
+ENDED = """
+import asyncio, gc, sys, threading, tracemalloc
+from sqlalchemy import event, text
+from sqlalchemy.event import registry
+from sqlalchemy.ext.asyncio import AsyncSession
+from dbsession import aio
+import dbsession.watch.metrics
+
+url, ending, loops = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+class Own(AsyncSession):
+    pass
+
+entry = {"url": url, "session": {"class_": Own}}
+if ":memory:" in url:
+    from sqlalchemy.pool import StaticPool
+    entry["options"] = {"poolclass": StaticPool}
+aio.configure({"default": entry})
+aio.on_engine_created(lambda name, engine: event.listen(engine, "commit", lambda connection: None))
+session = aio.get_dbsession()
+
+async def main():
+    async with aio.session_scope():
+        await session.scalar(text("SELECT 1"))
+        await session.commit()
+    await asyncio.gather(session.scalar(text("SELECT 2")))
+    if ending == "dispose":
+        await aio.dispose()
+
+def once():
+    if ending == "thread":
+        thread = threading.Thread(target=asyncio.run, args=(main(),))
+        thread.start()
+        thread.join()
+    elif ending == "close":
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(main())
+        loop.close()
+    else:
+        asyncio.run(main())
+
+def left_after(number):
+    for _ in range(number):
+        once()
+    gc.collect()
+    sys._clear_type_cache()  # which keeps the texts that name attributes, up to 4096
+    known = len(registry._key_to_collection) + len(registry._collection_to_key)
+    return len(gc.get_objects()), tracemalloc.get_traced_memory()[0], known
+
+tracemalloc.start()
+left_after(20)
+before = left_after(1)
+after = left_after(loops)
+objects, size, known = (b - a for a, b in zip(before, after))
+assert known == 0, known
+assert abs(objects) <= 3, objects                 # a thread that was just ending
+assert size < 40_000, size                        # some mapping that has grown to its next size, once
+"""
+
+
+def cases():
+    for driver in ("aiosqlite", "memory", "asyncmy", "aiomysql"):
+        for ending in ("run", "dispose", "close", "thread"):
+            quick = (driver, ending) in (("aiosqlite", "run"), ("asyncmy", "thread"))
+            yield pytest.param(driver, ending, 20 if quick else 900, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("driver", "ending", "loops"), list(cases()))
+def test_f40_loops_that_ended_leave_nothing(request, tmp_path, driver, ending, loops):
+    """Objects counted one by one, and SQLAlchemy's registry, which keeps the listeners of a class for ever."""
+    url = {"aiosqlite": f"sqlite+aiosqlite:///{tmp_path}/a.db", "memory": "sqlite+aiosqlite:///:memory:"}.get(driver)
+    if url is None:
+        url = request.getfixturevalue("mariadb_url").replace("pymysql", driver)
+    run_python(ENDED, url, ending, str(loops), timeout=300)
