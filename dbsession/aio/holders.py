@@ -81,7 +81,7 @@ class HeldByTasks(HeldConnections):
         note.taker = None if task is None else weakref.ref(task)  # None: in a callback of the loop
         note.since = note.changed = monotonic()
         if self.recording:
-            self.record_call_site(note, _running_here(sys._getframe(), _outermost(task)))
+            self.record_call_site(note, running_here(sys._getframe(), outermost_of(task)))
         note.in_use = True
         self.stats.checkouts += 1
 
@@ -107,8 +107,8 @@ class HeldByTasks(HeldConnections):
             return "its task has ended"
         if _runs(task):
             if note.thread == _this_thread():
-                return callsites.users(_running_here(sys._getframe(), _outermost(task)))
-            sites = callsites.users(_running_elsewhere(note.thread, _outermost(task)))
+                return callsites.users(running_here(sys._getframe(), outermost_of(task)))
+            sites = callsites.users(_running_elsewhere(note.thread, outermost_of(task)))
             if _runs(task):  # else it has stopped meanwhile, and another one runs there
                 return sites
         return callsites.users(reversed(list(_suspended(task.get_coro()))))
@@ -118,7 +118,7 @@ def _runs(task: Any) -> bool:
     return getattr(task.get_coro(), "cr_running", False)
 
 
-def _outermost(task: Any) -> FrameType | None:
+def outermost_of(task: Any) -> FrameType | None:
     """The frame of the task's own coroutine: beyond it there is only the event loop, and whoever runs it."""
     return None if task is None else getattr(task.get_coro(), "cr_frame", None)
 
@@ -150,8 +150,9 @@ def _referred(one: Any, kind: Any) -> Any:
     return next((each for each in gc.get_referents(one) if isinstance(each, kind)), None)
 
 
-def _running_here(frame: FrameType, outermost: FrameType | None) -> Iterator[FrameType]:
-    """`frame`, of the calling greenlet, and its callers in this and its parents, innermost first, to `outermost`."""
+def running_here(frame: FrameType, outermost: FrameType | None) -> Iterator[FrameType]:
+    """Yield `frame`, of the calling greenlet, and its callers in this and its parents, innermost first, to
+    `outermost`."""
     within: Any = greenlet.getcurrent()
     inner: FrameType | None = frame
     while within is not None:

@@ -21,7 +21,7 @@ FAILING = {
 STREAM = {"stream_results": True}
 
 
-@pytest.fixture(params=["pymysql", "asyncmy", "aiomysql"])
+@pytest.fixture(params=["pymysql", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
 def driver(request):
     return request.param
 

@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import QueuePool
 
 from dbsession.aio.mysql import connection as line
+from dbsession.aio.mysql import results
 from dbsession.core import fork
 from dbsession.green import hub
 from support.processes import run_python
@@ -114,9 +115,9 @@ def test_asyncio_cursors_tell_of_later_results_and_read_them_away(mariadb_url, d
     def read(connection):
         result = connection.exec_driver_sql("SELECT 1 AS a; SELECT 2 AS b")
         cursor, context = result.cursor, result.context
-        assert line.has_later_results(cursor) and hasattr(context, "_rowcount")
-        line.read_later_results(cursor)
-        assert not line.has_later_results(cursor)
+        assert results.has_later_results(cursor) and hasattr(context, "_rowcount")
+        results.read_later_results(cursor)
+        assert not results.has_later_results(cursor)
         assert list(result.keys()) == ["a"] and cursor.description[0][0] == "a" and result.all() == [(1,)]
 
     async def work():

@@ -16,9 +16,10 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
 
 from dbsession.aio.mysql import tls
-from dbsession.aio.mysql.connection import Stream, Wire, has_later_results, read_later_results, wire_of
+from dbsession.aio.mysql.connection import Wire, wire_of
 from dbsession.aio.mysql.kill import LoopKiller
 from dbsession.aio.mysql.known import make_known
+from dbsession.aio.mysql.results import ROLLED_BACK, Stream, has_later_results, read_later_results
 from dbsession.core.backends.mysql import MySQL
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.config import DatabaseConfig
@@ -154,12 +155,19 @@ class AsyncMySQL(MySQL):
     def around_do_rollback(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
         def do_rollback(dbapi_connection: Any) -> None:
             wire = wire_of(dbapi_connection)
-            reader = None if wire is None or wire.unread is None else wire.unread()
             _give_up_if_asking(wire)
-            if wire is None or reader is None or not reader.in_transaction():
+            reader = None if wire is None or wire.unread is None else wire.unread()
+            stream = None if wire is None or wire.stream is None else wire.stream()
+            if (
+                wire is None
+                or reader is None
+                or not reader.in_transaction()
+                or (stream is not None and stream.finish_at_hand())
+            ):
                 self._within(inner, self.config.read_timeout_s, dbapi_connection)
             else:  # the rest, perhaps millions of rows, is not read for a ROLLBACK: the server does it when we are gone
-                wire.cut_off(dbapi_connection.dbapi_connection.driver_connection)  # a detached proxy has none itself
+                driver = dbapi_connection.dbapi_connection.driver_connection  # a detached proxy has none itself
+                wire.cut_off(driver, ROLLED_BACK)
                 reader.invalidate()
 
         return do_rollback

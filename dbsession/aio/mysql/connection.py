@@ -10,13 +10,9 @@ from contextvars import Context
 from typing import Any
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.util import await_only
 
 from dbsession.core.backends.mysql_sent import Sent
-from dbsession.core.config import DatabaseConfig
-from dbsession.core.connection_info import DOOMED
-from dbsession.core.outcome import is_autocommit
-from dbsession.errors import UsedByTwo, driver_number
+from dbsession.errors import UsedByTwo, describe, driver_number
 
 # The drivers' number of an answer that does not fit the question, CR_COMMANDS_OUT_OF_SYNC.
 _OUT_OF_SYNC = 2014
@@ -47,6 +43,7 @@ class Wire:
         "module",
         "pinging",
         "sent",
+        "stream",
         "transport",
         "unread",
     )
@@ -73,6 +70,8 @@ class Wire:
         """A ping was sent that is not answered."""
         self.unread: weakref.ref[Connection] | None = None
         """Who reads the rows of a server-side cursor that have not all been sent yet."""
+        self.stream: weakref.ref[Any] | None = None
+        """That cursor, a `results.Stream`."""
 
     def expect(self, seconds: float) -> float | None:
         """From now on, until `done()`: close the connection when the answer is not there in so many seconds. Returns
@@ -117,7 +116,7 @@ class Wire:
             if isinstance(error, RuntimeError) and self.transport.is_closing():
                 raise self.module.OperationalError(*_RESET) from error
             if self._may_have_more(error, before):
-                self.give_up()
+                self.give_up(f"{describe(error)} ended a wait on its connection")
             raise
         finally:
             self.asking = False
@@ -130,12 +129,12 @@ class Wire:
             return False
         return self.sent is None or self.sent.count != before or self.unread is not None
 
-    def give_up(self) -> None:
+    def give_up(self, why: str = "its connection was closed") -> None:
         """Close the connection: whoever waits for an answer on it gets the driver's error of a lost connection."""
         self.given_up = True
         driver = self._driver()
         if driver is not None:
-            self.cut_off(driver)
+            self.cut_off(driver, why)
 
     def lives(self, seconds: float) -> bool:
         """Whether it, which is not closed here, answered to something asked less than so many seconds ago, and is not
@@ -158,68 +157,19 @@ class Wire:
             self._timer = self._loop.call_at(self._due, self._look, context=self._context)
         else:
             self.late = True
-            self.give_up()
+            self.give_up("no answer came in time on its connection")
 
-    def cut_off(self, driver: Any) -> None:
+    def cut_stream(self, why: str) -> None:
+        """Note that nobody gets the rest of the server-side cursor under way, if there is one."""
+        stream = None if self.stream is None else self.stream()
+        if stream is not None:
+            stream.cut_by(why)
+        self.unread = self.stream = None
+
+    def cut_off(self, driver: Any, why: str = "its connection was closed") -> None:
+        self.cut_stream(why)
         driver.close()
         self.transport.abort()  # close() alone waits until what the server does not read is sent
-
-
-class Stream:
-    """A server-side cursor whose fetches are bounded, one by one. Lives as long as its result."""
-
-    def __init__(self, cursor: Any, wire: Wire, seconds: float, reader: Connection, config: DatabaseConfig) -> None:
-        self._cursor = cursor
-        self._wire = wire
-        self._seconds = seconds
-        self._reader = weakref.ref(reader)
-        self._config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cursor, name)
-
-    def execute(self, *arguments: Any) -> Any:
-        found = self._cursor.execute(*arguments)  # bounded as a statement
-        if self._cursor.description is not None:
-            self._wire.unread = self._reader
-        return found
-
-    def fetchone(self) -> Any:
-        return self._read(self._cursor.fetchone)
-
-    def fetchmany(self, size: int | None = None) -> Any:
-        return self._read(self._cursor.fetchmany, size)
-
-    def fetchall(self) -> Any:
-        return self._read(self._cursor.fetchall, to_the_end=True)
-
-    def close(self) -> None:
-        """Read what is left, later results included. SQLAlchemy only logs an error that is met here, so half of a unit
-        of work would be committed."""
-        try:
-            self._read(self._cursor.close, to_the_end=True)
-        except self._wire.module.Error as error:
-            reader = self._reader()
-            if reader is not None and reader.in_transaction() and not is_autocommit(reader, self._config):
-                reader.info[DOOMED] = type(error)(*error.args)
-            raise
-
-    def _read(self, read: Callable[..., Any], *arguments: Any, to_the_end: bool = False) -> Any:
-        found = self._wire.within(self._seconds, read, *arguments)
-        if (to_the_end or not found) and self._wire.unread is self._reader:
-            self._wire.unread = None
-        return found
-
-
-def has_later_results(cursor: Any) -> bool:
-    """Whether the answer to what an adapter's cursor has executed goes on after its first result."""
-    result = getattr(getattr(cursor, "_cursor", None), "_result", None)
-    return result is not None and bool(result.has_next) and not cursor.server_side
-
-
-def read_later_results(cursor: Any) -> None:
-    """Read the results after the first one, whose rows and description stay, and drop them."""
-    await_only(cursor._async_soft_close())
 
 
 def wire_of(connection: Any) -> Wire | None:

@@ -31,10 +31,21 @@ def known_class(driver: Any) -> Any:
 
     class Connection(driver):  # type: ignore[misc]
         sent: Sent
+        _cutting = "another statement was sent on its connection"
 
         def _execute_command(self, command: int, sql: Any) -> Any:
             self.sent.command(command, sql)
+            result = self._result
+            if result is not None and result.unbuffered_active:
+                return self._execute_after_stream(result, command, sql)
             return driver._execute_command(self, command, sql)
+
+        async def _execute_after_stream(self, result: Any, command: int, sql: Any) -> None:
+            """Send a command for which the driver reads the rest of a server-side stream away, and say so to whoever
+            may still fetch it; not when only its end was unread."""
+            if await result._read_rowdata_packet_unbuffered() is not None:
+                self._dbsession_wire.cut_stream(self._cutting)
+            await driver._execute_command(self, command, sql)
 
         @property
         def settled(self) -> bool:
@@ -53,7 +64,11 @@ def known_class(driver: Any) -> Any:
 
         async def commit(self) -> None:
             before = self.sent.count
-            await driver.commit(self)
+            self._cutting = "its transaction was committed"
+            try:
+                await driver.commit(self)
+            finally:
+                del self._cutting
             self.sent.ended(before)
 
         async def rollback(self) -> None:
