@@ -42,10 +42,17 @@ class LoopDatabase(Database):
     factory: async_sessionmaker[Any]
 
     def __init__(self, owner: Any, source: Source, parts: _Parts) -> None:
+        self._parts = parts
         config, engine, self.connections, factory = parts
         super().__init__(config, owner, engine, factory, self.connections.held)
         self.source = source
         self.loop = asyncio.get_running_loop()
+
+    def successor(self) -> LoopDatabase:
+        """After a dispose(): the database that takes over the engine and the session factory, with their listeners."""
+        successor = LoopDatabase(self.owner, self.source, self._parts)
+        successor.listeners = self.listeners
+        return successor
 
     def retire(self) -> None:
         """From now on what comes back is closed."""
@@ -146,6 +153,14 @@ class LoopDatabases:
         except Exception as error:
             logger.warning("Database %r: its engine failed to close: %s.", database.name, describe(error))
 
+    def succeed_disposed(self) -> None:
+        """Put a successor in each database's place, so that the sessions that are open on it are looked at, each at its
+        next use. No I/O."""
+        for name, database in list(self._built.items()):
+            if not database.inherited:
+                self._built[name] = database.successor()
+                database.succeeded = database.retired = True
+
     async def dispose(self) -> None:
         """Close the idle connections of every engine, whatever fails; errors come together in an ExceptionGroup."""
         await teardown.settle(self._loop)
@@ -212,7 +227,7 @@ _kept: list[LoopDatabase] = []  # in a forked child, the parent's: never closed,
 
 
 def _after_fork_in_child() -> None:
-    for database in all_databases():
+    for database in all_databases(succeeded=True):
         if isinstance(database, LoopDatabase):
             database.inherited = database.listeners.closed = True
             database.held.forget()

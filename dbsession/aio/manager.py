@@ -49,8 +49,9 @@ class SessionManager(BaseSessionManager[AsyncScopedSession]):
 
         Takes what `dbsession.SessionManager.configure` takes, and raises its ConfigError; a driver that would stop the
         loop is replaced by its asyncio twin. Engines are built in each loop on first use. Those of an earlier
-        configuration are closed when a loop next asks for a session; a session in the middle of a transaction finishes
-        it where it began.
+        configuration are closed when a loop next asks for a session. A transaction with unsaved work, or one begun by
+        begin(), finishes where it began, which is logged; one that has only read is ended and its session closed, the
+        calling task's now, others' at their next use.
         """
         found = TwinSource(sources.source_of(databases))
         if isinstance(found.of, sources.MappingSource):
@@ -59,6 +60,8 @@ class SessionManager(BaseSessionManager[AsyncScopedSession]):
         self._source = found
         self.ready = {}
         self.forget()
+        for current, database in self._only_read(scope.stack_of_caller()):
+            teardown.close_aside({database: current.sessions.pop(database)}, current.label)
 
     def present(self) -> TwinSource:
         """The configuration in force: our own, or the process's."""
@@ -68,6 +71,10 @@ class SessionManager(BaseSessionManager[AsyncScopedSession]):
         if found is None or found.of is not sources.process_wide:
             found = self._of_process = TwinSource(sources.process_wide)
         return found
+
+    def _in_force(self, database: Any) -> bool:
+        # `retired` once its loop has asked for a session.
+        return not database.retired and database.source is self.present()
 
     def get(self, name: str = "default") -> AsyncScopedSession:
         """The scoped session of `name`; see `dbsession.aio.get_dbsession`."""
@@ -126,8 +133,14 @@ class SessionManager(BaseSessionManager[AsyncScopedSession]):
 
     async def dispose(self) -> None:
         """Close the connections of this loop's engines: the idle ones now, those in use when they are given back. The
-        engines stay usable, and connect anew on their next use."""
-        await of_this_loop(self).dispose()
+        engines stay usable, and connect anew on their next use. Sessions whose transactions have only read are closed,
+        the calling task's now, others' at their next use."""
+        databases = of_this_loop(self)
+        databases.succeed_disposed()
+        self.forget()
+        for current, database in self._only_read(scope.stack_of_caller()):
+            await teardown.close_all({database: current.sessions.pop(database)}, current.label)
+        await databases.dispose()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

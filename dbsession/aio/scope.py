@@ -139,6 +139,14 @@ def stack_here() -> Stack:
     return stack
 
 
+def stack_of_caller() -> list[Scope]:
+    """The scopes of the calling task; none where no task runs."""
+    try:
+        return list(stack_here().scopes)
+    except ScopeRequired:
+        return []
+
+
 def current() -> Scope | None:
     """The calling task's current scope, or None when it has none. Raises ScopeRequired."""
     scopes = stack_here().scopes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import weakref
 from _thread import get_ident
 from collections.abc import Callable, Coroutine
@@ -19,9 +20,11 @@ from dbsession.core import teardown as core_teardown
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.fork import KNOWN
 from dbsession.core.functions import awaited
-from dbsession.core.registry import BaseScopeRegistry
-from dbsession.core.session import ManagedSession, check_arguments, managed_class
+from dbsession.core.registry import BaseScopeRegistry, report_unfinished
+from dbsession.core.session import ManagedSession, check_arguments, managed_class, must_be_finished
 from dbsession.errors import ConfigError
+
+logger = logging.getLogger("dbsession.aio.manager")
 
 
 class ManagedAsyncSession(AsyncSession):
@@ -116,17 +119,24 @@ class ScopeRegistry(BaseScopeRegistry):
         earlier = self._find(current) if current.sessions else None
         if earlier is not None and not earlier.inherited:
             session = current.sessions[earlier]
-            if earlier.source is self._owner.present():
+            if earlier.source is self._owner.present() and not earlier.retired:
                 self._remember(earlier)
                 return session
-            if session.in_transaction():
-                return session  # finished where it began; not remembered, since the next one opens elsewhere
+            why = must_be_finished(session, current)
+            if why:  # finished where it began; not remembered, since the next one opens elsewhere
+                report_unfinished(logger, earlier, session, current.label, why)
+                return session
         database = self.database
         if database is None or database.loop is not current.loop or database.retired or database.inherited:
             database = self._owner.database(self._name)
             self._remember(database)
         if earlier is not None:
-            teardown.close_aside({earlier: current.sessions.pop(earlier)}, current.label)
+            session = current.sessions.pop(earlier)
+            if earlier.engine is database.engine and not session.in_transaction():  # after dispose(): it goes on
+                session.sync_session._database = database
+                current.sessions[database] = session
+                return session
+            teardown.close_aside({earlier: session}, current.label)
         return self._store(current, database, database.factory())
 
     def _store(self, current: scope.Scope, database: Any, session: Any) -> Any:

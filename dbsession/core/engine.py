@@ -42,7 +42,8 @@ class Database:
 
     Lives as long as its configuration, and as long as somebody uses it after that. `engine` is the Engine; in asyncio
     the AsyncEngine that stands for it. In a forked child it is `inherited`: not a byte goes to its connections. Once
-    another configuration has taken its place, or its manager was disposed of, it is `retired`.
+    another configuration has taken its place, or its manager was disposed of, it is `retired`; in the second case it is
+    `succeeded`, too: another Database stands for the same engine.
     """
 
     def __init__(self, config: DatabaseConfig, owner: Any, engine: Any, factory: Any, held: HeldConnections) -> None:
@@ -54,7 +55,7 @@ class Database:
         self.factory = factory
         self.held = held
         self.stats = held.stats
-        self.inherited = self.retired = False
+        self.inherited = self.retired = self.succeeded = False
         self.listeners = EngineListeners(config.name, self.sync_engine)
         _live.add(weakref.ref(self, _live.discard))
 
@@ -65,9 +66,10 @@ class Database:
         return found
 
 
-def all_databases() -> list[Database]:
-    """List the databases of this process, of both halves, in no order."""
-    return [each for each in (reference() for reference in list(_live)) if each is not None]
+def all_databases(succeeded: bool = False) -> list[Database]:
+    """List the databases of this process, of both halves, in no order; with those `succeeded`, if that is said."""
+    known = (reference() for reference in list(_live))
+    return [each for each in known if each is not None and (succeeded or not each.succeeded)]
 
 
 def discard_earlier(url: URL, opened_s: float) -> None:

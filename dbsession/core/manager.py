@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from dbsession.core.engine import Database
 from dbsession.core.scope import BaseScope
-from dbsession.core.session import refuse_unsaved
+from dbsession.core.session import must_be_finished, refuse_unsaved
 from dbsession.core.teardown import Sessions
 from dbsession.errors import UnknownDatabase, describe, is_url
 
@@ -43,6 +43,21 @@ class BaseSessionManager(Generic[Proxy]):
         """Resolve every name anew at its next use: after a configure(), after a fork. From any thread; cannot fail."""
         for proxy in list(self._proxies.values()):
             proxy.registry.forget()
+
+    def _only_read(self, scopes: Iterable[BaseScope]) -> list[tuple[BaseScope, Database]]:
+        """List the sessions, by scope and database, whose transactions on a database that is no more in force have
+        only read, so that they may be ended."""
+        return [
+            (scope, database)
+            for scope in list(scopes)
+            for database, session in list(scope.sessions.items())
+            if database.owner is self and not self._in_force(database) and session.in_transaction()
+            if not must_be_finished(session, scope)
+        ]
+
+    def _in_force(self, database: Any) -> bool:
+        """Whether it is of the present configuration, and was not disposed of."""
+        return not database.retired
 
     def _take(self, current: BaseScope) -> Sessions:
         """Take this manager's sessions out of the scope; they are then the caller's to close."""

@@ -10,40 +10,19 @@ one of those makes SQLAlchemy join two dispatchers, event by event, for each Con
 
 from __future__ import annotations
 
-import re
-import weakref
 from collections.abc import Callable
-from functools import lru_cache
 from time import monotonic
 from typing import Any
 
 from sqlalchemy.engine import Connection, ExceptionContext, ExecutionContext
 from sqlalchemy.exc import DisconnectionError
 
-from dbsession.core import fork
+from dbsession.core import backends, fork, writes
 from dbsession.core.backends.base import Backend, Verdict
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import CHECKOUT, COMMITTING, DETACHED_USER, DOOMED, SCOPE, KnownConnection, nobody
 from dbsession.core.fork import KNOWN
 from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, UsedByTwo, describe
-
-wrote: weakref.WeakSet[Connection] = weakref.WeakSet()
-"""Connections on which something was written in their last transaction. Written by the engine's events."""
-
-
-_READS = re.compile(
-    r"(?:\s|\(|--[^\n]*\n|#[^\n]*\n|/\*.*?\*/)*+"  # white space, parentheses and comments come first
-    r"(select|with|show|explain|describe|desc|pragma|values|table|set|use|savepoint|release|rollback)\b",
-    re.IGNORECASE | re.DOTALL,
-)
-_WRITES = re.compile(r"\b(?:insert|update|delete|replace|merge)\b", re.IGNORECASE)
-
-
-@lru_cache(maxsize=2048)
-def _reading_verb(beginning: str) -> str:
-    """Return the verb of a statement that begins so, if it changes no row; "" for what is not known to only read."""
-    match = _READS.match(beginning)
-    return match[1].lower() if match else ""
 
 
 def is_autocommit(connection: Connection, config: DatabaseConfig) -> bool:
@@ -60,6 +39,7 @@ class TransactionWatch:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self._rules: Any = backends.kind_of(backend.config.url)
         self._config = backend.config
         self._name = backend.config.name
         self._ever_doomed = False  # so that no statement looks for what nearly never is there
@@ -78,10 +58,10 @@ class TransactionWatch:
                 cursor.execute(self._backend.no_op)
                 return True
             self._refuse_if_doomed(connection.info)
-        verb = _reading_verb(statement[:200])
-        writes = not verb or (verb == "with" and _WRITES.search(statement) is not None)
-        if writes and not is_autocommit(connection, self._config):  # there it is committed already
-            wrote.add(connection)
+        kind = writes.kind_of(statement[:200], self._rules)
+        if kind:
+            # In autocommit it is committed already.
+            writes.note(connection, statement, kind, is_autocommit(connection, self._config))
         return False
 
     on_do_executemany = on_do_execute

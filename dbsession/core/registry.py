@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from sqlalchemy.util import ScopedRegistry
 
 from dbsession.core.engine import Database
 from dbsession.core.scope import BaseScope
+
+
+def report_unfinished(logger: logging.Logger, database: Database, session: Any, label: str, why: str) -> None:
+    """Log, once a session, that its transaction goes on on a database that another configuration has replaced."""
+    session = getattr(session, "sync_session", session)
+    if not database.succeeded and not session._told_unfinished:
+        session._told_unfinished = True
+        logger.warning(
+            "Database %r: configure() was called in the middle of a transaction of %s (%s). It goes on where it began, "
+            "on the earlier database. Call commit(), rollback() or clear_dbsession() before configure().",
+            database.name,
+            label,
+            why,
+        )
 
 
 class BaseScopeRegistry(ScopedRegistry[Any]):

@@ -9,17 +9,19 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
 # Private, and the only way to end a session without the sweep that close() is; see ManagedSession.close.
 # tests/unit/test_private_names.py fails loudly when the name goes.
 from sqlalchemy.orm.session import _SessionCloseState as _State
 
 from dbsession.core import teardown
+from dbsession.core.backends import kind_of
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import READ_TIMEOUT, SCOPE, KnownConnection
 from dbsession.core.engine import Database
-from dbsession.core.outcome import wrote
+from dbsession.core.scope import BaseScope
+from dbsession.core.writes import forget, wrote
 from dbsession.errors import ConfigError, UnsavedWork
 
 # The connections of the transactions under way in scopes. SQLAlchemy's own finalizer would roll one back wherever the
@@ -41,6 +43,7 @@ class ManagedSession(Session):
     _open_connections: tuple[Connection, ...] = ()  # those of the transaction under way
     _committed = False  # the transaction under way
     _given_up = False  # it could not be closed, perhaps because a connection was being opened for it
+    _told_unfinished = False  # it was logged that another configuration has replaced its database
     _always_closes = False  # the user's class has a close() or an expunge_all() of its own
 
     def close(self) -> None:
@@ -125,12 +128,42 @@ def check_arguments(config: DatabaseConfig, factory: Callable[[], Any]) -> None:
 
 def unsaved(session: Any) -> str:
     """What of the session's work a rollback would throw away, in words; "" if nothing."""
-    for what in ("new", "dirty", "deleted"):
-        count = len(getattr(session, what))
-        if count:
-            return f"{count} {what} object{'s' if count > 1 else ''}"
-    lost = any(held in wrote and not (held.closed or held.invalidated) for held in session._open_connections)
-    return "a write sent since the last commit" if lost else ""
+    for what, objects in unsaved_objects(session).items():
+        if objects:
+            return f"{len(objects)} {what} object{'s' if len(objects) > 1 else ''}"
+    return "a write sent since the last commit" if unsaved_write(session) else ""
+
+
+def unsaved_objects(session: Any) -> dict[str, list[Any]]:
+    """The objects of the session that a flush would write. No I/O."""
+    if session._is_clean():
+        return {}
+    changed = [each for each in session.dirty if session.is_modified(each)]
+    return {"new": list(session.new), "dirty": changed, "deleted": list(session.deleted)}
+
+
+def unsaved_write(session: Any) -> str | None:
+    """The last statement that the session has sent and that a rollback would undo. No I/O."""
+    for held in session._open_connections:
+        statement = wrote.get(held)
+        if statement is None or held.closed or held.invalidated:
+            continue
+        if kind_of(session._database.config.url).in_transaction(held.connection.dbapi_connection):
+            return statement
+    return None
+
+
+def must_be_finished(session: Any, scope: BaseScope) -> str:
+    """Why the session's transaction has to go on where it began, in words; "" if it has only read, and may be ended."""
+    session = getattr(session, "sync_session", session)
+    transaction = session.get_transaction()
+    if transaction is None:
+        return ""
+    if transaction.origin is SessionTransactionOrigin.BEGIN or session.in_nested_transaction():
+        return "a transaction that it has begun itself"
+    if (session._database.owner, session._database.name) in scope.transactions:
+        return "a run_in_transaction()"
+    return unsaved(session)
 
 
 def refuse_unsaved(name: str, session: Any) -> None:
@@ -153,7 +186,7 @@ def _connection_in_use(session: ManagedSession, _: SessionTransaction, connectio
     if connection not in session._open_connections:
         session._open_connections += (connection,)
         session._committed = False
-        wrote.discard(connection)  # it may be the user's own, from an earlier transaction
+        forget(connection)  # it may be the user's own, from an earlier transaction
         scope = session._scope() if session._scope is not None else None
         if scope is not None:
             _pinned.add(connection)

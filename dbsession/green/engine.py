@@ -53,7 +53,8 @@ class ProcessDatabase(Database):
         self.dispose()
 
     def successor(self) -> ProcessDatabase:
-        """In a forked child: the database that takes over the engine and the session factory, with their listeners."""
+        """In a forked child, and after a dispose(): the database that takes over the engine and the session factory,
+        with their listeners."""
         successor = ProcessDatabase(self.config, self.owner, self.engine, self.factory, self._connections)
         successor.listeners = self.listeners
         return successor
@@ -69,9 +70,9 @@ class ProcessDatabase(Database):
             self.dispose()
 
 
-def process_databases() -> list[ProcessDatabase]:
-    """List the databases of this half, in no order."""
-    return [each for each in all_databases() if isinstance(each, ProcessDatabase)]
+def process_databases(succeeded: bool = False) -> list[ProcessDatabase]:
+    """List the databases of this half, in no order; with those `succeeded`, if that is said."""
+    return [each for each in all_databases(succeeded) if isinstance(each, ProcessDatabase)]
 
 
 def close_before_fork() -> None:
@@ -197,6 +198,14 @@ class EngineCache:
         self._retired = True
         for database in self.databases():
             database.retired = True
+
+    def succeed_disposed(self) -> None:
+        """Put a successor in each Database's place, so that the sessions that are open on it are looked at, each at its
+        next use. No I/O."""
+        for name, database in list(self._built.items()):
+            self._built[name] = database.successor()
+            database.succeeded = True
+            database.retired = True  # last: whoever sees it finds the successor
 
     def succeed(self) -> None:
         """In a forked child: put a successor in each Database's place; builds under way are forgotten with their

@@ -15,7 +15,7 @@ from dbsession.core.functions import F
 from dbsession.core.manager import BaseSessionManager, report_release
 from dbsession.errors import describe
 from dbsession.green import engine as engines
-from dbsession.green import scope, teardown, transaction
+from dbsession.green import ident, scope, teardown, transaction
 from dbsession.green.engine import EngineCache, ProcessDatabase
 from dbsession.green.scope import SessionScope
 from dbsession.green.session import ScopedSession
@@ -54,7 +54,8 @@ class SessionManager(BaseSessionManager[ScopedSession]):
         Everything is checked first, and nothing is applied when something is wrong. A mapping's engines are built
         here (no connection is made); those of a callable or the environment on first use. The engines of an earlier
         configuration are disposed: their idle connections are closed now, those in use when they are given back. A
-        session in the middle of a transaction finishes it where it began; the next one opens on the new engine.
+        transaction with unsaved work, or one begun by begin(), finishes where it began, which is logged; one that has
+        only read is ended and its session closed, the caller's now, others' at their next use. May switch greenlets.
 
         Args:
             databases: a mapping `name -> URL string | sqlalchemy.URL | {"url": ..., "options": ..., ...}` (all keys:
@@ -73,6 +74,8 @@ class SessionManager(BaseSessionManager[ScopedSession]):
         self.ready = {}
         replaced.retire()
         self.forget()
+        for current, ended in self._only_read([] if ident.in_hub() else scope.stack_here()):
+            teardown.close_all({ended: current.sessions.pop(ended)}, current.label)
         for database in replaced.databases():
             database.retire()
 
@@ -151,9 +154,18 @@ class SessionManager(BaseSessionManager[ScopedSession]):
 
     def dispose(self) -> None:
         """Close every engine's connections: the idle ones now, those in use when they are given back. The engines
-        stay usable, and connect anew on their next use."""
-        for database in self._engines.databases():
-            database.dispose()
+        stay usable, and connect anew on their next use. Transactions that have only read are rolled back, the caller's
+        now, others' at their next use; their sessions stay usable. May switch greenlets."""
+        databases = self._engines.databases()
+        self._engines.succeed_disposed()
+        self.forget()
+        for current, database in self._only_read([] if ident.in_hub() else scope.stack_here()):
+            try:
+                current.sessions[database].rollback()
+            except Exception as error:
+                report_release(logger, database, error)
+        for each in databases:
+            each.dispose()
 
     def after_fork(self) -> None:
         """Forget, in a forked child, what the engines inherited and what every name was resolved to. Cannot fail."""
@@ -162,7 +174,7 @@ class SessionManager(BaseSessionManager[ScopedSession]):
 
 
 def _after_fork_in_child() -> None:
-    inherited = engines.process_databases()
+    inherited = engines.process_databases(succeeded=True)
     for database in inherited:
         database.inherited = True
     for manager in list(_managers):

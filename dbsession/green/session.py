@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import Any
 
@@ -12,11 +13,13 @@ from dbsession.core import fork
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.engine import Database
 from dbsession.core.fork import KNOWN
-from dbsession.core.registry import BaseScopeRegistry
-from dbsession.core.session import check_arguments, managed_class
+from dbsession.core.registry import BaseScopeRegistry, report_unfinished
+from dbsession.core.session import check_arguments, managed_class, must_be_finished
 from dbsession.errors import ScopeEnded
 from dbsession.green import hub, ident, scope, teardown
 from dbsession.green.guard import Opened, guarded
+
+logger = logging.getLogger("dbsession.manager")
 
 
 class SessionFactory(sessionmaker[Any]):
@@ -75,14 +78,34 @@ class ScopeRegistry(BaseScopeRegistry):
             current = scope.current_or_implicit()
         earlier = self._find(current) if current.sessions else None
         if earlier is not None:
-            # Opened under an earlier configuration, perhaps, or before a fork. A transaction under way is finished
+            # Opened under an earlier configuration, perhaps, or before a fork or a dispose(). Unsaved work is finished
             # where it began; half of it on each of two databases would be no transaction.
             session = current.sessions[earlier]
-            if not earlier.inherited and (session.in_transaction() or earlier is self._current_database()):
-                return session
+            if not earlier.inherited:
+                why = must_be_finished(session, current)
+                if why and earlier.retired:
+                    report_unfinished(logger, earlier, session, current.label, why)
+                if why or earlier is self._current_database() or self._goes_on(current, earlier, session):
+                    return session
             teardown.close_all({earlier: current.sessions.pop(earlier)}, current.label)
         database = self._current_database()
         return self._store(current, database, database.factory())
+
+    def _goes_on(self, current: scope.Scope, earlier: Database, session: Any) -> bool:
+        """After a dispose(): end what the session has read, and keep it for the successor of its database. Returns
+        whether that is so. May switch greenlets."""
+        database = self._current_database()
+        if database.engine is not earlier.engine:
+            return False
+        try:
+            session.rollback()  # expires every object, and keeps it attached
+        except Exception:
+            return False  # it is closed instead, whatever it takes
+        if current.sessions.pop(earlier, None) is not session:
+            return False
+        session._database = database
+        current.sessions[database] = session
+        return True
 
     def _store(self, current: scope.Scope, database: Database, session: Any) -> Any:
         session._database = database

@@ -696,6 +696,7 @@ async def many(session):
 
 
 async def cte_write(session):
+    await done(session.execute(text("BEGIN")))  # sqlite3 itself begins none for a WITH
     await done(session.execute(text("WITH i AS (SELECT 1 AS id) DELETE FROM item WHERE id IN (SELECT id FROM i)")))
 
 

@@ -112,7 +112,7 @@ def test_block_that_readme_shows_runs(tmp_path):
         from sqlalchemy import text
 
         dbsession.configure({"default": f"sqlite:///{sys.argv[1]}/a.db"})
-        session, app = dbsession.get_dbsession(), None
+        session, app = dbsession.get_dbsession(), lambda *_: []
         session.execute(text("CREATE TABLE visit (path VARCHAR(200))"))
         exec(sys.argv[2])
         assert paths == [] and application

@@ -15,7 +15,7 @@ import gevent.threadpool
 import pymysql
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
-from sqlalchemy import create_engine, text
+from sqlalchemy import Column, Integer, Table, create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import QueuePool
 
@@ -226,6 +226,23 @@ def test_sqlalchemys_session_keeps_whether_it_was_closed_where_ours_says_it_too(
         name for name, value in vars(session).items() if name != "identity_map" and value != before.get(name, value)
     }
     assert changed == {"_close_state"} and not len(session.identity_map)
+
+
+def test_sqlalchemys_session_says_whether_a_flush_would_do_anything():
+    from sqlalchemy.orm import Session, registry
+
+    class Thing:
+        pass
+
+    mapped = registry()
+    mapped.map_imperatively(Thing, Table("thing", mapped.metadata, Column("id", Integer, primary_key=True)))
+    session, thing = Session(), Thing()
+    assert session._is_clean()
+    session.add(thing)
+    assert not session._is_clean()
+    session.expunge(thing)
+    assert session._is_clean()
+    mapped.dispose()
 
 
 def test_sqlalchemys_async_scoped_session_asks_proxied_for_the_session_of_each_method():

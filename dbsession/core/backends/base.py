@@ -44,6 +44,13 @@ class Backend:
     IS_FILE: ClassVar[bool] = False
     """It has no server, and its connections cost none anything."""
 
+    ENDS: ClassVar[frozenset[str]] = frozenset({"commit", "end"})
+    """Verbs of statements that end the transaction, besides ROLLBACK: nothing written before can be lost then."""
+    NEUTRAL: ClassVar[frozenset[str]] = frozenset(
+        {"begin", "start", "lock", "listen", "unlisten", "declare", "fetch", "move", "close", "discard", "reset"}
+    )
+    """Verbs of statements that write nothing which a ROLLBACK would undo, besides those that read."""
+
     knows_autocommit: ClassVar[bool] = True
     """SQLAlchemy's word that a connection is in autocommit is the client's own knowledge, and not the server's word."""
 
@@ -105,6 +112,11 @@ class Backend:
         """Return whether the server says that a transaction is open, after a COMMIT or ROLLBACK on this DBAPI
         connection."""
         return False
+
+    @staticmethod
+    def in_transaction(connection: Any) -> bool:
+        """Return whether a transaction may be open on a DBAPI connection, as far as the client itself knows."""
+        return True
 
     # What an error means.
 

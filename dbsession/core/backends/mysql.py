@@ -37,6 +37,13 @@ class MySQL(Backend):
 
     PAUSES: ClassVar[dict[str, str]] = dict.fromkeys(("mysql", "mariadb"), "SELECT SLEEP(0.05)")
 
+    # https://dev.mysql.com/doc/refman/en/implicit-commit.html
+    ENDS = Backend.ENDS | {
+        *("alter", "analyze", "begin", "cache", "check", "create", "drop", "flush", "grant", "install", "lock"),
+        *("optimize", "rename", "repair", "reset", "revoke", "start", "truncate", "uninstall"),
+    }
+    NEUTRAL = frozenset({"checksum", "deallocate", "do", "handler", "help", "kill", "prepare", "unlock", "xa"})
+
     knows_autocommit = False  # a bit of the server's answers
 
     no_op = "DO 0"

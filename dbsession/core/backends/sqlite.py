@@ -72,6 +72,11 @@ class SQLite(Backend):
                 cursor.execute("PRAGMA query_only=ON")
 
     @staticmethod
+    def in_transaction(connection: Any) -> bool:
+        # sqlite3 begins none for a change of the schema; in an autocommit mode of the driver's none is ever open.
+        return in_transaction(connection)
+
+    @staticmethod
     def is_retryable(error: BaseException) -> bool:
         return is_busy(error)
 
@@ -84,7 +89,10 @@ def is_memory(url: URL) -> bool:
 
 def in_transaction(connection: Any) -> bool:
     """Return whether a transaction is open on a DBAPI connection, by SQLite's own word; False if it cannot be asked."""
-    return getattr(getattr(connection, "driver_connection", connection), "in_transaction", False) is True
+    try:
+        return getattr(getattr(connection, "driver_connection", connection), "in_transaction", False) is True
+    except (ValueError, sqlite3.ProgrammingError):  # closed
+        return False
 
 
 def is_busy(error: BaseException) -> bool:

@@ -411,6 +411,7 @@ def test_configure_again_closes_what_is_idle_and_what_is_in_use_on_its_return(tm
         kept = await old.connect()  # of somebody who holds a connection for longer
         async with manager.scope():
             await proxy.execute(ONE)
+        await proxy.begin()  # else configure() would end what has only read
         await proxy.execute(ONE)
         assert (pool.checkedout(), pool.checkedin()) == (2, 0)
         async with manager.scope():
