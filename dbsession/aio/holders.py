@@ -32,7 +32,7 @@ import greenlet
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import greenlet_spawn
 
-from dbsession.core.connection_info import CHECKOUT
+from dbsession.core.connection_info import CHECKOUT, SCOPE, nobody
 from dbsession.core.periodic import PeriodicTask
 from dbsession.core.pool import callsites
 from dbsession.core.pool.checkout import Checkout
@@ -88,21 +88,21 @@ class HeldByTasks(HeldConnections):
     def name_of(self, note: Checkout) -> str:
         if note.taker is None:
             return "no task"
-        task: Any = note.taker()
+        task = _holder(note)
         if task is None:
             return "a task that is gone"
         function = getattr(task.get_coro(), "__qualname__", None)
         return plain(f"{function} in {task.get_name()}" if function else task.get_name())
 
     def scopes_of(self, note: Checkout) -> list[BaseScope]:
-        task = None if note.taker is None else note.taker()
+        task = _holder(note)
         stack = getattr(task, "_dbsession_aio", None)
         return [] if stack is None else list(stack.scopes)
 
     def stack_of(self, note: Checkout) -> list[callsites.CallSite] | str:
         if note.taker is None:
             return []
-        task: Any = note.taker()
+        task = _holder(note)
         if task is None or task.done():
             return "its task has ended"
         if _runs(task):
@@ -112,6 +112,18 @@ class HeldByTasks(HeldConnections):
             if _runs(task):  # else it has stopped meanwhile, and another one runs there
                 return sites
         return callsites.users(reversed(list(_suspended(task.get_coro()))))
+
+
+def _holder(note: Checkout) -> Any:
+    """The task that took the connection; once that has ended, the one whose scope's session uses it: a child task may
+    have run a method for it."""
+    task: Any = None if note.taker is None else note.taker()
+    if task is None or task.done():
+        record = note.record()
+        scope = None if record is None else record.info.get(SCOPE, nobody)()
+        stack = getattr(scope, "_stack", None)
+        task = getattr(stack, "task", None) or task
+    return task
 
 
 def _runs(task: Any) -> bool:

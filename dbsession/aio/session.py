@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import logging
@@ -33,10 +34,39 @@ class ManagedAsyncSession(AsyncSession):
 
     sync_session: ManagedSession
     _own_close = False  # the user's class has a close() of its own, or its sync_session_class has
+    _committer: asyncio.Task[Any] | None = None  # the task in the middle of a commit()
+    _commit_ended: asyncio.Future[None] | None = None  # for whoever waits for that
+
+    async def commit(self) -> None:
+        """Commit as `AsyncSession.commit` does. When its scope ends meanwhile, since another task runs this one by
+        `asyncio.shield()`, say, the end waits for it."""
+        if self._committer is not None:
+            await super().commit()  # SQLAlchemy's error
+            return
+        self._committer = current_task()
+        try:
+            await super().commit()
+        finally:
+            self._committer = None
+            if self._commit_ended is not None:
+                self._commit_ended.cancel()
+                self._commit_ended = None
+
+    def commits_elsewhere(self) -> bool:
+        """Whether another task than the calling one is in the middle of a commit()."""
+        return self._committer is not None and self._committer is not current_task()
+
+    async def commit_elsewhere_ended(self) -> None:
+        """Wait for the end of a commit() in another task."""
+        while self.commits_elsewhere():
+            if self._commit_ended is None:
+                self._commit_ended = asyncio.get_running_loop().create_future()
+            await asyncio.wait((self._commit_ended,))
 
     def close_at_once(self) -> bool:
-        """Close it if nothing has to be awaited for that: no connection is in use. Returns whether it did."""
-        if self.sync_session._open_connections or self._own_close:
+        """Close it if nothing has to be awaited for that: no connection is in use, and nobody commits. Returns whether
+        it did."""
+        if self.sync_session._open_connections or self._own_close or self.commits_elsewhere():
             return False
         self.sync_session.close()
         return True

@@ -59,7 +59,10 @@ async def close_all(sessions: Sessions, label: str) -> None:
             failure = error
         if failure is not None:
             kill = kill or core_teardown.kill_of(failure)
-            _give_up(database, session, label, failure)
+            if failure is kill and session.commits_elsewhere():
+                close_aside({database: session}, label)  # a shielded commit() is to go on, whatever ends its caller
+            else:
+                _give_up(database, session, label, failure)
     if kill is not None:
         raise kill
 
@@ -67,6 +70,7 @@ async def close_all(sessions: Sessions, label: str) -> None:
 async def _failure_of(session: Any, end: float) -> BaseException | None:
     try:
         async with asyncio.timeout_at(end):
+            await session.commit_elsewhere_ended()
             await session.close()
         return None
     except TimeoutError:

@@ -8,8 +8,9 @@ import inspect
 import warnings
 
 import pytest
-from sqlalchemy import exc, select, text
+from sqlalchemy import event, exc, select, text
 from sqlalchemy.ext.asyncio import async_scoped_session
+from sqlalchemy.util import await_
 
 from dbsession import aio
 from support.loops import in_loop
@@ -18,7 +19,7 @@ from support.models import Base, Line, Order
 run = in_loop("asyncio")
 
 
-@pytest.fixture(params=["aiosqlite", "asyncmy", "aiomysql"])
+@pytest.fixture(params=["aiosqlite", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
 def url(request):
     if request.param == "aiosqlite":
         return f"sqlite+aiosqlite:///{request.getfixturevalue('tmp_path')}/a.db"
@@ -171,5 +172,65 @@ def test_f25_two_methods_at_once_on_one_session_are_refused(managed):
         async with manager.scope():
             assert await session.scalar(text("SELECT 'three'")) == "three"
         assert manager.engine().pool.checkedout() == 0
+
+    managed(work)
+
+
+ENDS = {"clear": lambda manager: manager.clear(), "remove": lambda manager: manager.get().remove()}
+
+
+@pytest.mark.parametrize("end", ["cancelled", "cancelled again", "returns", *ENDS])
+def test_f25_shielded_commit_is_finished_when_its_scope_ends_meanwhile(managed, caplog, end):
+    """The end waits for it, or, where that is cancelled too, leaves the rest to a task of ours. Nothing is said."""
+
+    async def work(manager, session):
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        def slow(_):
+            begun.set()
+            await_(go_on.wait())
+
+        async def request():
+            async with manager.scope():
+                session.add(Order(id=1))
+                await session.flush()
+                event.listen(session().sync_session, "before_commit", slow)
+                commit = asyncio.shield(session.commit())
+                if end.startswith("cancelled"):
+                    await commit
+                await begun.wait()
+                if end in ENDS:
+                    await ENDS[end](manager)
+
+        task = asyncio.create_task(request())
+        await begun.wait()
+        for _ in range(2 if end == "cancelled again" else 1):
+            if end.startswith("cancelled"):
+                task.cancel()
+            await asyncio.sleep(0.02)
+        assert task.done() == (end == "cancelled again")
+        go_on.set()
+        await asyncio.wait([task])
+        async with asyncio.timeout(20):
+            while manager.engine().pool.checkedout():
+                await asyncio.sleep(0.001)
+        assert task.cancelled() == end.startswith("cancelled")
+        async with manager.scope():
+            assert (await session.scalars(select(Order.id))).all() == [1]
+
+    managed(work)
+    assert not caplog.records
+
+
+def test_f25_holder_is_the_scopes_task_when_a_child_ran_the_method_for_it(managed):
+    """In the texts of PoolTimeout and of the leak watch: the child has ended, and the connection is the scope's."""
+
+    async def work(manager, session):
+        async with manager.scope("a job"):
+            await asyncio.create_task(session.execute(text("SELECT 1")), name="child")
+            asyncio.current_task().set_name("parent")
+            (holder,) = manager.database("default").held.holders()
+            assert holder.scope == "a job" and "parent" in holder.greenlet
+            assert any("test_aio_tasks.py" in each for each in holder.stack)
 
     managed(work)
