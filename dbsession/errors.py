@@ -171,7 +171,8 @@ class PoolTimeout(DBSessionError, exc.TimeoutError):
 
     Raised where SQLAlchemy would raise its own TimeoutError. `holders` has a `Holder` for each connection in use,
     of which the text shows the first 10; where there are more, those who time out together get the same tuple.
-    `database` is None for a pool that no SessionManager made.
+    `database` is None for a pool that no SessionManager made. Where the server refuses as many connections as the pool
+    may have, its error stands in the text.
     """
 
     code = "DBS-POOL-TIMEOUT"
@@ -185,8 +186,9 @@ class PoolTimeout(DBSessionError, exc.TimeoutError):
         waiting: int,
         waited_s: float,
         holders: Sequence[Any] = (),
+        refusal: str = "",
     ) -> None:
-        self._arguments = (database, size, overflow, in_use, waiting, waited_s, tuple(holders))
+        self._arguments = (database, size, overflow, in_use, waiting, waited_s, tuple(holders), refusal)
         self.database = database
         self.size = size
         self.in_use = in_use
@@ -194,10 +196,11 @@ class PoolTimeout(DBSessionError, exc.TimeoutError):
         self.waited_s = waited_s
         self.holders = tuple(holders)
         whose = "A pool" if database is None else f"Database {database!r}"
-        lines = [
-            f"{whose}: QueuePool limit of size {size} overflow {overflow} reached, connection timed out after "
-            f"{waited_s:.2f} s with {in_use} in use and {waiting} others waiting."
-        ]
+        reached = f"QueuePool limit of size {size} overflow {overflow} reached"
+        if refusal:
+            reached = f"the server refuses more connections ({refusal})"
+        waited = f"connection timed out after {waited_s:.2f} s with {in_use} in use and {waiting} others waiting."
+        lines = [f"{whose}: {reached}, {waited}"]
         if holders:
             lines[0] += " Held, longest first:"
             lines += [f"  {holder}" for holder in holders[:SHOWN_HOLDERS]]
@@ -206,9 +209,10 @@ class PoolTimeout(DBSessionError, exc.TimeoutError):
         others = in_use - len(holders)
         if others > 0 and database is not None:
             lines.append(f"  {others} more being opened at this moment")
+        remedy = "what the server allows (`dbsession check` adds up)" if refusal else "`pool_size`"
         lines.append(
             "Give connections back earlier (commit, release_dbsession(), a shorter session_scope()), or raise "
-            f"`pool_size` or `pool_timeout` in `options`. [{self.code}]"
+            f"{remedy} or `pool_timeout` in `options`. [{self.code}]"
         )
         super().__init__("\n".join(lines))
 

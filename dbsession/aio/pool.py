@@ -22,6 +22,7 @@ import asyncio
 import threading
 from collections import deque
 from contextlib import suppress
+from contextvars import Context
 from time import monotonic
 from typing import Any
 
@@ -31,7 +32,7 @@ from sqlalchemy.util import await_
 from sqlalchemy.util.concurrency import in_greenlet
 
 from dbsession.aio.holders import HeldByTasks
-from dbsession.core.pool.queue import QueuedPool
+from dbsession.core.pool.queue import TRY_EVERY_S, QueuedPool
 
 # Somebody's place in the queue. Its result: a record; or (None,), the right to open one; or None: time is up.
 _Waiter = asyncio.Future[tuple[ConnectionPoolEntry | None] | None]
@@ -44,12 +45,13 @@ class FairPool(QueuedPool[_Waiter], AsyncAdaptedQueuePool):
     AsyncSession; asking waits (`pool_timeout`) where all are in use, and where one is opened.
     """
 
-    __slots__ = ("_idle", "_loop", "_settling", "_thread")
+    __slots__ = ("_idle", "_loop", "_settling", "_thread", "_timer")
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self._idle: deque[ConnectionPoolEntry] = deque()
         self._settling = False
+        self._timer: asyncio.TimerHandle | None = None  # of the next try, where the server was full
         self._thread: int | None = None  # of those who take; before the first one nothing comes back
         self._loop: asyncio.AbstractEventLoop | None = None  # in which somebody has waited
         self.held = HeldByTasks()
@@ -75,25 +77,51 @@ class FairPool(QueuedPool[_Waiter], AsyncAdaptedQueuePool):
 
     def _wait_or_connect(self) -> ConnectionPoolEntry:
         self._thread = threading.get_ident()
-        waited = self._open >= self._limit
-        if not waited:
-            self._open += 1
-        elif (record := self._wait()) is not None:
+        began, task = monotonic(), asyncio.current_task()
+        cancelled = 0 if task is None else task.cancelling()
+        while not self._idle:
+            waited = self._open >= self._limit and (bool(self._waiting) or not self._may_try())
+            if not waited:
+                self._open += 1
+            elif (record := self._wait(began)) is not None:
+                return record
+            try:
+                record = self._create_connection()
+            except BaseException as error:
+                self.held.not_connected(waited)
+                if self._refused(error):
+                    if task is not None and task.cancelling() > cancelled:
+                        raise asyncio.CancelledError from error  # the driver has let it fall for its own error
+                    continue  # wait for those that there are
+                self._give_back(None)
+                raise
+            self._tried(opened=True)
+            self._try_later(0)
             return record
-        try:
-            return self._create_connection()
-        except BaseException:
-            self.held.not_connected(waited)
-            self._give_back(None)
-            raise
+        return self._idle.pop() if self._lifo else self._idle.popleft()  # it came back while the server refused us one
 
-    def _wait(self) -> ConnectionPoolEntry | None:
+    def _try_later(self, seconds: float = TRY_EVERY_S) -> None:
+        if self._waiting and self._limit < self._most and self._loop is not None:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_later(seconds, self._try_more, context=Context())
+
+    def _try_more(self) -> None:
+        """Let the longest waiter open one connection more than the server has allowed, if it is time."""
+        self._timer = None
+        if self._waiting and self._may_try():
+            self._settle()
+        self._try_later()
+
+    def _wait(self, began: float) -> ConnectionPoolEntry | None:
         """Wait in the queue until it is our turn. A record, or None: the right to open one."""
-        began = monotonic()
         self._loop = loop = asyncio.get_running_loop()
         waiter: _Waiter = loop.create_future()
-        timer = None if self._timeout is None else loop.call_later(self._timeout, _expire, waiter)
-        self._waiting[waiter] = None
+        left = None if self._timeout is None else began + self._timeout - monotonic()
+        timer = None if left is None else loop.call_later(left, _expire, waiter)
+        self._join(waiter, began)
+        if self._timer is None:
+            self._try_later()
         try:
             self._settle()  # a destructor may have returned something since we looked
             granted = await_(waiter)

@@ -169,6 +169,7 @@ class EngineConnections:
         if isinstance(engine.pool, fair_pool):
             pool: Any = engine.pool
             pool.held = self.held
+            pool.is_full = self.backend.is_full
         else:
             self.held.listen(engine)
 

@@ -18,7 +18,8 @@ from dbsession.core.pool.leaks import LeakWatch
 from dbsession.green import hub, ident
 from dbsession.green.holders import HeldByGreenlets, leak_watches, watch_leaks
 from dbsession.green.mysql.backend import PyMySQL
-from dbsession.green.pool import OWNER_HUB, FairPool, owner_hub_of
+from dbsession.green.owner_hub import OWNER_HUB, owner_hub_of
+from dbsession.green.pool import FairPool
 from dbsession.green.sqlite import PySQLite
 
 

@@ -5,10 +5,10 @@
     _open     records in use, idle, or just being opened; at most pool_size + max_overflow
 
 One native lock guards all three. It is held for a few steps that neither switch greenlets nor do I/O, so no greenlet
-is ever switched out while it holds it, and nobody waits for it but another thread, for as long as those steps take.
-As long as somebody waits, `_open` is at its limit and nothing is idle: whoever frees a slot hands it on before it
-lets go of the lock. So nobody who comes later can be quicker, and no wake-up is lost: what was handed to a waiter
-that was killed or timed out meanwhile is handed on by that waiter.
+is ever switched out while it holds it, and nobody but another thread waits for it. As long as somebody waits, `_open`
+is at its limit and nothing is idle: whoever frees a slot hands it on before it lets go of the lock. So nobody who comes
+later can be quicker, and no wake-up is lost: what was handed to a waiter that was killed or timed out meanwhile is
+handed on by that waiter.
 
 One thing is done without the lock: an idle record is popped, which is one step. It breaks none of this, as it only
 takes away from what is idle; who holds the lock must expect it to go. Nobody adds to `_idle` without the lock.
@@ -27,17 +27,14 @@ from time import monotonic
 from typing import Any
 
 import gevent.hub
-from gevent import monkey
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from dbsession.core import fork
-from dbsession.core.pool.queue import QueuedPool
+from dbsession.core.pool.queue import TRY_EVERY_S, QueuedPool
 from dbsession.green import hub, scope
 from dbsession.green.holders import HeldByGreenlets
 from dbsession.green.hub import here
-
-OWNER_HUB = "dbsession.owner_hub"
-"""Key in a connection's `info`: the hub that it belongs to; absent or None if any hub may use it."""
+from dbsession.green.owner_hub import OWNER_HUB, discard
 
 # Asked for each returned connection; what it gives does I/O, and runs aside before the next one gets it.
 Cleaning = Callable[[ConnectionPoolEntry], Callable[[], None] | None]
@@ -88,20 +85,22 @@ class FairPool(QueuedPool[_PoolWaiter]):
 
     def _wait_or_connect(self) -> ConnectionPoolEntry | None:
         """Open a connection, or wait until it is our turn, and switch greenlets. None: one came back just now."""
-        waiter = victim = None
-        with self._lock:
-            again = bool(self._shared or self._idle.get(here()))
-            if not again and self._open < self._limit:
-                self._open += 1
-            elif not again and (victim := self._take_any()) is None:
-                waiter = _PoolWaiter()
-                self._waiting[waiter] = None
-        if again:
-            self._settle()
-            return None
-        if waiter is not None and (record := self._wait(waiter)) is not None:
-            return record
-        return self._connect(victim, waited=waiter is not None)
+        began = monotonic()
+        while True:
+            waiter = victim = None
+            with self._lock:
+                again = bool(self._shared or self._idle.get(here()))
+                if not again and (self._open < self._limit or (not self._waiting and self._may_try())):
+                    self._open += 1
+                elif not again and (victim := self._take_any()) is None:
+                    self._join(waiter := _PoolWaiter(), began)
+            if again:
+                self._settle()
+                return None
+            if waiter is not None and (record := self._wait(waiter, began)) is not None:
+                return record
+            if (record := self._connect(victim, waited=waiter is not None)) is not None:
+                return record
 
     def _take_any(self) -> ConnectionPoolEntry | None:
         """The record that was idle longest in some hub."""
@@ -110,14 +109,17 @@ class FairPool(QueuedPool[_PoolWaiter]):
                 return idle.popleft()
         return None
 
-    def _wait(self, waiter: _PoolWaiter) -> ConnectionPoolEntry | None:
+    def _wait(self, waiter: _PoolWaiter, began: float) -> ConnectionPoolEntry | None:
         """Wait for our turn; return a record, or None for the right to open one."""
-        began = monotonic()
+        end = began + (hub.TIMEOUT_MAX if self._timeout is None else self._timeout)
         try:
             self._settle()
             scope.end_dead()  # what dead raw greenlets hold is given back while we wait, and by nobody else ever
-            if not waiter.wait(self._timeout):
-                self._leave(waiter)
+            while not waiter.wait(max(0.0, min(TRY_EVERY_S, end - monotonic()))) and not waiter.granted:
+                if monotonic() >= end:
+                    self._leave(waiter)
+                    break
+                self._try_more()
         except BaseException:
             try:
                 self._leave(waiter)
@@ -128,23 +130,40 @@ class FairPool(QueuedPool[_PoolWaiter]):
         self._count_wait(began, waiter.granted)
         return waiter.record
 
+    def _try_more(self) -> None:
+        """Let the longest waiter open one connection more than the server has allowed, if it is time."""
+        if self._limit < self._most:
+            with self._lock:
+                if self._waiting and self._may_try():
+                    self._open += 1
+                    self._grant(None)
+            self._settle()
+
     def _leave(self, waiter: _PoolWaiter) -> None:
         """Leave the queue, in which one is no more once `granted`."""
         with self._lock:
             self._waiting.pop(waiter, None)
         self._settle()
 
-    def _connect(self, victim: ConnectionPoolEntry | None, waited: bool) -> ConnectionPoolEntry:
-        """A new connection, in the slot that we have, after closing what was there."""
+    def _connect(self, victim: ConnectionPoolEntry | None, waited: bool) -> ConnectionPoolEntry | None:
+        """A new connection, in the slot that we have, after closing what was there. None: the server has no room for it
+        now, and the slot is gone."""
         try:
             if victim is not None:
                 discard(victim)
             self._settle()
-            return self._create_connection()
-        except BaseException:
+            record = self._create_connection()
+        except BaseException as error:
             self.held.not_connected(waited)
+            with self._lock:
+                gone = self._refused(error)
+            if gone:
+                self._settle()
+                return None
             self._give_back(None)
             raise
+        self._tried(opened=True)
+        return record
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         """Hand a connection to the longest waiter, or keep it idle. Closes one too many; only that may switch."""
@@ -278,21 +297,3 @@ class FairPool(QueuedPool[_PoolWaiter]):
 
     def checkedout(self) -> int:
         return self._open - self.checkedin() - len(self._being_cleaned)
-
-
-def owner_hub_of(connection: Any) -> gevent.hub.Hub | None:
-    """The hub that a DBAPI connection just opened belongs to; None if it has no socket, or one that is not gevent's."""
-    if monkey.is_module_patched("socket") and fork.descriptor_of(connection) is not None:
-        return here()
-    return None
-
-
-def discard(record: ConnectionPoolEntry) -> None:
-    """Close a pool record's idle connection: in its own hub, or at its descriptor when that is gone."""
-    owner = record.info.get(OWNER_HUB)
-    if owner is None or owner is here():
-        record.close()
-    elif not owner.dead:
-        hub.run_aside(record.close, owner)
-    else:
-        fork.give_up(record)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import Context
 from typing import Any
 
 from dbsession.aio import teardown
 from dbsession.aio.mysql.connection import Wire
 from dbsession.core.backends.base import Verdict
 from dbsession.core.backends.mysql_errors import classify
-from dbsession.core.backends.mysql_kill import OWN_THREAD, TIMEOUT_S, Killer, Thread
+from dbsession.core.backends.mysql_kill import AGAIN_S, OWN_THREAD, TIMEOUT_S, Killer, Thread
 from dbsession.core.pool.stats import Stats
 
 THREAD = "dbsession.thread"
@@ -51,7 +52,11 @@ class LoopKiller(Killer):
         thread = info.get(THREAD)
         if thread is None or not self.arguments:  # an `async_creator` has opened it, and nobody knows how
             return
-        if self.abandon(thread) and not self._working:
+        if self.abandon(thread):
+            self._begin(connect)
+
+    def _begin(self, connect: Any) -> None:
+        if self.abandoned and not self._working:
             self._working = True
             teardown.run_aside(self._work(connect), TIMEOUT_S).add_done_callback(self._worked)
 
@@ -73,6 +78,10 @@ class LoopKiller(Killer):
                         # are at its end, once.
                         await self._kill(connect, thread)
             except Exception as error:
+                if self.tries_again(error, thread):  # by a timer: the loop's end would wait for a task
+                    loop = asyncio.get_running_loop()
+                    loop.call_later(AGAIN_S, self._begin, connect, context=Context())
+                    return
                 self.failed(error, thread)
 
     async def _kill(self, connect: Any, thread: Thread) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -9,6 +10,9 @@ from sqlalchemy.engine import Connection
 
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.discards import Discards
+
+# PostgreSQL's "too many connections", which libpq tells by its text only; and PgBouncer's.
+_FULL = re.compile(r"too many (clients|connections)|remaining connection slots|no more connections allowed")
 
 
 class Verdict(Enum):
@@ -123,6 +127,11 @@ class Backend:
     def classify(self, error: BaseException) -> Verdict:
         """Return what has to follow `error`, the driver's or SQLAlchemy's wrapper of it."""
         return Verdict.FATAL
+
+    @staticmethod
+    def is_full(error: BaseException) -> bool:
+        """Return whether an error at connecting says that the server, or a proxy, has no room for one more."""
+        return getattr(error, "sqlstate", None) == "53300" or _FULL.search(str(error)) is not None
 
     def is_failover(self, error: BaseException, connection: Any) -> bool:
         """Return whether it is the server that takes no writes, after an `error` that is FAILOVER, and not something of

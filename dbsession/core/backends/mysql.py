@@ -80,6 +80,10 @@ class MySQL(Backend):
     def classify(self, error: BaseException) -> Verdict:
         return mysql_errors.classify(error)
 
+    @staticmethod
+    def is_full(error: BaseException) -> bool:
+        return mysql_errors.number(error) in mysql_errors.FULL
+
     def is_failover(self, error: BaseException, connection: Any) -> bool:
         # The same number for a transaction that the program itself has begun READ ONLY.
         return mysql_errors.number(error) != mysql_errors.READ_ONLY_TRANSACTION or not self.takes_writes(connection)

@@ -38,6 +38,9 @@ LOCK_WAIT_TIMEOUT = 1205
 """Undoes its statement only, unless the server runs with innodb_rollback_on_timeout=ON."""
 READ_ONLY_TRANSACTION = 1792
 
+FULL = {1040, 1135, 1203, 1226}
+"""At connecting: too many connections, no thread for one more, too many of this user by either of its limits."""
+
 _WRAPPED = re.compile(r"error (\d+)")
 # What 1180 (error during COMMIT) may wrap: the numbers above, or those of the storage engine's handler for the same:
 # HA_ERR_RECORD_CHANGED, HA_ERR_LOCK_WAIT_TIMEOUT, HA_ERR_LOCK_DEADLOCK (mysys/my_base.h).

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Generator
+from time import monotonic
 from typing import Any, NamedTuple
 
 from dbsession.core.backends import mysql_errors
@@ -26,6 +27,8 @@ logger = logging.getLogger("dbsession.mysql.kill")
 OWN_THREAD = "SELECT ID, HOST FROM information_schema.PROCESSLIST WHERE ID = CONNECTION_ID()"
 TIMEOUT_S = 3.0
 """Seconds that a side connection has for each step."""
+AGAIN_S, AGAIN_FOR_S = 0.25, 30.0
+"""Seconds between two attempts while the server has no room for a side connection, and until the last one."""
 NOT_FOR_SIDE = frozenset(
     {"async_creator_fn", "cursor_cls", "cursorclass", "database", "db", "init_command", "sql_mode"}
 )
@@ -46,8 +49,8 @@ class Thread(NamedTuple):
 class Killer:
     """Ends abandoned statements of one engine; each half drives it. Lives as long as the engine.
 
-    `abandoned` is written by whoever abandons (append) and by the one who works (popleft), one step each; `_shown` by
-    whoever opens a connection, one step each.
+    `abandoned` is written by whoever abandons (append) and by the one who works (popleft, appendleft), one step each;
+    `_shown` by whoever opens a connection, one step each.
     """
 
     def __init__(self, name: str, stats: Stats) -> None:
@@ -57,6 +60,7 @@ class Killer:
         self._name = name
         self._stats = stats
         self._refused = False
+        self._full_since: float | None = None  # the server has had no room for a side connection
         self._shown: dict[tuple[str, Any], str] = {}
         """(our address, that of the server) -> how the server shows ours, where it shows our port, too"""
 
@@ -97,6 +101,7 @@ class Killer:
     def steps(self, thread: Thread) -> Generator[str, Any, None]:
         """Yield the statements that end this thread's statement; each is answered with its first row, or None, or by
         throwing the driver's error in."""
+        self._full_since = None
         row = yield f"SELECT HOST FROM information_schema.PROCESSLIST WHERE ID = {thread.id:d}"
         if row is None:
             return  # it is over
@@ -111,9 +116,22 @@ class Killer:
         else:
             self._stats.kills += 1
 
+    def tries_again(self, error: Exception, thread: Thread | None) -> bool:
+        """Put the thread back to the others, if the server had no room for a side connection, and is to be asked again
+        after AGAIN_S seconds."""
+        if mysql_errors.number(error) not in mysql_errors.FULL or thread is None:
+            return False
+        now = monotonic()
+        self._full_since = now if self._full_since is None else self._full_since
+        if now - self._full_since >= AGAIN_FOR_S:
+            return False
+        self.abandoned.appendleft(thread)
+        return True
+
     def failed(self, error: Exception, thread: Thread | None) -> None:
         """Report that a statement was not ended, and forget the others of the same server: each would wait as long for
         one that does not answer."""
+        self._full_since = None
         logger.warning(
             "Database %r: an abandoned statement could not be ended at the server, where it may run on: %s.",
             self._name,

@@ -166,11 +166,11 @@ class HeldConnections:
         """Somebody's connection, for whose slot they had perhaps waited, could not be opened."""
         self.stats.unserved += waited
 
-    def timeout(self, pool: QueuePool, waiting: int, waited_s: float) -> PoolTimeout:
-        """The error for whoever has waited in vain."""
+    def timeout(self, pool: QueuePool, waiting: int, waited_s: float, refusal: str = "") -> PoolTimeout:
+        """The error for whoever has waited in vain, perhaps because of the server's `refusal` to open more."""
         self.recording = True
         sizes = pool.size(), pool.overflow(), pool.checkedout()
-        return PoolTimeout(self.name, *sizes, waiting, waited_s, self._holders_for_timeout())
+        return PoolTimeout(self.name, *sizes, waiting, waited_s, self._holders_for_timeout(), refusal)
 
     def _holders_for_timeout(self) -> tuple[Holder, ...]:
         """The holders; of a large pool perhaps those found just now: a crowd that waits in vain for it spends no more

@@ -10,7 +10,7 @@ from pymysql import err
 from pymysql.cursors import Cursor
 
 from dbsession.core import fork
-from dbsession.core.backends.mysql_kill import OWN_THREAD, TIMEOUT_S, Killer, Thread
+from dbsession.core.backends.mysql_kill import AGAIN_S, OWN_THREAD, TIMEOUT_S, Killer, Thread
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.pool.stats import Stats
 from dbsession.green import hub
@@ -93,7 +93,10 @@ class GreenKiller(Killer):
             except Exception as error:
                 if epoch != fork.epoch:
                     return  # a child's copy of the greenlet: whatever it was at is the parent's
-                self.failed(error, thread)
+                if self.tries_again(error, thread):
+                    hub.sleep(AGAIN_S)
+                else:
+                    self.failed(error, thread)
             finally:
                 if epoch == fork.epoch:
                     self._working.release()

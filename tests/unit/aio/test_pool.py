@@ -595,3 +595,34 @@ def test_checkouts_waits_timeouts_and_holds_are_counted(run, driver):
         assert stats.unwaited() == 1 and stats.holds.sum_s > 0
 
     run(main)
+
+
+def test_cancellation_counts_when_the_driver_raises_its_own_error_for_it(driver, run):
+    """As asyncio.wait_for() did before Python 3.12. Else its task would wait for the others' connections."""
+    connecting, connect = [], driver.connect
+
+    def hanging():
+        if not connecting:
+            connecting.append(None)
+            return connect()
+        connecting.append(None)
+        try:
+            await_(asyncio.sleep(60))
+        except asyncio.CancelledError:
+            raise ConnectionRefusedError("full") from None
+
+    async def main():
+        pool = FairPool(hanging, pool_size=2, timeout=30.0)
+        pool.is_full = lambda error: isinstance(error, ConnectionRefusedError)
+        first = await take(pool)
+        task = asyncio.create_task(take(pool))
+        while len(connecting) < 2:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert counts(pool) == (1, 0, 0)
+        await give(first)
+        pool.dispose()
+
+    run(main)
