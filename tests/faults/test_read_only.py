@@ -132,7 +132,7 @@ async def test_f33_all_names_of_an_address_move_after_a_failover(
         end, tries = monotonic() + 30, 0
         while not await moved():
             tries += monotonic() > last + discards.GAP_S
-            assert tries <= 1 and monotonic() < end
+            assert tries <= 2 and monotonic() < end  # one of them may have been under way when the second was over
         for name in names:
             assert await everyone(manager, name, text("SELECT @@port")) == [second.port] * SIZE, name
         kept = await everyone(manager, "reports")
