@@ -27,9 +27,10 @@ def init_app(app: Flask) -> None:
     Configures the databases from `app.config["DBSESSION_DATABASES"]`, if that is set (the configuration is the
     process's: the last app that sets it wins); wraps `app.wsgi_app`, so that each request has a scope until its body
     is closed, with the deadline `app.config["DBSESSION_DEADLINE_S"]` if that is set; and gives each app context outside
-    a request (`flask shell`, CLI commands, tests) a scope of its own, which ends with the context. A complete response
-    (`response.is_sequence`, a page made from an HTTPException, an answer without a body) sets
-    `dbsession.body_complete`: its sessions are closed before a slow client reads it.
+    a request (`flask shell`, CLI commands, tests) a scope of its own, which ends with the context. So has each app
+    context in a request that serves a WebSocket or Socket.IO: an event handler of Flask-SocketIO's, say. Of a complete
+    response (`response.is_sequence`, a page made from an HTTPException, an answer without a body) the sessions are
+    closed before a slow client reads it.
 
     Raises:
         ConfigError: [DBS-CONFIG].
@@ -80,7 +81,10 @@ def _completeness_noted(finalize_request: Callable[..., Response]) -> Callable[.
         without_body = environ["REQUEST_METHOD"] == "HEAD" or 100 <= status < 200 or status in (204, 304)
         # The class is that of the body which Werkzeug makes; a wrapper that somebody puts round it may run code of its
         # own.
-        environ["dbsession.body_complete"] = ClosingIterator if response.is_sequence or without_body else False
+        complete = ClosingIterator if response.is_sequence or without_body else None
+        scope_of_it: Any = environ.get("dbsession.scope")
+        if scope_of_it is not None:  # and not by the environ: Flask-SocketIO, for one, gives Flask a copy
+            scope_of_it.complete = complete
         return response
 
     return finalized
@@ -89,8 +93,9 @@ def _completeness_noted(finalize_request: Callable[..., Response]) -> Callable[.
 def _context_pushed(_: Flask, **__: Any) -> None:
     current = scope.current()
     # A context may be pushed again (`with context:` inside itself); it is popped for good only once.
-    if (current is None or current.kind != "request") and "_dbsession_scope" not in g:
-        opened = scope.session_scope("a Flask app context")
+    if (current is None or current.kind != "request" or current.is_socket) and "_dbsession_scope" not in g:
+        inside = current if current is not None and current.kind == "request" else None
+        opened = scope.session_scope("a Flask app context" if inside is None else f"an event of {inside.label}")
         opened.__enter__()
         g._dbsession_scope = opened
 

@@ -34,14 +34,15 @@ class Scope(BaseScope):
     """One unit of work: a request, a job, or the rest of a greenlet or thread. Ended by `end()`, by the end of its
     greenlet or thread (an implicit one), or when the last reference to it goes."""
 
-    __slots__ = ("_parked_in", "above", "owner_hub", "timer")
+    __slots__ = ("_parked_in", "above", "complete", "is_socket", "owner_hub", "timer")
 
     def __init__(self, label: str, kind: str = "block", read_timeout_s: float | None = None) -> None:
         super().__init__(label, kind, read_timeout_s)
-        # Scopes opened inside this one by generators of its body: they are suspended and resumed with it. Replaced and
-        # not added to, since most scopes never have any.
+        # Scopes opened inside this one by generators of its body: suspended and resumed with it; replaced as a whole.
         self.above: tuple[Scope, ...] = ()
         self.timer: Any = None  # a request's deadline: stopped when the scope ends
+        self.complete: Any = None  # of a request: `dbsession.body_complete`, as dbsession.flask says it
+        self.is_socket = False  # of a request: it serves a WebSocket, or Engine.IO's polling in place of one
         self.owner_hub: Any = None  # the hub whose sockets its sessions use, known with the first session
         self._parked_in: list[weakref.ref[Scope]] | None = None
 

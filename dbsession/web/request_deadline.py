@@ -130,6 +130,7 @@ class Reply:
         self._head: tuple[Any, ...] | None = None
         self._write: Callable[[bytes], object] | None = None
         self.sent = False
+        self.may_be_websocket = wants_websocket(environ)
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
@@ -177,6 +178,12 @@ class Reply:
         return [] if self._environ.get("REQUEST_METHOD") == "HEAD" else [body]
 
 
+def wants_websocket(environ: WSGIEnvironment) -> bool:
+    """Whether the client asked for a WebSocket. Where it has got one, the connection speaks HTTP no more, and no server
+    or library tells us in the same way whether it has."""
+    return "websocket" in environ.get("HTTP_UPGRADE", "").lower() or "wsgi.websocket" in environ
+
+
 def _prefers_json(accept: str) -> bool:
     """Whether the Accept header names JSON, and before any kind of text: a browser's names text/html first."""
     for part in accept.lower().split(","):
@@ -203,7 +210,7 @@ class TimedRequest:
         if not self.timer.covers(exceeded):
             raise exceeded
         self.report(exceeded.seconds)
-        if self.reply.sent:
+        if self.reply.sent or self.reply.may_be_websocket:
             # No DeadlineExceeded: for a BaseException gunicorn writes a 500 into the middle of the stream.
             raise ConnectionCut(exceeded.seconds)
         return self.reply.send_unavailable(exceeded.seconds)

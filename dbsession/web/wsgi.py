@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from dbsession.core.config import positive_seconds
 from dbsession.core.functions import is_async
@@ -14,12 +14,14 @@ from dbsession.green import ident, scope
 from dbsession.green.deadline import DeadlineExceeded, require_gevent
 from dbsession.green.scope import Scope
 from dbsession.web.body import ReadyBody, ScopedBody, close_body
-from dbsession.web.request_deadline import Reply, RequestTimer, TimedBody, TimedRequest
+from dbsession.web.request_deadline import Reply, RequestTimer, TimedBody, TimedRequest, wants_websocket
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 logger = logging.getLogger("dbsession.scope")
+
+Deadline = float | Callable[["WSGIEnvironment"], float | None] | None
 
 
 class DBSessionMiddleware:
@@ -48,14 +50,16 @@ class DBSessionMiddleware:
 
     Args:
         app: the WSGI application.
-        deadline: seconds that a request may take; None: as long as it likes. Needs gevent.
+        deadline: seconds that a request may take; None: as long as it likes. Or a function that gets the environ and
+            returns one of the two: `lambda environ: None if environ["PATH_INFO"] == "/ws" else 30`. Needs gevent.
 
     Raises:
-        ConfigError: [DBS-CONFIG] the deadline is no number above 0; at a request: gevent does not run here.
+        ConfigError: [DBS-CONFIG] the deadline is no number above 0 and no function; at a request: it gave no such
+            number, or gevent does not run here.
         TypeError: `app` is no WSGI application.
     """
 
-    def __init__(self, app: WSGIApplication, deadline: float | None = None) -> None:
+    def __init__(self, app: WSGIApplication, deadline: Deadline = None) -> None:
         if not callable(app):
             raise TypeError(f"DBSessionMiddleware wraps a WSGI application, and was given a {type(app).__qualname__}.")
         if is_async(app):
@@ -63,7 +67,8 @@ class DBSessionMiddleware:
         self.app = app
         self._deadline = deadline
         if deadline is not None:
-            self._deadline = positive_seconds(deadline, "The middleware's `deadline`")
+            if not callable(deadline):
+                self._deadline = positive_seconds(deadline, "The middleware's `deadline`")
             _with_deadline.add(self)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -73,8 +78,12 @@ class DBSessionMiddleware:
         if getattr(ident.current(), "_dbsession_parked", None):
             _end_abandoned(label)
         current = environ["dbsession.scope"] = scope.begin_request(label)
+        if "HTTP_UPGRADE" in environ or "EIO=" in environ.get("QUERY_STRING", ""):
+            current.is_socket = is_socket(environ)
         if self._deadline is not None:
-            return self._call_in_time(environ, start_response, current, self._deadline)
+            seconds = self._seconds(self._deadline, environ, current)
+            if seconds is not None:
+                return self._call_in_time(environ, start_response, current, seconds)
         try:
             body = self.app(environ, start_response)
             ready = _is_ready(body, environ.get("wsgi.file_wrapper"))
@@ -88,7 +97,7 @@ class DBSessionMiddleware:
                 close_body(body)
                 raise
             return body
-        complete = environ.get("dbsession.body_complete")
+        complete = environ.get("dbsession.body_complete") or current.complete
         if complete is type(body):
             current.suspend()
             wrapped: ScopedBody = ReadyBody(body, current)
@@ -98,6 +107,18 @@ class DBSessionMiddleware:
         if complete:
             current.clear()
         return wrapped
+
+    @staticmethod
+    def _seconds(deadline: Any, environ: WSGIEnvironment, current: Scope) -> float | None:
+        """Return this request's deadline."""
+        if not callable(deadline):
+            return float(deadline)
+        try:
+            seconds = deadline(environ)
+            return None if seconds is None else positive_seconds(seconds, "What the middleware's `deadline` returns")
+        except BaseException:
+            current.leave()
+            raise
 
     def _call_in_time(
         self, environ: WSGIEnvironment, start_response: StartResponse, current: Scope, seconds: float
@@ -126,7 +147,7 @@ class DBSessionMiddleware:
         timer.hold()
         current.park()
         wrapped = TimedBody(body, request)
-        if environ.get("dbsession.body_complete"):
+        if environ.get("dbsession.body_complete") or current.complete:
             timer.close()  # as for a list: it may be sent for as long as that takes
             current.clear()
         return wrapped
@@ -140,6 +161,13 @@ def check_deadlines() -> None:
     it is wrapped: under `gunicorn --preload` that is before anything is patched."""
     if _with_deadline:
         require_gevent()
+
+
+def is_socket(environ: WSGIEnvironment) -> bool:
+    """Whether the request is one in which events come as long as a client is connected: a WebSocket, or Engine.IO's
+    polling (Socket.IO), whose query names protocol and transport."""
+    query = environ.get("QUERY_STRING", "")
+    return wants_websocket(environ) or ("EIO=" in query and "transport=" in query)
 
 
 def _is_ready(body: object, file_wrapper: object) -> bool:
