@@ -98,7 +98,7 @@ class ForeignSession(DBSessionError, RuntimeError):
     code = "DBS-FOREIGN"
 
 
-class UsedByTwo(DBSessionError, exc.InvalidRequestError):
+class UsedByTwo(DBSessionError, exc.InvalidRequestError, exc.DontWrapMixin):
     """Two tasks, greenlets or threads used one connection at once, mostly by one session. Nothing was sent for the one
     that gets this. The other one goes on, but where this one was to end their transaction: then it has lost its
     connection."""

@@ -206,8 +206,9 @@ async def run_in_transaction(
     `name`, and return what it returned; run all of it again, up to `attempts` times, after a deadlock and the like.
 
     Arguments, errors and what is run again are those of `dbsession.run_in_transaction`. A cancellation rolls back and
-    goes on, as any exception does that calls for no further attempt. Called inside a unit of work of the same task on
-    the same database, `fn` joins it.
+    goes on, as any exception does that calls for no further attempt. Run inside a unit of work of the same task on the
+    same database, `fn` joins it; in a child task, such as the one of Python 3.11's `asyncio.wait_for()`, it does not
+    (`asyncio.timeout()` makes none).
     """
     return await manager.run_in_transaction(fn, name=name, attempts=attempts, backoff_s=backoff_s, label=label)
 

@@ -102,7 +102,7 @@ class Wire:
             UsedByTwo: [DBS-TWO] somebody else waits for an answer; they would get each other's.
         """
         if self.asking:
-            raise UsedByTwo("A question to the server")
+            raise UsedByTwo("A statement" if answers else "The end of a transaction, or a fetch,")
         earlier = self.expect(seconds)
         self.asking = True
         sent = self.sent
