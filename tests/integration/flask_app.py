@@ -41,6 +41,25 @@ def create_app(url: str | None = None, **options: object) -> Flask:
         session.execute(text("SELECT 1"))
         return Response(lines())
 
+    @app.get("/export/<cut>")
+    def export(cut: str) -> Response:
+        cuts = {
+            "commit": session.commit,
+            "release": dbsession.release_dbsession,
+            "statement": lambda: session.execute(text("SELECT 1")),
+            "nothing": lambda: None,
+        }
+
+        @stream_with_context
+        def lines():
+            rows = session.execute(text("SELECT seq FROM seq_1_to_3000"), execution_options={"yield_per": 100})
+            for (n,) in rows:
+                yield f"{n}\n"
+                if n == 200:
+                    cuts[cut]()
+
+        return Response(lines(), mimetype="text/csv")
+
     @app.get("/killed")
     def killed() -> str:
         session.execute(text("SELECT 1"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import json
 import logging
@@ -327,3 +328,17 @@ def test_f36_werkzeug_response_that_nobody_closes_does_not_hold_up_the_next_requ
     assert in_use() == 1 and {answer.status_code for answer in answers} == {404}
     answers[-1].close()
     assert in_use() == 0
+
+
+def test_f21_export_whose_stream_is_cut_breaks_off_and_does_not_look_complete(mariadb_url):
+    with Gunicorn(
+        "flask_app:create_app()", "--worker-class=gevent", cwd=HERE, env={"APP_URL": mariadb_url}, ready="/state"
+    ) as server:
+        assert len(server.get("/export/nothing").text.splitlines()) == 3000
+        for cut in ("commit", "release", "statement"):
+            with pytest.raises(http.client.IncompleteRead) as raised:
+                server.get(f"/export/{cut}")
+            assert 0 < len(raised.value.partial.splitlines()) < 3000
+        assert len(server.get("/export/nothing").text.splitlines()) == 3000
+        assert json.loads(server.get("/state").text) == {"checked_out": 0}
+        assert server.logs().count("[DBS-RESULT-CUT]") == 3
