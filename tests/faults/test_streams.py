@@ -171,6 +171,53 @@ def test_f21_stream_read_on_after_its_wait_has_timed_out(managed):
             rows.fetchall()
 
 
+def test_f21_stream_read_on_after_a_kill_or_after_somebody_else_has_closed_its_session(with_server, mode):
+    with_server(
+        """
+        import gevent
+        from dbsession.errors import ResultCut
+
+        configure()
+        slow = text("SELECT seq, REPEAT('x', 20000), IF(seq > 5, SLEEP(60), 0) FROM seq_1_to_100")
+
+        def read(end):
+            with dbsession.session_scope():
+                own = session()
+                rows = own.execute(slow, execution_options={"stream_results": True, "max_row_buffer": 1})
+                rows.fetchone()
+                try:
+                    end(own, rows)
+                except BaseException as error:
+                    ended_by.append(error)
+                try:
+                    rows.fetchall()
+                except ResultCut as error:
+                    return str(error)
+
+        def in_time(own, rows):
+            with gevent.Timeout(0.2):
+                rows.fetchall()
+
+        def closed(own, rows):
+            def close():
+                running("SELECT seq, REPEAT")
+                own.close()
+            spawn(close)
+            rows.fetchall()
+
+        ended_by = []
+        if gevent.socket.socket is __import__("socket").socket:
+            said = read(in_time)
+            assert isinstance(ended_by.pop(), gevent.Timeout) and "Timeout ended the wait for its rows" in said, said
+        said = read(closed)
+        assert number(ended_by.pop()) == 2013
+        assert "[DBS-RESULT-CUT]" in said, said
+        nothing_in_use()
+        """,
+        mode=mode,
+    )
+
+
 def test_f21_stream_that_the_server_has_ended_with_an_error_is_not_at_its_end(managed):
     manager = managed()
     with manager.scope():

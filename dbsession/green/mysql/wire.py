@@ -7,10 +7,12 @@ fails loudly when one of these names goes.
 
 from __future__ import annotations
 
+import socket
 import struct
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import gevent
@@ -45,6 +47,8 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
     _current_timeout: Any
     _next_seq_id: Any
     _result: Any
+    _sock: Any
+    _rfile: Any
 
     # Class attributes, so that they are there while PyMySQL's __init__ connects.
     gave_up = False
@@ -61,6 +65,7 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
     _connect_by: float | None = None
     _cooperative = False  # its socket is gevent's, and its timeouts are kept here
     _reading = False  # somebody waits for what comes from the socket
+    _left_open: tuple[Any, ...] = ()  # its file and socket, closed by another one than whoever waits for it
     # What was read from the socket with an earlier packet, and where in it the next one begins.
     _ahead = b""
     _at = 0
@@ -91,6 +96,11 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
         self._cut("its connection was closed or lost")
         self._ahead = b""
         self._at = 0
+        if self._reading and self._rfile is not None:
+            # Somebody else waits for it, which keeps it from being closed; whoever that is closes it as the wait ends.
+            self._left_open, self._sock, self._rfile = (self._rfile, self._sock), None, None
+            with suppress(OSError):
+                self._left_open[1].shutdown(socket.SHUT_RDWR)
         super()._force_close()
 
     # A statement, and its answer.
@@ -210,12 +220,13 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
             data = self._read_ahead(num_bytes)
         except BaseException as error:
             self._cut(f"{describe(error)} ended the wait for its rows")
-            if is_loss(error) or self._connect_by:
+            closed = self._sock is None and isinstance(error, OSError)  # by somebody else, who has seen to the rest
+            if closed or is_loss(error) or self._connect_by:
                 self._force_close()
             else:
                 self._abandon()
             self._note_kill(error)
-            if is_from_socket(error):
+            if closed or is_from_socket(error):
                 raise err.OperationalError(
                     CR.CR_SERVER_LOST, f"Lost connection to MySQL server during query ({error})"
                 ) from error
@@ -256,6 +267,14 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
             return read(size)
         finally:
             self._reading = False
+            if self._left_open:
+                self._close_what_was_left_open()
+
+    def _close_what_was_left_open(self) -> None:
+        files, self._left_open = self._left_open, ()
+        for each in files:
+            with suppress(OSError):
+                each.close()
 
     def _seconds_left(self) -> float:
         left = (self._connect_by or 0.0) - time.monotonic()
