@@ -64,6 +64,19 @@ class LoopConnections(EngineConnections):
         self._records.add(record)
         super().on_connect(connection, record)
 
+    def on_checkin(self, connection: Any, record: Any) -> None:
+        """A connection comes back: take back what its user has set on it."""
+        super().on_checkin(connection, record)
+        backend = self.backend
+        if isinstance(backend, AsyncMySQL) and record.dbapi_connection is not None:
+            try:
+                clean = backend.clean(connection)
+            except BaseException as error:
+                _give_up(record, error)
+            else:
+                if not clean:
+                    self.close(record)
+
     def close(self, record: Any) -> None:
         """Close the connection of a pool record that comes back."""
         try:

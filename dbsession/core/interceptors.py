@@ -1,8 +1,9 @@
 """Interceptors: the one place where an engine's dialect methods are replaced, and where its events are listened to.
 
 A *layer* is an object with methods `around_<name>(inner)`, which return what is called in place of the dialect's method
-(or class) of that name, and `on_<event>`, which listen; `executing(inner, context, *arguments)` stands for the three
-methods that execute a statement. `install()` takes the layers of an engine from the innermost to the outermost:
+(or class) of that name, and `on_<event>`, which listen (`on_stock_<event>`: where the pool is not ours);
+`executing(inner, context, *arguments)` stands for the three methods that execute a statement. `install()` takes the
+layers of an engine from the innermost to the outermost:
 
     notes        StatementNotes       who executes what, for those who look in
     outcome      TransactionWatch     what becomes of a transaction
@@ -172,6 +173,10 @@ class EngineConnections:
             pool.is_full = self.backend.is_full
         else:
             self.held.listen(engine)
+            for name in ("checkout", "reset"):  # of which our own pool tells at less cost
+                listener = getattr(self.backend, f"on_stock_{name}", None)
+                if listener is not None:
+                    event.listen(engine, name, listener)
 
     def around_do_close(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
         def do_close(dbapi_connection: Any) -> None:

@@ -19,16 +19,18 @@ from sqlalchemy.exc import DisconnectionError
 
 from dbsession.core import backends, fork, writes
 from dbsession.core.backends.base import Backend, Verdict
-from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import CHECKOUT, COMMITTING, DETACHED_USER, DOOMED, SCOPE, KnownConnection, nobody
 from dbsession.core.fork import KNOWN
 from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, UsedByTwo, describe
 
 
-def is_autocommit(connection: Connection, config: DatabaseConfig) -> bool:
+def is_autocommit(connection: Connection, backend: Backend) -> bool:
     """Return whether each statement on it is a transaction of its own."""
-    level = connection.get_execution_options().get("isolation_level") or config.isolation_level
-    return level == "AUTOCOMMIT"
+    known = backend.autocommits(connection.connection)
+    if known is None:
+        level = connection.get_execution_options().get("isolation_level") or backend.config.isolation_level
+        known = level == "AUTOCOMMIT"
+    return known
 
 
 class TransactionWatch:
@@ -61,7 +63,7 @@ class TransactionWatch:
         kind = writes.kind_of(statement[:200], self._rules)
         if kind:
             # In autocommit it is committed already.
-            writes.note(connection, statement, kind, is_autocommit(connection, self._config))
+            writes.note(connection, statement, kind, is_autocommit(connection, self._backend))
         return False
 
     on_do_executemany = on_do_execute
@@ -147,11 +149,11 @@ class TransactionWatch:
                 return
             info.pop(COMMITTING, None)
             info.pop(DOOMED, None)
+            if self._backend.may_have_kept(dbapi_connection) and (user := _user_of(dbapi_connection)) is not None:
+                writes.by_itself.add(user)
             driver = dbapi_connection.dbapi_connection
             if isinstance(driver, KnownConnection) and driver.unread and not driver.finish_at_hand():
-                note = (dbapi_connection.record_info or {}).get(CHECKOUT)
-                reference = info.get(DETACHED_USER) if note is None else note.connection
-                reader = None if reference is None else reference()
+                reader = _user_of(dbapi_connection)
                 if reader is not None and reader.in_transaction():
                     reader.invalidate()  # not read on for a ROLLBACK; the server rolls back what it has lost
                     return
@@ -202,7 +204,7 @@ class TransactionWatch:
             ):
                 return None  # it was not sent
             return self._judge_commit(context, connection, error, from_driver)
-        if verdict is Verdict.RETRY and connection.in_transaction() and not is_autocommit(connection, self._config):
+        if verdict is Verdict.RETRY and connection.in_transaction() and not is_autocommit(connection, self._backend):
             # A copy: the error's traceback would keep everything alive that this is only to be remembered for.
             connection.info[DOOMED] = type(error)(*error.args)
             self._ever_doomed = True
@@ -258,3 +260,11 @@ class TransactionWatch:
             return CommitOutcomeUnknown(self._name, error, context.is_disconnect)
         error.add_note(f"Database {self._name!r}: {MAYBE_COMMITTED}.")
         return None
+
+
+def _user_of(dbapi_connection: Any) -> Connection | None:
+    """Return the Connection that has executed something on a proxied DBAPI connection, also after it was detached."""
+    note = (dbapi_connection.record_info or {}).get(CHECKOUT)
+    reference = dbapi_connection.info.get(DETACHED_USER) if note is None else note.connection
+    user: Connection | None = None if reference is None else reference()
+    return user

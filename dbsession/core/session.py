@@ -21,7 +21,7 @@ from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import READ_TIMEOUT, SCOPE, KnownConnection
 from dbsession.core.engine import Database
 from dbsession.core.scope import BaseScope
-from dbsession.core.writes import forget, wrote
+from dbsession.core.writes import begin, by_itself, wrote
 from dbsession.errors import ConfigError, UnsavedWork
 
 # The connections of the transactions under way in scopes. SQLAlchemy's own finalizer would roll one back wherever the
@@ -186,7 +186,7 @@ def _connection_in_use(session: ManagedSession, _: SessionTransaction, connectio
     if connection not in session._open_connections:
         session._open_connections += (connection,)
         session._committed = False
-        forget(connection)  # it may be the user's own, from an earlier transaction
+        begin(connection)  # it may be the user's own, from an earlier transaction
         scope = session._scope() if session._scope is not None else None
         if scope is not None:
             _pinned.add(connection)
@@ -219,10 +219,12 @@ def _note_outcome(session: ManagedSession, outcome: str) -> None:
     lasting = False
     level = session._database.config.isolation_level
     for held in session._open_connections:
-        # is_autocommit(), without its call at the end of each transaction
-        if (held.get_execution_options().get("isolation_level") or level) == "AUTOCOMMIT":
+        written = held in wrote
+        if not written and (held.get_execution_options().get("isolation_level") or level) == "AUTOCOMMIT":
             return
-        lasting = lasting or held in wrote
+        if outcome == "rolled back" and held in by_itself:
+            return
+        lasting = lasting or written
     if scope.outcomes:
         scope.note_outcome(session._database.name, outcome, lasting)
     else:  # as note_outcome() does for a scope's first transaction, without its call

@@ -1,9 +1,10 @@
 """What a transaction has written and not committed yet, as the verbs of its statements tell.
 
     wrote        {Connection: its last statement that wrote}    none: nothing to lose
+    by_itself    Connections on which something was committed without a commit()
     _savepoints  {Connection: {name: what `wrote` had for it}}  for ROLLBACK TO
 
-Both are written by an engine's events, one operation at a time, and only by whoever uses the connection.
+All are written by an engine's events, one operation at a time, and only by whoever uses the connection.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from dbsession.core.backends.base import Backend
 
 wrote: weakref.WeakKeyDictionary[Connection, str] = weakref.WeakKeyDictionary()
 """Connections on which something was written in their last transaction, and the last statement that did it."""
+
+by_itself: weakref.WeakSet[Connection] = weakref.WeakSet()
+"""Connections on which something was committed by itself in their last transaction: in autocommit, or by DDL, say."""
 
 _savepoints: weakref.WeakKeyDictionary[Connection, dict[str, str | None]] = weakref.WeakKeyDictionary()
 
@@ -45,7 +49,7 @@ def kind_of(beginning: str, rules: type[Backend]) -> str:
         return WRITES
     verb, rest = match["verb"].lower(), match["rest"]
     if verb in _READING or verb in rules.NEUTRAL:
-        return READS
+        return ENDS if verb == "set" and rules.commits_by_setting(beginning) else READS
     if verb == "with":
         return WITH
     if verb in ("savepoint", "release"):
@@ -62,13 +66,23 @@ def note(connection: Connection, statement: str, kind: str, autocommit: bool) ->
     if kind == SAVEPOINT:
         _note_savepoint(connection, statement)
     elif kind == ENDS:
+        by_itself.add(connection)
         forget(connection)
-    elif not autocommit and (kind == WRITES or _CHANGES.search(statement)):
-        wrote[connection] = statement
+    elif kind == WRITES or _CHANGES.search(statement):
+        if autocommit:
+            by_itself.add(connection)
+        else:
+            wrote[connection] = statement
+
+
+def begin(connection: Connection) -> None:
+    """Note that a transaction begins on it, of whoever used it before."""
+    by_itself.discard(connection)
+    forget(connection)
 
 
 def forget(connection: Connection) -> None:
-    """Note that a transaction begins, or has ended, on it."""
+    """Note that a transaction has ended on it."""
     if wrote.pop(connection, None) is not None:
         _savepoints.pop(connection, None)
 

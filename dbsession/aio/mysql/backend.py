@@ -14,13 +14,17 @@ from typing import Any
 
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.util import await_
+from sqlalchemy.util.concurrency import in_greenlet
 
 from dbsession.aio.mysql import tls
 from dbsession.aio.mysql.connection import Wire, wire_of
 from dbsession.aio.mysql.kill import LoopKiller
 from dbsession.aio.mysql.known import make_known
 from dbsession.aio.mysql.results import ROLLED_BACK, Stream, has_later_results, read_later_results
-from dbsession.core.backends.mysql import MySQL
+from dbsession.core.backends.mysql import CLEANING_S, MySQL, driver_of
+from dbsession.core.backends.mysql_errors import CLOSED_BEFORE_COMMIT
+from dbsession.core.backends.mysql_sent import OPENING, Sent
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import SCOPE, WIRE, nobody
@@ -65,10 +69,11 @@ class AsyncMySQL(MySQL):
                         # that comes when the connection has just been made.
                         connection.close()
                         raise asyncio.CancelledError
-                    make_known(connection)
+                    make_known(connection, arguments)
                     # As an attribute it goes with it; see wire_of().
                     connection._dbsession_wire = Wire(connection, module)
-                    await self._settle(connection, arguments.get("autocommit", False) if left_to_us else None)
+                    if left_to_us:
+                        await self._set_autocommit(connection, arguments.get("autocommit", False))
                     return connection
             except TimeoutError:
                 raise module.OperationalError(
@@ -78,10 +83,11 @@ class AsyncMySQL(MySQL):
         arguments["async_creator_fn"] = within
 
     @staticmethod
-    async def _settle(connection: Any, autocommit: Any) -> None:
-        if autocommit is not None:  # sent whatever the server said, and so it is known
+    async def _set_autocommit(connection: Any, mode: Any) -> None:
+        """Set what was kept from the driver, which would believe a server that calls it set already."""
+        if mode is not None:
             try:
-                await connection.autocommit(autocommit)
+                await connection.autocommit(mode)
             except BaseException:
                 connection.close()
                 raise
@@ -141,13 +147,17 @@ class AsyncMySQL(MySQL):
                 wire = wire_of(proxied)
                 if wire is None:
                     return cursor
-                return Stream(cursor, wire, backend._read_s_of(_info_of(proxied)), self.root_connection, backend.config)
+                return Stream(cursor, wire, backend._read_s_of(_info_of(proxied)), self.root_connection, backend)
 
         return Context
 
     def around_do_commit(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
         def do_commit(dbapi_connection: Any) -> None:
-            _give_up_if_asking(wire_of(dbapi_connection))  # SQLAlchemy sends no ROLLBACK after a commit() that failed
+            wire = wire_of(dbapi_connection)
+            _give_up_if_asking(wire)  # SQLAlchemy sends no ROLLBACK after a commit() that failed
+            if wire is not None and wire.was_closed():
+                wire.cut_off(driver_of(dbapi_connection))
+                raise wire.module.OperationalError(*CLOSED_BEFORE_COMMIT)
             self._within(inner, self.config.read_timeout_s, dbapi_connection)
 
         return do_commit
@@ -173,6 +183,8 @@ class AsyncMySQL(MySQL):
         return do_rollback
 
     def around_set_isolation_level(self, inner: Callable[..., None]) -> Callable[..., None]:
+        inner = super().around_set_isolation_level(inner)
+
         def set_isolation_level(dbapi_connection: Any, level: Any) -> None:
             self._within(inner, self.config.read_timeout_s, dbapi_connection, level)
 
@@ -186,8 +198,20 @@ class AsyncMySQL(MySQL):
         return ask(connection, *arguments) if wire is None else wire.within(seconds, ask, connection, *arguments)
 
     def still_open(self, connection: Any) -> bool:
-        adapted = getattr(connection, "dbapi_connection", connection)
-        return bool(getattr(getattr(adapted, "driver_connection", None), "still_open", False))
+        return bool(getattr(driver_of(connection), "still_open", False))
+
+    def clean(self, connection: Any) -> bool:
+        """Take back what its user has set on a connection that comes back; return False if it has to be closed
+        instead. May wait."""
+        driver = driver_of(connection)
+        sent: Sent | None = getattr(driver, "sent", None)
+        if sent is None:
+            return True  # a creator's own, of which we know nothing
+        sent.level_changed = False  # SQLAlchemy has taken it back just now
+        if not sent.is_changed(driver.told_autocommit):
+            sent.phase = OPENING
+            return True
+        return in_greenlet() and bool(self._within(lambda _: await_(driver.reset()), CLEANING_S, connection))
 
     # Liveness, and the end.
 

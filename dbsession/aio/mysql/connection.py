@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
+from dbsession.core.backends.mysql_errors import HUNG_UP
 from dbsession.core.backends.mysql_sent import Sent
 from dbsession.errors import UsedByTwo, describe, driver_number
 
@@ -147,6 +148,17 @@ class Wire:
         look = select.poll()
         look.register(socket.fileno(), select.POLLIN)
         return not look.poll(0) and not _read_ahead(self._driver())
+
+    def was_closed(self) -> bool:
+        """Whether the server has closed it, or we have, whatever of it is unread. Waits for nobody."""
+        if self.transport.is_closing():
+            return True
+        socket = self.transport.get_extra_info("socket")
+        if socket is None or not hasattr(select, "poll"):
+            return False
+        look = select.poll()
+        look.register(socket.fileno(), HUNG_UP)
+        return bool(look.poll(0))
 
     def _look(self) -> None:
         self._timer = None

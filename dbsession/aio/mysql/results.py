@@ -14,7 +14,7 @@ from sqlalchemy.util import await_only
 
 from dbsession.aio.holders import outermost_of, running_here
 from dbsession.aio.mysql.connection import Wire
-from dbsession.core.config import DatabaseConfig
+from dbsession.core.backends.base import Backend
 from dbsession.core.connection_info import DOOMED
 from dbsession.core.outcome import is_autocommit
 from dbsession.core.pool import callsites
@@ -29,12 +29,12 @@ class Stream:
     """A server-side cursor whose fetches are bounded, one by one, and which knows whether it was read to its end. Lives
     as long as its result."""
 
-    def __init__(self, cursor: Any, wire: Wire, seconds: float, reader: Connection, config: DatabaseConfig) -> None:
+    def __init__(self, cursor: Any, wire: Wire, seconds: float, reader: Connection, backend: Backend) -> None:
         self._cursor = cursor
         self._wire = wire
         self._seconds = seconds
         self._reader = weakref.ref(reader)
-        self._config = config
+        self._backend = backend
         self._ended = True  # until something was executed that gives rows
         self._cut: str | None = None
 
@@ -74,7 +74,7 @@ class Stream:
             self._wire.within(self._seconds, self._cursor.close)
         except self._wire.module.Error as error:
             reader = self._reader()
-            if reader is not None and reader.in_transaction() and not is_autocommit(reader, self._config):
+            if reader is not None and reader.in_transaction() and not is_autocommit(reader, self._backend):
                 reader.info[DOOMED] = type(error)(*error.args)
             raise
         finally:

@@ -122,6 +122,23 @@ class Backend:
         """Return whether a transaction may be open on a DBAPI connection, as far as the client itself knows."""
         return True
 
+    def autocommits(self, connection: Any) -> bool | None:
+        """Return whether each statement on SQLAlchemy's proxy of a DBAPI connection commits itself; None: by its
+        isolation level, since the driver does not tell."""
+        connection = getattr(connection, "dbapi_connection", connection)
+        found = getattr(connection, "autocommit", None)  # psycopg's, among others
+        return found if isinstance(found, bool) else None
+
+    def may_have_kept(self, connection: Any) -> bool:
+        """Return whether something written on it since the last COMMIT or ROLLBACK was committed by itself."""
+        return self.autocommits(connection) is True
+
+    @staticmethod
+    def commits_by_setting(statement: str) -> bool:
+        """Return whether a statement that begins with SET commits what was written before it, and goes on in
+        autocommit."""
+        return False
+
     # What an error means.
 
     def classify(self, error: BaseException) -> Verdict:

@@ -9,6 +9,7 @@ from sqlalchemy.engine import Connection
 
 from dbsession.core.backends import mysql_errors
 from dbsession.core.backends.base import Backend, Verdict
+from dbsession.core.backends.mysql_sent import ASIDE, USED, Sent, sets_autocommit_on
 from dbsession.core.config import TIMEOUTS
 from dbsession.core.connection_info import TIMEOUT_UNDOES_ALL
 from dbsession.errors import ConfigError
@@ -20,6 +21,15 @@ READ_ONLY = (
 """Answered with a row for each reason for which the server takes no writes."""
 
 _BOTH_HALVES = {"connect_timeout_s", "read_timeout_s", "kill_abandoned", "ping_idle_s"}
+
+CLEANING_S = 5.0
+"""Seconds that the server has for each answer while a returned connection is cleaned; then it is discarded."""
+
+
+def driver_of(connection: Any) -> Any:
+    """Return the driver's connection below the pool's proxy and SQLAlchemy's adapter for asyncio."""
+    connection = getattr(connection, "dbapi_connection", connection)
+    return getattr(connection, "driver_connection", connection)
 
 
 class MySQL(Backend):
@@ -63,11 +73,25 @@ class MySQL(Backend):
     def around_detect_autocommit_setting(self, inner: Callable[[Any], bool]) -> Callable[[Any], bool]:
         def detect_autocommit_setting(dbapi_conn: Any) -> bool:
             # Asked with `skip_autocommit_rollback`, to leave out a ROLLBACK.
-            connection = getattr(dbapi_conn, "dbapi_connection", dbapi_conn)
-            settled: bool | None = getattr(getattr(connection, "driver_connection", connection), "settled", None)
+            settled: bool | None = getattr(driver_of(dbapi_conn), "settled", None)
             return inner(dbapi_conn) if settled is None else settled
 
         return detect_autocommit_setting
+
+    def around_set_isolation_level(self, inner: Callable[..., None]) -> Callable[..., None]:
+        def set_isolation_level(dbapi_connection: Any, level: Any) -> None:
+            # That of one checkout is SQLAlchemy's to take back.
+            sent: Sent | None = getattr(driver_of(dbapi_connection), "sent", None)
+            if sent is None or sent.phase is not USED:
+                inner(dbapi_connection, level)
+                return
+            sent.phase, sent.level_changed = ASIDE, True
+            try:
+                inner(dbapi_connection, level)
+            finally:
+                sent.phase = USED
+
+        return set_isolation_level
 
     def takes_writes(self, connection: Any) -> bool:
         try:
@@ -76,6 +100,19 @@ class MySQL(Backend):
             if not mysql_errors.is_refusal(failure):
                 raise
             return False
+
+    def autocommits(self, connection: Any) -> bool | None:
+        driver = driver_of(connection)
+        known: bool | None = getattr(driver, "autocommits", None)
+        if known is None and hasattr(driver, "get_autocommit"):
+            known = bool(driver.get_autocommit())
+        return known
+
+    def may_have_kept(self, connection: Any) -> bool:
+        sent: Sent | None = getattr(driver_of(connection), "sent", None)
+        return (sent is not None and sent.kept) or self.autocommits(connection) is True
+
+    commits_by_setting = staticmethod(sets_autocommit_on)
 
     def classify(self, error: BaseException) -> Verdict:
         return mysql_errors.classify(error)

@@ -4,6 +4,9 @@ What we know beats what we are told: proxies and compatible servers do not set t
 (SERVER_STATUS_IN_TRANS above all). So a COMMIT or ROLLBACK is left out only where nothing was sent since the last one
 was answered, or, in an autocommit mode that we have set ourselves, nothing but statements that by their text leave no
 transaction open. What the server says may only make us send more.
+
+A text also tells whether it changes the session: what the connection's user has set is taken back when it returns, and
+what was set as it was opened, by listeners of the user's too, is set again.
 """
 
 from __future__ import annotations
@@ -11,31 +14,80 @@ from __future__ import annotations
 import re
 from typing import Any
 
-QUERY, PING, SET_OPTION = 0x03, 0x0E, 0x1B
-"""Commands of the protocol, by their numbers."""
+INIT_DB, QUERY, PING, CHANGE_USER, PREPARE, EXECUTE, SET_OPTION, RESET_CONNECTION = (
+    *(0x02, 0x03, 0x0E, 0x11),
+    *(0x16, 0x17, 0x1B, 0x1F),
+)
+"""Commands of the protocol, by their numbers. The last one: MySQL 5.7.3, MariaDB 10.2.4."""
 MULTI_STATEMENTS = 0x10000
 """The client's flag by which one text may hold several statements."""
 
-# White space and comments before a statement; not those whose content is executed, /*! and /*M!.
-_SPACE = rb"(?:[\s(]|/\*(?!M?!).*?\*/|--[^\n]*(?:\n|\Z)|\#[^\n]*(?:\n|\Z))*+"
-_CONTENT_IS_EXECUTED = re.compile(rb"/\*M?!", re.IGNORECASE)
-# In autocommit these are transactions of their own.
-_WHOLE = re.compile(
-    _SPACE + rb"(?:select|insert|update|delete|replace|with|show|explain|desc|describe|values|table|do)\b",
-    re.IGNORECASE | re.DOTALL,
+OPENING, USED, ASIDE = "opening", "used", "aside"
+"""Who sends: whoever opens the connection, or its `checkout` listeners; its user; SQLAlchemy or we ourselves, who take
+it back."""
+_MOST_SETTINGS = 50
+
+_COMMENTS = rb"--[^\n]*(?:\n|\Z)|\#[^\n]*(?:\n|\Z)"
+# What may stand before a statement; in the first without comments whose content is executed, /*! and /*M!.
+_SPACE = rb"(?:[\s(]|/\*(?!M?!).*?\*/|" + _COMMENTS + rb")*+"
+_START = rb"(?:[\s(;]|/\*M?!\d*|\*/|/\*.*?\*/|" + _COMMENTS + rb")*+"
+
+
+def _compiled(pattern: bytes) -> re.Pattern[bytes]:
+    return re.compile(pattern, re.IGNORECASE | re.DOTALL)
+
+
+_CONTENT_IS_EXECUTED = _compiled(rb"/\*M?!")
+# In autocommit these are transactions of their own. Group 1 may set nothing of the session.
+_WHOLE = _compiled(
+    _SPACE + rb"(?:(insert|update|delete|replace)|select|with|show|explain|desc|describe|values|table|do)\b"
 )
 # These leave the autocommit mode as it is, unless they name it.
-_KEEPS_AUTOCOMMIT = re.compile(
+_KEEPS_AUTOCOMMIT = _compiled(
     _SPACE + rb"(?:set|start|begin(?!\s*not\b)|commit|rollback|savepoint|release|use|lock|unlock|flush|create|drop|"
-    rb"alter|truncate|rename|kill|xa|handler|prepare|deallocate|load|analyze|optimize|check|grant|revoke)\b",
-    re.IGNORECASE | re.DOTALL,
+    rb"alter|truncate|rename|kill|xa|handler|prepare|deallocate|load|analyze|optimize|check|grant|revoke)\b"
 )
+_SETS_AUTOCOMMIT = _compiled(
+    _SPACE + rb"set\s*(?:(?:session|local)\s+|@@(?:(?:session|local)\s*\.\s*)?)?`?autocommit`?\s*:?=\s*"
+    rb"'?(?:(1|on|true)|0|off|false)'?[\s;]*\Z"
+)
+# These commit what was written before them.
+_COMMITS = _compiled(
+    _START + rb"(?:alter|analyze|begin|check|commit|create(?!\s+temporary)|drop(?!\s+temporary)|flush|grant|install|"
+    rb"lock|optimize|rename|repair|revoke|set\s+password|start\s+transaction|truncate|uninstall)\b"
+)
+# SET TRANSACTION is over with the next transaction, SET STATEMENT with its statement.
+_CHANGES = (
+    rb"(?:set(?!\s+(?:transaction|statement)\b)|use|lock|flush|prepare|execute|handler|backup|"
+    rb"create\s+(?:or\s+replace\s+)?temporary|begin\s+not|if|case|loop|while|repeat|for|declare)\b"
+)
+_CHANGES_FIRST = _compiled(_START + _CHANGES)
+_CHANGES_WITHIN = _compiled(rb"(?:;|/\*M?!\d*)" + _START + _CHANGES)
+_INTO_VARIABLE = _compiled(rb"\binto\s+@")
+_MOVES = _compiled(rb"\buse\b")
+_TAKES_ROLE = _compiled(rb"\brole\b")
 
 
 class Sent:
     """What was sent on one connection. Lives as long as it; written by whoever sends, in steps that do not switch."""
 
-    __slots__ = ("_several", "autocommit", "count", "ended_at")
+    __slots__ = (
+        "_mode",
+        "_mode_told",
+        "_several",
+        "autocommit",
+        "changed",
+        "count",
+        "ended_at",
+        "kept",
+        "level_changed",
+        "mode_at_first",
+        "moved",
+        "phase",
+        "settings",
+        "told_at_first",
+        "unsettable",
+    )
 
     def __init__(self, several: bool) -> None:
         self._several = several  # a text may hold several statements
@@ -45,36 +97,132 @@ class Sent:
         """`count` when it was known that no transaction is open. As long as they are the same, that is known."""
         self.autocommit: bool | None = None
         """The autocommit mode that we have set, and that nothing sent since can have changed; None: not known."""
+        self._mode: bool | None = None  # the one that was set last, as far as we have seen
+        self._mode_told: bool | None = None  # what the server said of it then
+        self.kept = False
+        """Something that was sent has committed what was written before it, since the last ROLLBACK."""
+        self.phase = OPENING
+        self.settings: dict[bytes, bytes] | None = {}
+        """What was set while it was opened, in its order, by what it sets; None: too much to be done again."""
+        self.told_at_first: bool | None = None
+        """Whether its first user got it in autocommit, as the server said."""
+        self.mode_at_first: bool | None = None
+        """The autocommit mode that was set by then."""
+        self.level_changed = False
+        """An isolation level of one checkout is to be taken back."""
+        self.changed = self.moved = self.unsettable = False
+        """What its user has sent changes the session; its current database; its role, which no reset takes back."""
 
     def command(self, number: int, text: Any) -> None:
         """Note a command that is about to be sent, whatever becomes of it."""
         still_ended = self.ended_at == self.count
         self.count += 1
-        if number == PING:
-            if still_ended:
-                self.ended_at = self.count
-        elif number != QUERY:
-            self.autocommit = None
-            self._several = self._several or number == SET_OPTION
-        elif self.autocommit is not None:
-            sql = text.encode() if isinstance(text, str) else text
-            if self._is_one(sql) and _WHOLE.match(sql):
+        if number == QUERY:
+            if isinstance(text, str):
+                if text == "COMMIT" or text == "ROLLBACK":
+                    return
+                text = text.encode()
+            one = not (self._several and b";" in text) and not (b"/*" in text and _CONTENT_IS_EXECUTED.search(text))
+            whole = _WHOLE.match(text)
+            if whole is None or not one:
+                self._note_other(text, one)
+            else:
                 if still_ended and self.autocommit:
                     self.ended_at = self.count
-            elif b"autocommit" in sql.lower() or not (self._is_one(sql) and _KEEPS_AUTOCOMMIT.match(sql)):
-                self.autocommit = None
+                if whole.lastindex is None and not self.changed and _sets_by_function(text):
+                    self._note_change(text)
+        elif number == PING:
+            if still_ended:
+                self.ended_at = self.count
+        else:
+            self._note_command(number, text)
 
-    def _is_one(self, sql: bytes) -> bool:
-        """Whether the text is surely one statement, of which we see everything."""
-        return not (self._several and b";" in sql) and not (b"/*" in sql and _CONTENT_IS_EXECUTED.search(sql))
+    def _note_command(self, number: int, text: Any) -> None:
+        if number == PREPARE:
+            sql = text.encode() if isinstance(text, str) else text
+            if _WHOLE.match(sql) is None:
+                self._several = True  # as far as we see: what it executes, it does not say
+                self._note_other(sql, one=False)
+        elif number != EXECUTE or self._several:
+            self.autocommit = None
+        if number == SET_OPTION:
+            self._several = True
+        elif number in (INIT_DB, CHANGE_USER):
+            self._note_change(b"use" if number == INIT_DB else b"role")
+
+    def _note_other(self, sql: bytes, one: bool) -> None:
+        if b"autocommit" in sql.lower() or not (one and _KEEPS_AUTOCOMMIT.match(sql)):
+            self.autocommit = None
+            found = _SETS_AUTOCOMMIT.match(sql)
+            if found:
+                self._mode, self._mode_told = bool(found[1]), None
+                self.kept = self.kept or self._mode
+        self.kept = self.kept or _COMMITS.match(sql) is not None
+        if _CHANGES_FIRST.match(sql) or (not one and _CHANGES_WITHIN.search(sql)):
+            self._note_change(sql)
+
+    def _note_change(self, sql: bytes) -> None:
+        if self.phase is USED:
+            self.changed = True
+            self.moved = self.moved or _MOVES.search(sql) is not None
+            self.unsettable = self.unsettable or _TAKES_ROLE.search(sql) is not None
+        elif self.phase is OPENING and self.settings is not None and not _SETS_AUTOCOMMIT.match(sql):
+            # By what stands before its first "=", so that a `checkout` listener adds nothing with another value.
+            key = sql.partition(b"=")[0]
+            self.settings[key] = sql
+            if len(self.settings) > _MOST_SETTINGS:
+                self.settings = None
 
     def ended(self, before: int) -> None:
         """Note that a COMMIT or ROLLBACK was answered, `before` which so many commands had been sent: if others were
         sent meanwhile, nobody knows what is open."""
+        self.kept = False
         if self.count == before + 1:
             self.ended_at = self.count
 
-    def autocommit_set(self, value: bool, before: int) -> None:
-        """Note that our SET autocommit was answered, `before` which so many commands had been sent."""
+    def autocommit_set(self, value: bool, before: int, told: bool) -> None:
+        """Note that our SET autocommit was answered, `before` which so many commands had been sent, and that the server
+        has `told` of its mode in the answer."""
+        self._mode, self._mode_told = value, told
         if self.count == before + 1:
             self.autocommit = value
+
+    def autocommits(self, told: bool) -> bool:
+        """Return whether each statement commits itself, where the server's last answer has `told` so: as it was set
+        last, unless the server has changed its word since then. What a server that lies says is always the same."""
+        if self._mode is None:
+            return told
+        if self._mode_told is None:
+            self._mode_told = told
+        return self._mode if told is self._mode_told else told
+
+    # The connection's user.
+
+    def taken(self, told: bool) -> None:
+        """Note that from now on its user sends."""
+        if self.told_at_first is None:
+            self.told_at_first, self.mode_at_first = told, self._mode
+        self.phase, self.kept = USED, False
+
+    def is_changed(self, told: bool) -> bool:
+        """Return whether its user has changed the session, by a text or by the server's word."""
+        return self.changed or (self.phase is USED and told is not self.told_at_first and not self.level_changed)
+
+    def returned(self) -> None:
+        """Note that it is as at first, and will be somebody else's."""
+        self.changed = self.moved = self.unsettable = self.level_changed = self.kept = False
+        self.phase = OPENING
+
+
+def sets_autocommit_on(statement: str) -> bool:
+    """Whether a statement, which begins with SET, commits what was written and goes on in autocommit."""
+    if "autocommit" not in statement.lower():
+        return False
+    found = _SETS_AUTOCOMMIT.match(statement.encode())
+    return found is not None and found[1] is not None
+
+
+def _sets_by_function(sql: bytes) -> bool:
+    """Whether a statement that reads leaves a lock or a variable behind."""
+    lower = sql.lower()
+    return b"get_lock" in lower or b":=" in sql or (b"into" in lower and _INTO_VARIABLE.search(sql) is not None)

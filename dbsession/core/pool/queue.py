@@ -7,7 +7,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, Generic, Self, TypeVar
 
-from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
 from dbsession.core import fork
 from dbsession.core.fork import KNOWN
@@ -75,7 +75,7 @@ class QueuedPool(QueuePool, Generic[WaiterT]):
         self._open = 0
         self._successor: Self | None = None
 
-    def connect(self) -> Any:
+    def connect(self) -> PoolProxiedConnection:
         """Check a connection out, as SQLAlchemy's Pool does. Where an old one cannot be replaced, since the server has
         no room for the new one, another one is waited for."""
         if not KNOWN[0]:
@@ -84,11 +84,19 @@ class QueuedPool(QueuePool, Generic[WaiterT]):
                 return self._successor.connect()
         while True:
             try:
-                return super().connect()
+                proxied: PoolProxiedConnection = super().connect()
+                break
             except Exception as error:
                 if not self.is_full(error) or hasattr(error, _FINAL) or not self._open:
                     raise
                 self._fill_up(error)
+        # After its `checkout` listeners what is sent on a connection is its user's.
+        driver: Any = proxied.dbapi_connection
+        driver = getattr(driver, "driver_connection", driver)
+        sent = getattr(driver, "sent", None)
+        if sent is not None:
+            sent.taken(driver.told_autocommit)
+        return proxied
 
     # Called by each half where nothing can come in between.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
-from dbsession.core.backends.mysql import MySQL
+from dbsession.core.backends.mysql import CLEANING_S, MySQL
+from dbsession.core.backends.mysql_sent import ASIDE, OPENING
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.config import TIMEOUTS, DatabaseConfig
 from dbsession.core.interceptors import StatementNotes
@@ -22,9 +22,6 @@ from dbsession.green.mysql.kill import GreenKiller
 
 logger = logging.getLogger("dbsession.mysql")
 
-CLEANING_S = 5.0
-"""Seconds that the server has for each answer while a returned connection is cleaned; then it is discarded."""
-
 
 class PyMySQL(MySQL):
     """The rules of one engine by PyMySQL, and its connections. Lives as long as the engine."""
@@ -33,12 +30,9 @@ class PyMySQL(MySQL):
         super().__init__(config)
         self._tls = TLSContexts()
         self._killer = GreenKiller(config.name, stats, self._tls) if config.kill_abandoned else None
-        self._engine: Callable[[], Engine | None] = lambda: None
         self._take_level_back: Callable[[Any], None]
         self.cleans = False
         """The pool is ours, and cleans what comes back."""
-        if config.reset != "connection":
-            self.on_reset = None  # type: ignore[assignment,method-assign]
 
     def engine_options(self) -> dict[str, Any]:
         # PyMySQL waits for ever by default: a silent server would hang every request.
@@ -52,7 +46,6 @@ class PyMySQL(MySQL):
     def made(self, engine: Engine, cleans: bool) -> None:
         """Take note of the new engine, whose pool `cleans` what comes back; log what the user's own options take away
         from what is promised of its connections."""
-        self._engine = weakref.ref(engine)
         self.cleans = cleans
         name, options = self.config.name, self.config.options
         if "creator" in options:
@@ -61,16 +54,6 @@ class PyMySQL(MySQL):
                 "with the server, and abandoned statements run on there. Remove it, and use `connect_args`.",
                 name,
             )
-        if self.config.reset == "connection":
-            for listener in engine.pool.dispatch.connect:
-                module = getattr(listener, "__module__", "") or ""
-                if not module.startswith(("sqlalchemy.", "dbsession.")):
-                    logger.warning(
-                        "Database %r: what the `connect` listener %s sets up is undone by reset='connection' and not "
-                        "done again. Use `init_command` in `connect_args`.",
-                        name,
-                        f"{module}.{getattr(listener, '__qualname__', '?')}",
-                    )
 
     # Opening.
 
@@ -128,17 +111,37 @@ class PyMySQL(MySQL):
             return None if "creator" in self.config.options else connection.rollback
         if connection is None or not connection.open:
             return None
-        if self.config.reset == "connection" and connection.used:
-            return partial(self._clean, connection, self._reset)
-        if connection.level_changed:
-            return partial(self._clean, connection, self._reset_level)
-        return None if connection.settled else partial(self._clean, connection, Connection.rollback)
+        sent = connection.sent
+        how: Callable[[Connection], None]
+        if self._is_to_be_reset(connection):
+            how = self._reset
+        elif sent.level_changed:
+            how = self._reset_level
+        elif connection.settled:
+            sent.phase = OPENING
+            return None
+        else:
+            how = Connection.rollback
+        sent.phase = ASIDE
+        return partial(self._clean, connection, how)
 
-    def on_reset(self, connection: Any, _: ConnectionPoolEntry, state: PoolResetState) -> None:
+    def _is_to_be_reset(self, connection: Connection) -> bool:
+        return connection.sent.is_changed(connection.told_autocommit) or (
+            self.config.reset == "connection" and connection.used
+        )
+
+    @staticmethod
+    def on_stock_checkout(connection: Any, *_: object) -> None:
+        """Note that a connection of another pool than ours is its user's from now on."""
+        if isinstance(connection, Connection):
+            connection.sent.taken(connection.told_autocommit)
+
+    def on_stock_reset(self, connection: Any, _: ConnectionPoolEntry, state: PoolResetState) -> None:
         """Reset a connection that comes back to another pool than ours."""
-        if self.cleans or self.config.reset != "connection" or state.terminate_only:
+        if state.terminate_only or not isinstance(connection, Connection) or not connection.open:
             return
-        if isinstance(connection, Connection) and connection.open and connection.used:
+        if self._is_to_be_reset(connection):
+            connection.sent.phase = ASIDE
             self._clean(connection, self._reset)
 
     def around_reset_isolation_level(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -147,7 +150,7 @@ class PyMySQL(MySQL):
         def reset_isolation_level(dbapi_conn: Any) -> None:
             # SQLAlchemy takes an isolation level back in the middle of the return, where a kill costs the slot.
             if self.cleans and isinstance(dbapi_conn, Connection):
-                dbapi_conn.level_changed = True
+                dbapi_conn.sent.level_changed = True
             else:
                 inner(dbapi_conn)
 
@@ -156,7 +159,9 @@ class PyMySQL(MySQL):
     def _reset_level(self, connection: Any) -> None:
         connection.rollback()
         self._take_level_back(connection)
-        connection.level_changed = False
+        connection.sent.level_changed = False
+        if connection.told_autocommit is not connection.sent.told_at_first:
+            self._reset(connection)
 
     def _clean(self, connection: Connection, how: Callable[[Connection], None]) -> None:
         before = connection.read_within_at_most(CLEANING_S)
@@ -164,13 +169,11 @@ class PyMySQL(MySQL):
         connection.read_within(before)
         if not connection.open:  # an unread stream, say
             raise ConnectionAbortedError("the connection was given up while it was cleaned")
+        connection.sent.returned()
 
     def _reset(self, connection: Connection) -> None:
-        session_state.reset(connection)
-        engine = self._engine() if connection.open else None
-        if engine is not None:
-            level: Any = self.config.isolation_level
-            if level is not None:
-                engine.dialect.set_isolation_level(connection, level)
-            self.connected(connection, {})
-        connection.level_changed = connection.used = False
+        if connection.unread:  # is not read to its end
+            connection.rollback()
+        else:
+            session_state.reset(connection)
+            connection.used = False

@@ -16,7 +16,7 @@ from pymysql import err
 from pymysql.constants import CR, SERVER_STATUS
 
 from dbsession.core import fork
-from dbsession.core.backends.mysql_errors import is_from_socket
+from dbsession.core.backends.mysql_errors import CLOSED_BEFORE_COMMIT, HUNG_UP, is_from_socket
 from dbsession.core.backends.mysql_sent import MULTI_STATEMENTS, Sent
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.connection_info import KnownConnection
@@ -73,8 +73,6 @@ class Connection(Wire, KnownConnection):
         """Whether the last commit() got as far as sending COMMIT."""
         self.pinging = False
         """A ping was sent that is not answered."""
-        self.level_changed = False
-        """An isolation level of one checkout is to be taken back."""
         self.used = False
         """Something was executed on it since it was connected or reset."""
         self.local: Any = None
@@ -83,7 +81,7 @@ class Connection(Wire, KnownConnection):
         """How the server shows it in HOST of its processlist, where that is known."""
         self.sent = Sent(several=False)
         super().__init__(*args, **kwargs)
-        self.autocommit_at_first = self.autocommit_mode
+        self.charset_at_first = self.charset, self.collation
         self.place: Any = None
         """The current database and role, where they are to be kept; see session_state."""
         self.used = False
@@ -125,8 +123,18 @@ class Connection(Wire, KnownConnection):
             sent.ended_at == sent.count
             and self._settled
             and not self.server_status & _BUSY
-            and (not sent.autocommit or self.get_autocommit())
+            and (not sent.autocommit or self.told_autocommit)
         )
+
+    @property
+    def told_autocommit(self) -> bool:
+        """Whether it is in autocommit, by the server's last answer."""
+        return self.server_status & SERVER_STATUS.SERVER_STATUS_AUTOCOMMIT != 0
+
+    @property
+    def autocommits(self) -> bool:
+        """Whether each statement commits itself."""
+        return self.sent.autocommits(self.told_autocommit)
 
     @property
     def in_transaction(self) -> bool:
@@ -177,9 +185,20 @@ class Connection(Wire, KnownConnection):
                 if self.open:  # SQLAlchemy sends no ROLLBACK after a commit() that failed
                     self._roll_back()
                 raise
+            if self._sock is not None:
+                look = _poll()
+                look.register(self._sock.fileno(), HUNG_UP)
+                if look.poll(0):
+                    self._force_close()
+                    raise err.OperationalError(*CLOSED_BEFORE_COMMIT)
             self.commit_sent = True
+            self.unsent = False
             before = self.sent.count
-            super().commit()
+            try:
+                super().commit()
+            except BaseException:
+                self.commit_sent = not self.unsent
+                raise
             self.sent.ended(before)
 
     def _roll_back(self) -> None:
@@ -213,10 +232,10 @@ class Connection(Wire, KnownConnection):
     def autocommit(self, value: Any) -> None:
         """Set the autocommit mode, unless it is known to be that."""
         self.autocommit_mode = bool(value)
-        if self.sent.autocommit is not self.autocommit_mode or self.get_autocommit() is not self.autocommit_mode:
+        if self.sent.autocommit is not self.autocommit_mode or self.told_autocommit is not self.autocommit_mode:
             before = self.sent.count
             self._send_autocommit_mode()
-            self.sent.autocommit_set(self.autocommit_mode, before)
+            self.sent.autocommit_set(self.autocommit_mode, before, self.told_autocommit)
 
     def ping(self, reconnect: bool = False) -> None:
         """Raise an error if the connection is gone. One used a moment ago is not asked but looked at: readable while

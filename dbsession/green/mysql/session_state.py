@@ -7,24 +7,35 @@ from typing import Any
 import pymysql.cursors
 from pymysql import err
 
+from dbsession.core.backends.mysql_sent import RESET_CONNECTION
 from dbsession.green.mysql.connection import Connection
-
-_COM_RESET_CONNECTION = 0x1F  # MySQL 5.7.3, MariaDB 10.2.4; PyMySQL has no name for it
 
 
 def reset(connection: Connection) -> None:
-    """Take back what the session has set: COM_RESET_CONNECTION, then what PyMySQL sets at connect. The connection is
-    closed if it is in another database or role than at first, which that command keeps."""
-    connection.command(_COM_RESET_CONNECTION)
-    connection.set_character_set(connection.charset, connection.collation)
-    with connection.cursor(pymysql.cursors.Cursor) as cursor:
-        if connection.sql_mode is not None:
-            cursor.execute("SET sql_mode = %s", (connection.sql_mode,))
-        if connection.init_command is not None:
-            cursor.execute(connection.init_command)
-    if connection.autocommit_at_first is not None:
-        connection.autocommit(connection.autocommit_at_first)
-    if connection.place != _place(connection):
+    """Take back what the session has set: COM_RESET_CONNECTION, then whatever was set as it was opened, by PyMySQL,
+    SQLAlchemy, us or a `connect` listener of the user's. The connection is closed where that is not enough: it has
+    another role than at first, or another database and had none."""
+    sent = connection.sent
+    moved = sent.moved and connection.place is None
+    if sent.settings is None or sent.unsettable or (moved and not connection.db):
+        connection.close()
+        return
+    before = sent.count
+    connection.command(RESET_CONNECTION)
+    sent.ended(before)
+    if moved:
+        connection.select_db(connection.db)
+    if (connection.charset, connection.collation) != connection.charset_at_first:  # by PyMySQL's own method
+        connection.set_character_set(*connection.charset_at_first)
+    init = connection.init_command
+    init = init.encode(connection.encoding) if isinstance(init, str) else init
+    if init is not None and init not in sent.settings.values():
+        connection.query(init)
+    for statement in list(sent.settings.values()):
+        connection.query(statement)
+    if sent.mode_at_first is not None:
+        connection.autocommit(sent.mode_at_first)
+    if connection.place is not None and connection.place != _place(connection):
         connection.close()
 
 

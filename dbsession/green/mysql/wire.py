@@ -57,6 +57,8 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
     sent: Sent
     used = False
     """Something was sent on it since it was connected or reset."""
+    unsent = False
+    """The socket has refused a part of what was to be sent last, so that the server cannot have had it as a whole."""
     _epoch = -1
     _heard = 0.0  # when the last answer came
     _settled = False  # everything sent was answered, and the last answer was no error
@@ -185,6 +187,7 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
             self._force_close()
             self._note_kill(error)
             if is_from_socket(error):
+                self.unsent = True
                 raise err.OperationalError(
                     CR.CR_SERVER_GONE_ERROR, f"MySQL server has gone away ({error!r})"
                 ) from error

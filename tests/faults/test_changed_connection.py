@@ -1,0 +1,323 @@
+"""F30: what its user has set on a connection is taken back as it returns, also with reset="rollback", where a statement
+or an answer of the server's has shown it; and what listeners and options of the user's have set up stays. F31: a
+connection in autocommit is known as one, however it came to it."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import event, text
+
+from dbsession import UnsavedWork
+from support.halves import HALVES, done, entered, sync
+
+DRIVERS = {"pymysql": "gevent", "asyncmy": "aio", "aiomysql": "aio"}
+INSERT = text("INSERT INTO t (n) VALUES (:n)")
+STATE = text(
+    "SELECT CONVERT(CONCAT_WS('|', COALESCE(@a, 'none'), @@autocommit, @@tx_isolation, @@tx_read_only, @@sql_mode,"
+    " @@time_zone, @@foreign_key_checks, @@character_set_client, @@character_set_results, @@collation_connection,"
+    " @@completion_type, COALESCE(DATABASE(), 'none'), COALESCE(CURRENT_ROLE(), 'none'),"
+    " COALESCE(IS_USED_LOCK('mine'), 'free')) USING utf8mb4)"
+)
+CHANGES = {
+    "autocommit": ["SET autocommit = 1"],
+    "autocommit, otherwise": ["/* mine */ set @@session.autocommit:=ON"],
+    "autocommit, among others": ["SET @a = 1, SESSION autocommit = 1"],
+    "autocommit, hidden": ["/*!50000 SET autocommit = 1 */"],
+    "autocommit, at once": ["EXECUTE IMMEDIATE 'SET autocommit = 1'"],
+    "autocommit, by a procedure": ["CALL sets_autocommit()"],
+    "read only": ["SET SESSION TRANSACTION READ ONLY"],
+    "lock": ["LOCK TABLES t READ"],
+    "lock of all": ["FLUSH TABLES t WITH READ LOCK"],
+    "isolation": ["SET SESSION TRANSACTION ISOLATION LEVEL READ UNCOMMITTED"],
+    "charset": ["SET NAMES latin1"],
+    "mode": ["SET sql_mode = ''", "SET foreign_key_checks = 0", "SET time_zone = '+05:00'"],
+    "variable": ["SET @a = 'alice'"],
+    "variable, read into": ["SELECT 'alice' INTO @a"],
+    "variable, on the way": ["SELECT @a := 'alice'"],
+    "named lock": ["SELECT GET_LOCK('mine', 0)"],
+    "temporary table": ["CREATE TEMPORARY TABLE t (n INT PRIMARY KEY, other INT NOT NULL)"],
+    "database": ["USE information_schema"],
+    "role": ["SET ROLE dbs_role"],
+    "chain": ["SET completion_type = 'CHAIN'"],
+    "handler": ["HANDLER t OPEN"],
+    "compound": ["BEGIN NOT ATOMIC SET @a = 'alice'; END"],
+}
+REPLACED = {"role"}  # which no reset takes back
+
+
+@pytest.fixture(params=["pymysql", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
+def driver(request):
+    return request.param
+
+
+@pytest.fixture
+def half(driver):
+    return HALVES[DRIVERS[driver]]
+
+
+class Bench:
+    def __init__(self, half, url, cursor):
+        self.half, self._url, self._cursor = half, url, cursor
+        self._name = url.rpartition("/")[2]
+        self.manager = None
+
+    def managed(self, **entry):
+        options = {"pool_size": 1, "pool_timeout": 20, **entry.pop("options", {})}
+        self.manager = self.half.verbs.SessionManager({"default": {"url": self._url, "options": options, **entry}})
+        return self.manager
+
+    def questions(self):
+        self._cursor.execute("SHOW GLOBAL STATUS LIKE 'Questions'")
+        return int(self._cursor.fetchone()["Value"])
+
+    def stored(self):
+        self._cursor.execute(f"SELECT n FROM `{self._name}`.t ORDER BY n")
+        return [row["n"] for row in self._cursor.fetchall()]
+
+    async def scope(self, work):
+        async with entered(self.manager.scope()) as scope:
+            session = self.manager.get()()
+            await self.half.call(work, getattr(session, "sync_session", session))
+        return scope
+
+    async def state(self):
+        found = []
+        await self.scope(lambda s: found.extend(s.execute(text("SELECT CONNECTION_ID()")).one()))
+        await self.scope(lambda s: found.append(s.scalar(STATE)))
+        return found
+
+    async def leaves_nothing(self):
+        """The next user's work is thrown away if it is not committed, and stored if it is."""
+        scope = await self.scope(lambda s: s.execute(INSERT, {"n": 100}))
+        assert (self.stored(), scope.outcome) == ([], "rolled back")
+        scope = await self.scope(lambda s: (s.execute(INSERT, {"n": 200}), s.commit()))
+        assert (self.stored(), scope.outcome) == ([200], "committed")
+        await self.scope(lambda s: (s.execute(text("DELETE FROM t")), s.commit()))
+
+    def run(self, main):
+        async def whole():
+            try:
+                await main()
+            finally:
+                await done(self.manager.dispose())
+
+        self.half.run(whole)
+
+
+@pytest.fixture
+def bench(half, driver, mariadb, mariadb_url):
+    with mariadb.root() as cursor:
+        cursor.execute("SET autocommit = 1")
+        cursor.execute(f"USE `{mariadb_url.rpartition('/')[2]}`")
+        cursor.execute("CREATE TABLE t (id INT AUTO_INCREMENT PRIMARY KEY, n INT) ENGINE=InnoDB")
+        cursor.execute("CREATE PROCEDURE sets_autocommit() SET autocommit = 1")
+        cursor.execute("CREATE OR REPLACE ROLE dbs_role")
+        cursor.execute("SELECT CONCAT(\"'\", user, \"'@'\", host, \"'\") AS name FROM mysql.user WHERE user = 'app'")
+        app = cursor.fetchone()["name"]
+        cursor.execute(f"GRANT dbs_role TO {app}")
+        cursor.execute(f"GRANT RELOAD ON *.* TO {app}")
+        yield Bench(half, mariadb_url.replace("pymysql", driver), cursor)
+
+
+def execute(session, statements):
+    for statement in statements:
+        result = session.execute(text(statement.replace(":=", r"\:=")))
+        if result.returns_rows:
+            result.all()
+
+
+def by_raw_cursor(session, statements):
+    cursor = session.connection().connection.cursor()
+    for statement in statements:
+        cursor.execute(statement)
+    cursor.close()
+
+
+@pytest.mark.parametrize("way", [execute, pytest.param(by_raw_cursor, marks=pytest.mark.slow)])
+def test_f30_what_a_user_has_set_does_not_reach_the_next_one(bench, way):
+    async def main():
+        bench.managed()
+        fresh = await bench.state()
+        for change, statements in CHANGES.items():
+            await bench.scope(lambda s, statements=statements: way(s, statements))
+            number, state = await bench.state()
+            assert (number == fresh[0], state) == (change not in REPLACED, fresh[1]), change
+            fresh[0] = number
+            await bench.leaves_nothing()
+
+    bench.run(main)
+
+
+async def release(bench):
+    await done(bench.manager.release())
+
+
+@pytest.mark.parametrize("how", ["SET autocommit = 1", "CALL sets_autocommit()"])
+def test_f30_outcome_and_release_know_of_autocommit_in_the_same_scope(bench, how):
+    async def main():
+        manager = bench.managed()
+        async with entered(manager.scope()) as scope:
+            session = manager.get()
+            await done(session.execute(INSERT, {"n": 1}))
+            with pytest.raises(UnsavedWork):
+                await release(bench)
+            await done(session.execute(text(how)))
+            await done(session.execute(INSERT, {"n": 2}))
+            if how.startswith("SET"):
+                await release(bench)
+            else:
+                await done(session.rollback())
+        assert (bench.stored(), scope.outcome) == ([1, 2], None)
+        async with entered(manager.scope()) as scope:
+            session = manager.get()
+            for statement in (how, "SET autocommit = 0"):
+                await done(session.execute(text(statement)))
+            await done(session.execute(INSERT, {"n": 3}))
+            with pytest.raises(UnsavedWork):
+                await release(bench)
+        assert bench.stored() == [1, 2]
+        async with entered(manager.scope()) as scope:
+            session = manager.get()
+            await done(session.execute(INSERT, {"n": 4}))
+            for statement in (how, "SET autocommit = 0"):
+                await done(session.execute(text(statement)))
+        assert bench.stored() == [1, 2, 4] and (scope.outcome is None or not how.startswith("SET"))
+        await bench.scope(lambda s: (s.execute(text("DELETE FROM t")), s.commit()))
+        await bench.leaves_nothing()
+
+    bench.run(main)
+
+
+@pytest.mark.parametrize("first", ["BEGIN", "CREATE TABLE other (n INT)", "LOCK TABLES t WRITE", "COMMIT"])
+def test_f30_what_a_statement_has_committed_is_not_called_rolled_back(bench, first):
+    async def main():
+        bench.managed()
+        scope = await bench.scope(lambda s: (s.execute(INSERT, {"n": 1}), s.execute(text(first))))
+        assert (bench.stored(), scope.outcome) == ([1], None)
+
+    bench.run(main)
+
+
+@pytest.mark.parametrize("reset", ["rollback", "connection"])
+def test_f30_what_listeners_and_options_have_set_stays(bench, driver, reset):
+    if reset == "connection" and driver != "pymysql":
+        pytest.skip("reset is PyMySQL's")
+    calls = []
+
+    def connected(connection, record):
+        cursor = connection.cursor()
+        cursor.execute("SET time_zone = '+03:00', lock_wait_timeout = 77")
+        cursor.execute("SET @here = 'connect'")
+        cursor.close()
+
+    def checked_out(connection, record, proxy):
+        calls.append(1)
+        cursor = connection.cursor()
+        cursor.execute(f"SET @mine = '{len(calls)}'")
+        cursor.execute("SET SESSION max_statement_time = 33")
+        cursor.close()
+
+    def only_once(connection, record, proxy):
+        if "once" not in record.info:
+            record.info["once"] = True
+            cursor = connection.cursor()
+            cursor.execute("SET sql_mode = 'ANSI'")
+            cursor.close()
+
+    state = text(
+        "SELECT CONCAT_WS('|', @@time_zone, @@lock_wait_timeout, @here, @mine, @@max_statement_time, @@sql_mode,"
+        " @@group_concat_max_len, @@autocommit, CONNECTION_ID())"
+    )
+
+    async def main():
+        more = {"reset": reset} if driver == "pymysql" else {}
+        connect_args = {"init_command": "SET group_concat_max_len = 99"}
+        manager = bench.managed(options={"connect_args": connect_args}, **more)
+        engine = sync(manager.engine())
+        for name, listener in {"connect": connected, "checkout": checked_out}.items():
+            event.listen(engine, name, listener)
+        event.listen(engine, "checkout", only_once)
+        found = []
+        changes = ["SELECT 1", "SET time_zone = '+09:00'", "SET @here = 'x'", "SET autocommit = 1", "SET NAMES latin1"]
+        for dirt in changes:
+            await bench.scope(lambda s: found.append(s.scalar(state)))
+            await bench.scope(lambda s, dirt=dirt: s.execute(text(dirt)))
+        await bench.scope(lambda s: found.append(s.scalar(state)))
+        rest = {tuple(each.split("|")[:3] + each.split("|")[4:]) for each in found}
+        assert len(rest) == 1, found
+        assert [each.split("|")[3] for each in found] == ["1", "3", "5", "7", "9", "11"]
+        same = rest.pop()
+        assert same[:3] == ("+03:00", "77", "connect") and "99" in same and "ANSI" in found[0]
+
+    bench.run(main)
+
+
+def test_f30_connection_that_nobody_has_changed_costs_nothing_more(bench):
+    """Nor one whose isolation level SQLAlchemy takes back itself, nor one whose `checkout` listener sets something."""
+
+    def level(session):
+        session.connection(execution_options={"isolation_level": "READ COMMITTED"})
+        session.execute(text("SELECT 1"))
+
+    async def questions(work, times=5):
+        await bench.scope(work)
+        before = bench.questions()
+        for _ in range(times):
+            await bench.scope(work)
+        return (bench.questions() - before - 1) / times
+
+    async def main():
+        manager = bench.managed()
+        assert await questions(lambda s: s.execute(text("SELECT n FROM t"))) == 2
+        assert await questions(lambda s: (s.execute(INSERT, {"n": 1}), s.commit())) == 2
+        assert await questions(level) <= 6
+        assert await questions(lambda s: s.execute(text("SET @a = 1"))) > 2
+
+        def checked_out(connection, record, proxy):
+            cursor = connection.cursor()
+            cursor.execute("SET @mine = 1")
+            cursor.close()
+
+        event.listen(sync(manager.engine()), "checkout", checked_out)
+        assert await questions(lambda s: s.execute(text("SELECT n FROM t"))) == 3
+
+    bench.run(main)
+
+
+def set_by_listener(connection, record):
+    cursor = connection.cursor()
+    cursor.execute("SET autocommit = 1")
+    cursor.close()
+
+
+AUTOCOMMIT = {
+    "argument": {"connect_args": {"autocommit": True}},
+    "level": {"isolation_level": "AUTOCOMMIT"},
+    "server's": {"connect_args": {"autocommit": None}},
+    "init_command": {"connect_args": {"autocommit": None, "init_command": "SET SESSION autocommit = ON"}},
+    "listener": {},
+    "level of the session": {},
+}
+
+
+def test_f31_connection_in_autocommit_is_known_as_one_however_it_came_to_it(bench):
+    async def main():
+        for way, options in AUTOCOMMIT.items():
+            manager = bench.managed(options=options)
+            if way == "listener":
+                event.listen(sync(manager.engine()), "connect", set_by_listener)
+            async with entered(manager.scope()) as scope:
+                session = manager.get()
+                if way.endswith("session"):
+                    await done(session.connection(execution_options={"isolation_level": "AUTOCOMMIT"}))
+                await done(session.execute(INSERT, {"n": 1}))
+                await release(bench)
+                assert bench.stored() == [1], way
+                await done(session.execute(text("DELETE FROM t")))
+                if way.endswith("session"):
+                    await done(session.commit())
+            assert scope.outcome is None or way.endswith("session"), way
+            assert bench.stored() == [], way
+            await done(manager.dispose())
+
+    bench.run(main)
