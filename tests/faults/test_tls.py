@@ -155,6 +155,11 @@ async def test_f32_client_certificates_and_ready_contexts_are_used(half, managed
 
 
 @on_both_halves
+async def test_f32_options_that_the_driver_ignores_are_ignored(half, managed, tls_server, folder):
+    assert await cipher(managed(tls_server.url("test"), user="hidden", **verified(folder, ciphers=["a"], more={1: 2})))
+
+
+@on_both_halves
 async def test_f32_changed_files_are_read_again(half, driver, managed, tls_server, folder, tmp_path, made):
     """Rotated, broken, gone, and back: whoever connects uses what is there now, or is told."""
     ca = tmp_path / "ca.pem"

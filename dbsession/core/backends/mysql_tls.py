@@ -101,7 +101,15 @@ def with_option_file(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hashable(value: Any) -> Any:
-    return bytes(value) if isinstance(value, bytearray) else value  # a key's password
+    """What stands for an option's value in a key. The drivers ignore options that they do not know, whatever these
+    are."""
+    if isinstance(value, bytearray):
+        return bytes(value)  # a key's password
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return value
 
 
 def _stamp(path: Any) -> _Stamp:
