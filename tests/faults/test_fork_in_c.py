@@ -345,3 +345,47 @@ assert session.scalar(text("SELECT COUNT(*) FROM t")) == 2
         f"sqlite:///{tmp_path}/a.db",
         "plain",
     )
+
+
+@pytest.mark.slow
+@BOTH
+def test_f24_asyncio_child_that_c_code_forked_opens_connections_of_its_own(url, database):
+    """In the midst of a transaction, with a loop in another thread; and where the parent's loop has ended."""
+    run_python(
+        """
+import asyncio, ctypes, os, sys, threading
+from dbsession import aio
+from sqlalchemy import text
+
+c_fork = ctypes.CDLL(None).fork
+aio.configure({"default": sys.argv[1]})                # the driver is replaced by asyncio's
+session = aio.get_dbsession()
+own = text("SELECT CONNECTION_ID()" if "mysql" in sys.argv[1] else "SELECT NULL")
+
+async def use():
+    async with aio.session_scope():
+        return await session.scalar(text("SELECT 7")), await session.scalar(own)
+
+def in_child(mine):
+    pid = c_fork()
+    if pid == 0:
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(asyncio.run(use())))
+        thread.start()
+        thread.join(20)
+        os._exit(0 if answers and answers[0][0] == 7 and (mine is None or answers[0][1] != mine) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+async def main():
+    async with aio.session_scope():
+        mine = await session.scalar(own)
+        in_child(mine)
+        assert await session.scalar(own) == mine
+        await session.commit()
+
+asyncio.run(main())
+in_child(None)
+assert asyncio.run(use())[0] == 7
+""",
+        url,
+    )
