@@ -10,6 +10,9 @@ DOOMED = "dbsession.doomed"
 """In `info`: the error that has undone a part of the transaction under way, or its own statement only: that is found
 out where the transaction goes on."""
 
+UNTOLD = "dbsession_untold"
+"""An attribute of such an error that nobody has been told, so that its statement alone is as much as half of a unit."""
+
 TIMEOUT_UNDOES_ALL = "dbsession.timeout_undoes_all"
 """In `info`: whether its server rolls the whole transaction back after a lock wait timeout, once it was asked."""
 

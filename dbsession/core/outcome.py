@@ -19,7 +19,16 @@ from sqlalchemy.exc import DisconnectionError
 
 from dbsession.core import backends, fork, writes
 from dbsession.core.backends.base import Backend, Verdict
-from dbsession.core.connection_info import CHECKOUT, COMMITTING, DETACHED_USER, DOOMED, SCOPE, KnownConnection, nobody
+from dbsession.core.connection_info import (
+    CHECKOUT,
+    COMMITTING,
+    DETACHED_USER,
+    DOOMED,
+    SCOPE,
+    UNTOLD,
+    KnownConnection,
+    nobody,
+)
 from dbsession.core.fork import KNOWN
 from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, UsedByTwo, describe
 
@@ -75,7 +84,7 @@ class TransactionWatch:
     def _is_doomed(self, connection: Any) -> bool:
         """Return whether the transaction that was to go on must not; may ask the server. `connection` is the proxy."""
         cause = connection.info.get(DOOMED)
-        if cause is not None and self._backend.undid_statement_only(cause, connection):
+        if cause is not None and not hasattr(cause, UNTOLD) and self._backend.undid_statement_only(cause, connection):
             connection.info.pop(DOOMED, None)
             cause = None
         return cause is not None

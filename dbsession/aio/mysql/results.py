@@ -15,7 +15,7 @@ from sqlalchemy.util import await_only
 from dbsession.aio.holders import outermost_of, running_here
 from dbsession.aio.mysql.connection import Wire
 from dbsession.core.backends.base import Backend
-from dbsession.core.connection_info import DOOMED
+from dbsession.core.connection_info import DOOMED, UNTOLD
 from dbsession.core.outcome import is_autocommit
 from dbsession.core.pool import callsites
 from dbsession.errors import ResultCut, UsedByTwo, describe
@@ -75,7 +75,8 @@ class Stream:
         except self._wire.module.Error as error:
             reader = self._reader()
             if reader is not None and reader.in_transaction() and not is_autocommit(reader, self._backend):
-                reader.info[DOOMED] = type(error)(*error.args)
+                reader.info[DOOMED] = untold = type(error)(*error.args)
+                setattr(untold, UNTOLD, True)
             raise
         finally:
             self._end()
