@@ -28,6 +28,7 @@ from dbsession.core.backends.mysql_sent import OPENING, Sent
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import SCOPE, WIRE, nobody
+from dbsession.core.interceptors import StatementNotes
 from dbsession.core.pool.stats import Stats
 
 # The driver's number for a server that cannot be reached, CR_CONN_HOST_ERROR.
@@ -139,7 +140,10 @@ class AsyncMySQL(MySQL):
                 super().post_exec()
                 if has_later_results(self.cursor):
                     self._rowcount = self.cursor.rowcount  # that of the first, as a driver's cursor is one for all
-                    backend.executing(read_later_results, self, self.cursor)
+                    StatementNotes.executing(self._read_later_results, self, self.cursor, self.statement)
+
+            def _read_later_results(self, cursor: Any, _: str) -> None:
+                backend.executing(read_later_results, self, cursor)
 
             def create_server_side_cursor(self) -> Any:
                 cursor = super().create_server_side_cursor()

@@ -97,7 +97,7 @@ class PyMySQL(MySQL):
                 if result.unbuffered_active:
                     StatementNotes.note_user(self.root_connection)  # a listener may have executed it, by its own cursor
                 elif result.has_next:
-                    driver.read_later_results()
+                    StatementNotes.executing(_read_later_results, self, driver, self.statement)
 
         return Context
 
@@ -172,8 +172,12 @@ class PyMySQL(MySQL):
         connection.sent.returned()
 
     def _reset(self, connection: Connection) -> None:
-        if connection.unread:  # is not read to its end
+        if connection.unread:  # is not read to its end, unless the rest has come and is little
             connection.rollback()
-        else:
+        if connection.open:
             session_state.reset(connection)
             connection.used = False
+
+
+def _read_later_results(driver: Connection, _: str) -> None:
+    driver.read_later_results()
