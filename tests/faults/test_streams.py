@@ -398,3 +398,17 @@ def test_connection_goes_on_after_a_rollback_over_a_stream_of_the_users_own_curs
         assert result.fetchone() == (1,)
         connection.rollback()
         assert connection.execute(text("SELECT 'after'")).fetchall() == [("after",)]
+
+
+def test_f38_connection_whose_stream_had_little_left_is_reset_all_the_same(managed):
+    manager = managed(reset="connection")
+    raw = manager.engine().raw_connection()
+    thread = raw.dbapi_connection.thread_id()
+    with raw.cursor() as cursor:
+        cursor.execute("SET @mark = 7")
+    stream = raw.cursor(pymysql.cursors.SSCursor)
+    stream.execute("SELECT 1")
+    assert stream.fetchone() == (1,)
+    raw.close()
+    with manager.scope():
+        assert manager.get().execute(text("SELECT CONNECTION_ID(), @mark")).all() == [(thread, None)]
