@@ -85,6 +85,7 @@ def _completeness_noted(finalize_request: Callable[..., Response]) -> Callable[.
         scope_of_it: Any = environ.get("dbsession.scope")
         if scope_of_it is not None:  # and not by the environ: Flask-SocketIO, for one, gives Flask a copy
             scope_of_it.complete = complete
+            scope_of_it.failed = status >= 400  # for which a view drops its work on purpose
         return response
 
     return finalized
@@ -100,7 +101,7 @@ def _context_pushed(_: Flask, **__: Any) -> None:
         g._dbsession_scope = opened
 
 
-def _context_popped(_: BaseException | None) -> None:
+def _context_popped(error: BaseException | None) -> None:
     opened = g.pop("_dbsession_scope", None)
     if opened is not None:
-        opened.__exit__(None, None, None)
+        opened.__exit__(error and type(error), error, None)

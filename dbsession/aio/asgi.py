@@ -61,8 +61,17 @@ class DBSessionMiddleware:
         stack = here()  # the calling task's, or that of the one whose child it is
         before = scope.get(_KEY)
         current = begin(label, "request")
+
+        def noting(message: MutableMapping[str, Any]) -> Awaitable[None]:
+            if message.get("type") == "http.response.start":
+                current.failed = message["status"] >= 400  # for which an application drops its work on purpose
+            return send(message)
+
         try:
-            await self.app(_noted(scope, current, before, stack), receive, send)
+            await self.app(_noted(scope, current, before, stack), receive, noting)
+        except BaseException:
+            current.failed = True
+            raise
         finally:
             try:
                 _take_back(scope, current, before)

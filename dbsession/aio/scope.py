@@ -42,6 +42,7 @@ class Scope(BaseScope):
     one), or when the last reference to it goes."""
 
     __slots__ = ("_stack", "loop")
+    _AWAIT = "await "
     _stack: Stack  # on which it was opened, since a generator may be closed by another task
     loop: asyncio.AbstractEventLoop | None  # its stack's
 
@@ -66,10 +67,12 @@ class Scope(BaseScope):
         """End it without waiting: what is in a transaction is closed by a task of ours."""
         self.ended = True
         if self.sessions:
+            self.leave_word()
             teardown.close_aside(self.sessions, self.label)
 
     def __del__(self) -> None:
         if self.sessions and not sys.is_finalizing():
+            self.leave_word()
             teardown.close_dropped(self.sessions, self.label, self.loop)
 
 
@@ -103,13 +106,15 @@ class Stack:
                 self.sessions = scopes[-1].sessions if scopes else _NO_SESSIONS
                 return
 
-    def _task_done(self, _: object) -> None:
+    def _task_done(self, task: asyncio.Task[object]) -> None:
         # Contexts of children and callbacks may keep this object for long, but nothing else then.
         self.task = self.loop = None
         self.thread = 0  # no thread's: whoever finds this in a context sees at once that it is over
         scopes, self.scopes, self.sessions = self.scopes, [], _NO_SESSIONS
         for scope in reversed(scopes):
             if scope.kind == "implicit":  # a block's end is its own: a generator may be read on by another task
+                # Not by its exception(): nobody would be told any more of one that is never retrieved.
+                scope.failed = task.cancelled() or getattr(task, "_exception", None) is not None
                 scope.end_aside()
 
 
@@ -229,9 +234,10 @@ class SessionScope(BaseSessionScope):
         self._scope = scope
         return scope
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, kind: object, *_: object) -> None:
         scope, self._scope = self._scope, None
         if scope is not None:
+            scope.failed = scope.failed or kind is not None
             await scope.leave()
 
 

@@ -6,10 +6,11 @@ import asyncio
 import functools
 import inspect
 import logging
+import sys
 import weakref
 from _thread import get_ident
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, NoReturn
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import Session
@@ -22,7 +23,8 @@ from dbsession.core.config import DatabaseConfig
 from dbsession.core.fork import KNOWN
 from dbsession.core.functions import awaited
 from dbsession.core.registry import BaseScopeRegistry, report_unfinished
-from dbsession.core.session import ManagedSession, check_arguments, managed_class, must_be_finished
+from dbsession.core.session import ManagedSession, check_arguments, managed_class
+from dbsession.core.unsaved import must_be_finished
 from dbsession.errors import ConfigError
 
 logger = logging.getLogger("dbsession.aio.manager")
@@ -75,6 +77,7 @@ class ManagedAsyncSession(AsyncSession):
         """Close it and drop it from its scope, so that the proxy's next use gets a fresh one. If that fails or is
         cancelled, its connections are discarded before the error goes on."""
         if not self.close_at_once():
+            self.sync_session._failing = sys.exception() is not None  # not seen in the greenlet that closes it
             await super().close()
 
     def discard(self) -> None:
@@ -218,6 +221,15 @@ class AsyncScopedSession(async_scoped_session[Any]):
         # Private, and what each method of the AsyncSession asks that is called here: SQLAlchemy's own is
         # `self.registry()`, a call more. tests/unit/test_private_names.py fails loudly when the name goes.
         return self()
+
+    async def __aenter__(self) -> NoReturn:
+        raise TypeError(
+            "get_dbsession() gives the session of the task's current scope, which `async with` neither opens nor ends. "
+            "Write `async with session_scope():` round the unit of work, use get_dbsession() in it, and await its "
+            "commit(); or `async with get_dbsession().begin():`, which commits at the end."
+        )
+
+    async def __aexit__(self, *_: object) -> None: ...
 
     @property
     def session_factory(self) -> async_sessionmaker[Any]:  # type: ignore[override]  # an attribute there

@@ -8,8 +8,8 @@ from typing import Any, Generic, TypeVar
 
 from dbsession.core.engine import Database
 from dbsession.core.scope import BaseScope
-from dbsession.core.session import must_be_finished, refuse_unsaved
 from dbsession.core.teardown import Sessions
+from dbsession.core.unsaved import must_be_finished, refuse_unsaved
 from dbsession.errors import UnknownDatabase, describe, is_url
 
 Proxy = TypeVar("Proxy", bound=Any)

@@ -15,7 +15,7 @@ from dbsession.core import backends, functions
 from dbsession.core.config import positive_seconds
 from dbsession.core.functions import runs_later
 from dbsession.core.scope import BaseScope, checked_label
-from dbsession.core.session import unsaved
+from dbsession.core.unsaved import unsaved
 from dbsession.errors import CommitOutcomeUnknown, ConfigError, RollbackRequired, UnsavedWork, describe
 
 _LONGEST_BACKOFF_S = 2.0

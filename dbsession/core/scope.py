@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
+
+from sqlalchemy.orm import Session
 
 from dbsession.core.config import positive_seconds
 from dbsession.core.functions import name_of
@@ -20,12 +22,16 @@ class BaseScope:
     `label` is what reports call it, `kind` what it is: a "request", the "block" of a `session_scope()`, or "implicit";
     `since` when it began, by time.monotonic(), `ended` whether it is over, `outcomes` what became of the last
     transaction that wrote something to each database: "committed", "rolled back", or "unknown" when the connection was
-    lost at COMMIT. `sessions` is the used set: database -> session.
+    lost at COMMIT. `sessions` is the used set: database -> session. `failed` says that it ends by an exception, or with
+    an error for an answer, so that nobody is surprised by the work that it drops.
     """
+
+    _AWAIT: ClassVar[str] = ""
 
     __slots__ = (
         "__weakref__",
         "ended",
+        "failed",
         "kind",
         "label",
         "outcomes",
@@ -40,7 +46,7 @@ class BaseScope:
         self.kind = kind
         self.since = time.monotonic()
         self.read_timeout_s = read_timeout_s
-        self.ended = False
+        self.ended = self.failed = False
         # These two are replaced and not added to: most scopes never need one of their own.
         self.outcomes: Mapping[str, str] = _NONE
         # The `run_in_transaction()` that this scope was opened for: (whose, database) -> the error of a part of it that
@@ -50,6 +56,20 @@ class BaseScope:
 
     def __repr__(self) -> str:
         return f"<Scope {self.label!r}{' ended' if self.ended else ''}, {len(self.sessions)} sessions>"
+
+    def __getattr__(self, name: str) -> Any:
+        text = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if hasattr(Session, name):
+            text += (
+                ": session_scope() gives its scope, and no session. Inside the block write `session = get_dbsession()` "
+                f"and `{self._AWAIT}session.{name}`, and at its end `{self._AWAIT}session.commit()`."
+            )
+        raise AttributeError(text, name=name, obj=self)
+
+    def leave_word(self) -> None:
+        """Tell the sessions which scope was theirs, since it may be gone when they are closed aside."""
+        for session in list(self.sessions.values()):
+            getattr(session, "sync_session", session)._of = self.label, self.failed
 
     @property
     def outcome(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -9,20 +10,19 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.orm import Session, SessionTransaction
 
 # Private, and the only way to end a session without the sweep that close() is; see ManagedSession.close.
 # tests/unit/test_private_names.py fails loudly when the name goes.
 from sqlalchemy.orm.session import _SessionCloseState as _State
 
 from dbsession.core import teardown
-from dbsession.core.backends import kind_of
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import READ_TIMEOUT, SCOPE, KnownConnection
 from dbsession.core.engine import Database
-from dbsession.core.scope import BaseScope
+from dbsession.core.unsaved import report_dropped
 from dbsession.core.writes import begin, by_itself, wrote
-from dbsession.errors import ConfigError, UnsavedWork
+from dbsession.errors import ConfigError
 
 # The connections of the transactions under way in scopes. SQLAlchemy's own finalizer would roll one back wherever the
 # collector happens to find it, in the Hub or in somebody else's request; pinned here it stays for the scope's end.
@@ -44,6 +44,8 @@ class ManagedSession(Session):
     _committed = False  # the transaction under way
     _given_up = False  # it could not be closed, perhaps because a connection was being opened for it
     _told_unfinished = False  # it was logged that another configuration has replaced its database
+    _of: tuple[str, bool] | None = None  # when it is closed aside: its scope's label, and whether that has failed
+    _failing = False  # in asyncio: whoever closes it handles an exception
     _always_closes = False  # the user's class has a close() or an expunge_all() of its own
 
     def close(self) -> None:
@@ -51,6 +53,8 @@ class ManagedSession(Session):
         connections are discarded before the error goes on."""
         self._leave_scope()
         if self._always_closes or self._open_connections or self.in_transaction() or len(self.identity_map):
+            if not self._is_clean() or any(held in wrote for held in self._open_connections):
+                report_dropped(self, self._failing or sys.exception() is not None)
             self._close_or_discard(super().close)
         elif self._close_state is _ACTIVE:
             # Nothing to give back and no object to detach (an object comes in by a transaction, and a new one leaves
@@ -124,56 +128,6 @@ def check_arguments(config: DatabaseConfig, factory: Callable[[], Any]) -> None:
             raise ConfigError(
                 f"Database {config.name!r}: the session class refuses what `session` says: {error}."
             ) from error
-
-
-def unsaved(session: Any) -> str:
-    """What of the session's work a rollback would throw away, in words; "" if nothing."""
-    for what, objects in unsaved_objects(session).items():
-        if objects:
-            return f"{len(objects)} {what} object{'s' if len(objects) > 1 else ''}"
-    return "a write sent since the last commit" if unsaved_write(session) else ""
-
-
-def unsaved_objects(session: Any) -> dict[str, list[Any]]:
-    """The objects of the session that a flush would write. No I/O."""
-    if session._is_clean():
-        return {}
-    changed = [each for each in session.dirty if session.is_modified(each)]
-    return {"new": list(session.new), "dirty": changed, "deleted": list(session.deleted)}
-
-
-def unsaved_write(session: Any) -> str | None:
-    """The last statement that the session has sent and that a rollback would undo. No I/O."""
-    for held in session._open_connections:
-        statement = wrote.get(held)
-        if statement is None or held.closed or held.invalidated:
-            continue
-        if kind_of(session._database.config.url).in_transaction(held.connection.dbapi_connection):
-            return statement
-    return None
-
-
-def must_be_finished(session: Any, scope: BaseScope) -> str:
-    """Why the session's transaction has to go on where it began, in words; "" if it has only read, and may be ended."""
-    session = getattr(session, "sync_session", session)
-    transaction = session.get_transaction()
-    if transaction is None:
-        return ""
-    if transaction.origin is SessionTransactionOrigin.BEGIN or session.in_nested_transaction():
-        return "a transaction that it has begun itself"
-    if (session._database.owner, session._database.name) in scope.transactions:
-        return "a run_in_transaction()"
-    return unsaved(session)
-
-
-def refuse_unsaved(name: str, session: Any) -> None:
-    """Raise UnsavedWork if giving the connection back would throw work of the session on `name` away."""
-    what = unsaved(session)
-    if what:
-        raise UnsavedWork(
-            f"Database {name!r}: the session has unsaved work ({what}), which releasing its connection would throw "
-            "away. Call commit() or rollback() first; nothing was changed."
-        )
 
 
 def _connection_in_use(session: ManagedSession, _: SessionTransaction, connection: Connection) -> None:

@@ -101,6 +101,13 @@ def on_end(ident: Any, ended: Callable[[object | None], None]) -> None:
         _unlinked.add(weakref.ref(ident, _unlinked.discard))
 
 
+def has_failed(greenlet: Any) -> bool:
+    """Whether a greenlet that has ended was ended by an exception or a kill; of a thread, None, nobody knows."""
+    if greenlet is None:
+        return False
+    return greenlet.exception is not None or isinstance(greenlet.value, gevent.GreenletExit)
+
+
 def dead_idents() -> list[Any]:
     """The raw greenlets that have ended and are still referenced by somebody. Each is returned once."""
     dead = []

@@ -117,6 +117,7 @@ class Scope(BaseScope):
         self.ended = True
         self._stop_timer()
         if self.sessions:
+            self.leave_word()
             work = functools.partial(teardown.close_all, self.sessions, self.label)
             if dying_thread:
                 run_in_thread(work)
@@ -125,6 +126,7 @@ class Scope(BaseScope):
 
     def ident_ended(self, greenlet: object | None) -> None:
         """End an implicit scope: `ident.on_end` calls this when its greenlet or thread has ended."""
+        self.failed = ident.has_failed(greenlet)
         self.end_aside(dying_thread=greenlet is None)
 
     def _stop_timer(self) -> None:
@@ -197,8 +199,7 @@ def _implicit_label(kind: str) -> str:
 
 
 def end_dead() -> None:
-    """End the implicit scopes of raw greenlets that are dead but still referenced. Called before anybody waits in a
-    pool."""
+    """End the implicit scopes of dead raw greenlets that are still referenced, before anybody waits in a pool."""
     for dead in ident.dead_idents():
         stack = getattr(dead, "_dbsession_scopes", None)
         if stack:
@@ -227,7 +228,6 @@ def session_scope(label: Any = None, *, read_timeout_s: float | None = None) -> 
 
     Its sessions are its own; they are closed when the block ends, however it ends. Nothing is committed for you.
     Also a decorator, with or without parentheses: each call of the function has a scope of its own.
-
     Do not wrap a `yield` in a generator that other code iterates: that code would run in your scope. Response bodies
     are the exception: the middleware suspends their scope between chunks.
 
@@ -243,8 +243,8 @@ def session_scope(label: Any = None, *, read_timeout_s: float | None = None) -> 
     Raises:
         UsedInHub: [DBS-HUB] opened in the gevent Hub.
         ConfigError: [DBS-CONFIG] `read_timeout_s` is no number above 0.
-        TypeError: it decorates a generator or `async` function, whose body runs after the scope has ended, or what is
-            no function; `UnusableArgument` [DBS-ARGUMENT] for a label that is no text.
+        TypeError: it decorates what is no function, or runs after the scope has ended: a generator, an `async` one.
+        UnusableArgument: [DBS-ARGUMENT] a label that is no text.
         BaseException: a kill or timeout that landed in the teardown. Switches greenlets there.
     """
     if functions.is_given(label):
@@ -285,16 +285,16 @@ class SessionScope(BaseSessionScope):
         self._stack.append(scope)
         return scope
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         scope, self._scope = self._scope, None
         if scope is None:
             return
+        scope.failed = scope.failed or kind is not None
         here = stack_here()
         unlink(self._stack, scope)
         if here is self._stack or scope in here:
             unlink(here, scope)
             scope.end()
         else:
-            # A generator that somebody else closes, or that the collector found in somebody else's greenlet or in the
-            # Hub. Who it is cannot be told, so nobody is made to wait.
+            # A generator that somebody else closes, or the collector, wherever it ran: nobody is made to wait.
             scope.end_aside()

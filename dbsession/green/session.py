@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import Any
+from typing import Any, NoReturn
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -14,7 +14,8 @@ from dbsession.core.config import DatabaseConfig
 from dbsession.core.engine import Database
 from dbsession.core.fork import KNOWN
 from dbsession.core.registry import BaseScopeRegistry, report_unfinished
-from dbsession.core.session import check_arguments, managed_class, must_be_finished
+from dbsession.core.session import check_arguments, managed_class
+from dbsession.core.unsaved import must_be_finished
 from dbsession.errors import ScopeEnded
 from dbsession.green import hub, ident, scope, teardown
 from dbsession.green.guard import Opened, guarded
@@ -153,6 +154,15 @@ class ScopedSession(scoped_session[Any]):
             return self.registry.open(None)
         session = current.sessions.get(self.registry.database)
         return self.registry.open(current) if session is None else session
+
+    def __enter__(self) -> NoReturn:
+        raise TypeError(
+            "get_dbsession() gives the session of the current scope, which `with` neither opens nor ends. Write `with "
+            "session_scope():` round the unit of work, use get_dbsession() in it, and call its commit(); or `with "
+            "get_dbsession().begin():`, which commits at the end."
+        )
+
+    def __exit__(self, *_: object) -> None: ...
 
     @property
     def session_factory(self) -> sessionmaker[Any]:  # type: ignore[override]  # an attribute there, followed here

@@ -22,6 +22,7 @@ class ScopedBody:
         self._scope = scope
         self._iterator: Iterator[bytes] | None = None
         self._closed = False
+        self._read_out = False
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -32,6 +33,9 @@ class ScopedBody:
             if self._iterator is None:
                 self._iterator = iter(self._body)
             return next(self._iterator)
+        except StopIteration:
+            self._read_out = True
+            raise
         finally:
             self._scope.suspend(park=True)  # where it was read last
 
@@ -39,12 +43,14 @@ class ScopedBody:
         """Close the application's body, then every session. May switch greenlets."""
         if not self._closed:
             self._closed = True
+            if self._iterator is not None and not self._read_out:  # it raised, or the client went away
+                self._scope.failed = True
             _end(self._body, self._scope)
 
     def __del__(self) -> None:
         # The server dropped it. Closing may wait, and this may be the Hub or somebody else's request.
         if not getattr(self, "_closed", True):
-            self._closed = True
+            self._closed = self._scope.failed = True
             if self._scope.timer is not None:
                 self._scope.timer.close()
             run_aside(partial(_end_dropped, self._body, self._scope), self._scope.owner_hub)

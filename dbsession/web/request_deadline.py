@@ -121,7 +121,7 @@ class Reply:
     Called twice, once for the application and once for a 503, servers put both header sets on the wire. Lives as long
     as its request.
 
-    `sent` says that the server's start_response has been called.
+    `sent` says that the server's start_response has been called, `failed` that the application's answer is an error.
     """
 
     def __init__(self, environ: WSGIEnvironment, start_response: StartResponse) -> None:
@@ -129,13 +129,15 @@ class Reply:
         self._servers = start_response
         self._head: tuple[Any, ...] | None = None
         self._write: Callable[[bytes], object] | None = None
-        self.sent = False
+        self.sent = self.failed = False
         self.may_be_websocket = wants_websocket(environ)
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
     ) -> Callable[[bytes], object]:
         """Take the application's status and headers, as PEP 3333 has it, and keep them until something is sent."""
+        # For an error an application drops its work on purpose.
+        self.failed = exc_info is not None or status[:1] in ("4", "5")
         if exc_info is None:
             if self.sent or self._head is not None:
                 raise AssertionError("start_response() was called a second time, without exc_info")
@@ -206,6 +208,7 @@ class TimedRequest:
     def give_up(self, exceeded: DeadlineExceeded) -> list[bytes]:
         """End the scope, and start the 503 whose body is returned; or raise ConnectionCut if the application's own
         answer has begun to leave. May switch greenlets."""
+        self.scope.failed = True
         self.scope.end()
         if not self.timer.covers(exceeded):
             raise exceeded

@@ -88,6 +88,7 @@ class DBSessionMiddleware:
             body = self.app(environ, start_response)
             ready = _is_ready(body, environ.get("wsgi.file_wrapper"))
         except BaseException:
+            current.failed = True
             current.leave()
             raise
         if ready:
@@ -105,6 +106,7 @@ class DBSessionMiddleware:
             current.suspend(park=True)
             wrapped = ScopedBody(body, current)
         if complete:
+            current.complete = True
             current.clear()
         return wrapped
 
@@ -134,8 +136,10 @@ class DBSessionMiddleware:
         except DeadlineExceeded as exceeded:
             return request.give_up(exceeded)
         except BaseException:
+            current.failed = True
             current.end()
             raise
+        current.failed = request.reply.failed
         if _is_ready(body, environ.get("wsgi.file_wrapper")):
             try:
                 current.end()
@@ -149,6 +153,7 @@ class DBSessionMiddleware:
         wrapped = TimedBody(body, request)
         if environ.get("dbsession.body_complete") or current.complete:
             timer.close()  # as for a list: it may be sent for as long as that takes
+            current.complete = True
             current.clear()
         return wrapped
 
@@ -193,4 +198,5 @@ def _end_abandoned(label: str) -> None:
                     abandoned.label,
                     label,
                 )
+            abandoned.failed = True  # what it drops was not dropped by the application
             abandoned.end()

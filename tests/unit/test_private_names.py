@@ -228,6 +228,19 @@ def test_sqlalchemys_session_keeps_whether_it_was_closed_where_ours_says_it_too(
     assert changed == {"_close_state"} and not len(session.identity_map)
 
 
+def test_asyncios_task_keeps_its_exception_where_reading_it_retrieves_nothing():
+    async def fails():
+        raise LookupError
+
+    async def main():
+        task = asyncio.create_task(fails())
+        await asyncio.wait([task])
+        assert isinstance(task._exception, LookupError) and task._log_traceback
+        task.exception()
+
+    asyncio.run(main())
+
+
 def test_sqlalchemys_session_says_whether_a_flush_would_do_anything():
     from sqlalchemy.orm import Session, registry
 

@@ -8,7 +8,7 @@ from sqlalchemy import text
 from dbsession import SessionManager
 from dbsession.core.backends.base import Backend
 from dbsession.core.backends.mysql import MySQL
-from dbsession.core.session import unsaved, unsaved_write
+from dbsession.core.unsaved import unsaved, unsaved_write
 from dbsession.core.writes import ENDS, READS, SAVEPOINT, WITH, WRITES, kind_of
 
 
