@@ -68,7 +68,9 @@ class ManagedAsyncSession(AsyncSession):
     def close_at_once(self) -> bool:
         """Close it if nothing has to be awaited for that: no connection is in use, and nobody commits. Returns whether
         it did."""
-        if self.sync_session._open_connections or self._own_close or self.commits_elsewhere():
+        if self.sync_session._open_connections or self._own_close:
+            return False
+        if self._committer is not None and self.commits_elsewhere():
             return False
         self.sync_session.close()
         return True

@@ -158,7 +158,6 @@ class AsyncMySQL(MySQL):
     def around_do_commit(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
         def do_commit(dbapi_connection: Any) -> None:
             wire = wire_of(dbapi_connection)
-            _give_up_if_asking(wire)  # SQLAlchemy sends no ROLLBACK after a commit() that failed
             if wire is not None and wire.was_closed():
                 wire.cut_off(driver_of(dbapi_connection))
                 raise wire.module.OperationalError(*CLOSED_BEFORE_COMMIT)
@@ -169,11 +168,11 @@ class AsyncMySQL(MySQL):
     def around_do_rollback(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
         def do_rollback(dbapi_connection: Any) -> None:
             wire = wire_of(dbapi_connection)
-            _give_up_if_asking(wire)
             reader = None if wire is None or wire.unread is None else wire.unread()
             stream = None if wire is None or wire.stream is None else wire.stream()
             if (
                 wire is None
+                or wire.asking
                 or reader is None
                 or not reader.in_transaction()
                 or (stream is not None and stream.finish_at_hand())
@@ -199,7 +198,9 @@ class AsyncMySQL(MySQL):
 
     def _within(self, ask: Callable[..., Any], seconds: float, connection: Any, *arguments: Any) -> Any:
         wire = wire_of(connection)
-        return ask(connection, *arguments) if wire is None else wire.within(seconds, ask, connection, *arguments)
+        if wire is None:
+            return ask(connection, *arguments)
+        return wire.within(seconds, ask, connection, *arguments, ends=True)
 
     def still_open(self, connection: Any) -> bool:
         return bool(getattr(driver_of(connection), "still_open", False))
@@ -269,12 +270,6 @@ class AsyncMySQL(MySQL):
             context.invalidate_pool_on_disconnect = False
         elif isinstance(error, Exception) and not isinstance(error, wire.module.Error):
             context.is_disconnect = False  # nothing was sent, or all was read: see Wire.within()
-
-
-def _give_up_if_asking(wire: Wire | None) -> None:
-    """In the middle of another task's answer nothing can be sent: the server rolls back when we are gone."""
-    if wire is not None and wire.asking:
-        wire.give_up()
 
 
 def _info_of(proxied: Any) -> dict[Any, Any]:

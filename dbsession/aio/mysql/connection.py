@@ -93,17 +93,23 @@ class Wire:
         """Expect nothing any more."""
         self._due = None
 
-    def within(self, seconds: float, ask: Callable[..., Any], *arguments: Any, answers: bool = False) -> Any:
+    def within(
+        self, seconds: float, ask: Callable[..., Any], *arguments: Any, answers: bool = False, ends: bool = False
+    ) -> Any:
         """Return what `ask(*arguments)` does, and close the connection when that takes longer, or when whatever ends it
         leaves open whether there is more to read: not when nothing was sent, as a parameter cannot be encoded, say.
         `answers`: the server has answered something then; other calls may send nothing, as a ROLLBACK of a connection
-        in AUTOCOMMIT.
+        in AUTOCOMMIT. `ends`: it may be the end of a transaction.
 
         Raises:
-            UsedByTwo: [DBS-TWO] somebody else waits for an answer; they would get each other's.
+            UsedByTwo: [DBS-TWO] somebody else waits for an answer; they would get each other's. Where it `ends`, the
+                connection is closed, and the server rolls back: SQLAlchemy sends no ROLLBACK after a commit() that has
+                failed.
         """
         if self.asking:
-            raise UsedByTwo("A statement" if answers else "The end of a transaction, or a fetch,")
+            if ends:
+                self.give_up("another task ended its transaction in the middle of an answer")
+            raise UsedByTwo("A statement" if answers else "The end of a transaction" if ends else "A fetch")
         earlier = self.expect(seconds)
         self.asking = True
         sent = self.sent
