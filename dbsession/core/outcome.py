@@ -70,6 +70,8 @@ class TransactionWatch:
                 return True
             self._refuse_if_doomed(connection.info)
         kind = writes.kind_of(statement[:200], self._rules)
+        if not kind and ";" in statement:  # several in one text, perhaps: what its first word says is not all
+            kind = writes.WITH
         if kind:
             # In autocommit it is committed already.
             writes.note(connection, statement, kind, is_autocommit(connection, self._backend))

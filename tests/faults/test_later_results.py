@@ -9,6 +9,7 @@ from pymysql.constants import CLIENT
 from sqlalchemy import event, exc, text
 
 from dbsession.core.backends import mysql_errors
+from dbsession.errors import UnsavedWork
 from support.halves import HALVES, done, entered, on_both_halves, sync
 
 DEADLOCK = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'a deadlock'"
@@ -261,3 +262,14 @@ def test_f38_rollback_works_when_a_listener_reads_a_stream_in_the_dialects_place
         connection.execute(text("SELECT seq FROM seq_1_to_1000000"))
         connection.rollback()
         assert connection.scalar(text("SELECT 1")) == 1
+
+
+@on_both_halves
+async def test_write_after_a_reading_statement_of_one_text_is_unsaved_work(half, manager):
+    async with entered(manager.scope()):
+        await done(manager.get().execute(text("SELECT 1; INSERT INTO t VALUES (5)")))
+        with pytest.raises(UnsavedWork):
+            await done(manager.release())
+        await done(manager.get().rollback())
+        await done(manager.get().execute(text("SELECT ';'")))
+        await done(manager.release())
