@@ -10,7 +10,7 @@ import sys
 import weakref
 from _thread import get_ident
 from collections.abc import Callable, Coroutine
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import Session
@@ -224,14 +224,16 @@ class AsyncScopedSession(async_scoped_session[Any]):
         # `self.registry()`, a call more. tests/unit/test_private_names.py fails loudly when the name goes.
         return self()
 
-    async def __aenter__(self) -> NoReturn:
-        raise TypeError(
-            "get_dbsession() gives the session of the task's current scope, which `async with` neither opens nor ends. "
-            "Write `async with session_scope():` round the unit of work, use get_dbsession() in it, and await its "
-            "commit(); or `async with get_dbsession().begin():`, which commits at the end."
-        )
+    if not TYPE_CHECKING:  # which sees that it is no context manager
 
-    async def __aexit__(self, *_: object) -> None: ...
+        async def __aenter__(self) -> NoReturn:
+            raise TypeError(
+                "get_dbsession() gives the session of the task's current scope, which `async with` neither opens nor "
+                "ends. Write `async with session_scope():` round the unit of work, use get_dbsession() in it, and "
+                "await its commit(); or `async with get_dbsession().begin():`, which commits at the end."
+            )
+
+        async def __aexit__(self, *_: object) -> None: ...
 
     @property
     def session_factory(self) -> async_sessionmaker[Any]:  # type: ignore[override]  # an attribute there

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from sqlalchemy.orm import Session
 
@@ -57,14 +57,17 @@ class BaseScope:
     def __repr__(self) -> str:
         return f"<Scope {self.label!r}{' ended' if self.ended else ''}, {len(self.sessions)} sessions>"
 
-    def __getattr__(self, name: str) -> Any:
-        text = f"{type(self).__name__!r} object has no attribute {name!r}"
-        if hasattr(Session, name):
-            text += (
-                ": session_scope() gives its scope, and no session. Inside the block write `session = get_dbsession()` "
-                f"and `{self._AWAIT}session.{name}`, and at its end `{self._AWAIT}session.commit()`."
-            )
-        raise AttributeError(text, name=name, obj=self)
+    if not TYPE_CHECKING:  # or a type checker would take any name for one of ours
+
+        def __getattr__(self, name: str) -> Any:
+            text = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if hasattr(Session, name):
+                text += (
+                    ": session_scope() gives its scope, and no session. Inside the block write `session = "
+                    f"get_dbsession()` and `{self._AWAIT}session.{name}`, and at its end "
+                    f"`{self._AWAIT}session.commit()`."
+                )
+            raise AttributeError(text, name=name, obj=self)
 
     def leave_word(self) -> None:
         """Tell the sessions which scope was theirs, since it may be gone when they are closed aside."""

@@ -53,7 +53,10 @@ class ManagedSession(Session):
         connections are discarded before the error goes on."""
         self._leave_scope()
         if self._always_closes or self._open_connections or self.in_transaction() or len(self.identity_map):
-            if not self._is_clean() or any(held in wrote for held in self._open_connections):
+            unsaved = not self._is_clean()
+            for held in self._open_connections:
+                unsaved = unsaved or held in wrote
+            if unsaved:
                 report_dropped(self, self._failing or sys.exception() is not None)
             self._close_or_discard(super().close)
         elif self._close_state is _ACTIVE:

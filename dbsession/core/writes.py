@@ -78,7 +78,8 @@ def note(connection: Connection, statement: str, kind: str, autocommit: bool) ->
 def begin(connection: Connection) -> None:
     """Note that a transaction begins on it, of whoever used it before."""
     by_itself.discard(connection)
-    forget(connection)
+    if wrote.pop(connection, None) is not None:  # as forget(), without its call
+        _savepoints.pop(connection, None)
 
 
 def forget(connection: Connection) -> None:

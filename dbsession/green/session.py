@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -155,14 +155,16 @@ class ScopedSession(scoped_session[Any]):
         session = current.sessions.get(self.registry.database)
         return self.registry.open(current) if session is None else session
 
-    def __enter__(self) -> NoReturn:
-        raise TypeError(
-            "get_dbsession() gives the session of the current scope, which `with` neither opens nor ends. Write `with "
-            "session_scope():` round the unit of work, use get_dbsession() in it, and call its commit(); or `with "
-            "get_dbsession().begin():`, which commits at the end."
-        )
+    if not TYPE_CHECKING:  # which sees that it is no context manager
 
-    def __exit__(self, *_: object) -> None: ...
+        def __enter__(self) -> NoReturn:
+            raise TypeError(
+                "get_dbsession() gives the session of the current scope, which `with` neither opens nor ends. Write "
+                "`with session_scope():` round the unit of work, use get_dbsession() in it, and call its commit(); or "
+                "`with get_dbsession().begin():`, which commits at the end."
+            )
+
+        def __exit__(self, *_: object) -> None: ...
 
     @property
     def session_factory(self) -> sessionmaker[Any]:  # type: ignore[override]  # an attribute there, followed here
