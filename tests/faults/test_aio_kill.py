@@ -82,9 +82,7 @@ def test_another_client_is_left_alone_when_it_has_the_thread_id(driver, mariadb,
         session = manager.get("default")
         other = await session.scalar(text("SELECT CONNECTION_ID()"))
         killer = manager.database("default").connections.backend._killer
-        assert killer is not None and killer.arguments
-        connect = manager.engine("default").sync_engine.dialect.loaded_dbapi.driver.connect
-        await killer._kill(connect, Thread(other, "10.0.0.1:4711"))
+        await killer._kill(manager.engine("default").sync_engine.pool, Thread(other, "10.0.0.1:4711"))
         assert await session.scalar(text("SELECT CONNECTION_ID()")) == other
         assert manager.database("default").stats.kills == 0
 

@@ -211,6 +211,29 @@ def test_sqlalchemys_pool_replaces_what_was_opened_before_its_invalidate_time():
     engine.dispose()
 
 
+@pytest.mark.parametrize("poolclass", [None, QueuePool])
+def test_sqlalchemys_pool_opens_a_connection_for_no_record_as_for_one_of_its_own(tmp_path, poolclass):
+    engine = create_engine(f"sqlite:///{tmp_path}/a.db", poolclass=poolclass)
+    asked = []
+    event.listen(engine, "do_connect", lambda dialect, record, args, arguments: asked.append(record))
+    connection = engine.pool._invoke_creator(None)
+    assert connection.execute("SELECT 7").fetchone() == (7,) and asked == [None]
+    connection.close()
+
+
+def test_pymysql_reads_the_servers_greeting_by_a_method_of_its_own(mariadb_url):
+    arguments = make_url(mariadb_url).translate_connect_args(username="user")
+
+    class Ours(pymysql.connections.Connection):
+        def _get_server_information(self):
+            super()._get_server_information()
+            greeted.append(self.server_version)
+
+    greeted = []
+    Ours(**arguments).close()
+    assert len(greeted) == 1
+
+
 def test_sqlalchemys_session_keeps_whether_it_was_closed_where_ours_says_it_too():
     """ManagedSession.close() of an untouched session sets what Session.close() would set, and nothing else."""
     from sqlalchemy.orm import Session

@@ -17,9 +17,9 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.util import await_
 from sqlalchemy.util.concurrency import in_greenlet
 
-from dbsession.aio.mysql import tls
+from dbsession.aio.mysql import opening
 from dbsession.aio.mysql.connection import Wire, wire_of
-from dbsession.aio.mysql.kill import LoopKiller
+from dbsession.aio.mysql.kill import SIDE, LoopKiller, open_side
 from dbsession.aio.mysql.known import make_known
 from dbsession.aio.mysql.results import ROLLED_BACK, Stream, has_later_results, read_later_results
 from dbsession.core.backends.mysql import CLEANING_S, MySQL, driver_of
@@ -60,11 +60,14 @@ class AsyncMySQL(MySQL):
             cancelled = task.cancelling()
             try:
                 async with asyncio.timeout(seconds):
-                    arguments |= tls.argument(self._tls, module, arguments)
-                    if self._killer is not None:
-                        self._killer.arguments = dict(arguments)  # as the user's listeners have left them: a token, say
-                    connection = await connect(*args, **{**arguments, **left_to_us})
-                    tls.require(connection, arguments, module)
+                    arguments |= opening.tls_argument(self._tls, module, arguments)
+                    if (thread := SIDE.get()) is not None:
+                        return await open_side(connect, arguments, thread)
+                    if left_to_us:
+                        connection = await opening.opened(connect, {**arguments, **left_to_us}, module, seconds)
+                    else:
+                        connection = await connect(*args, **arguments)
+                    opening.require_tls(connection, arguments, module)
                     if task.cancelling() > cancelled:
                         # Lost on the way: before Python 3.12 the driver's asyncio.wait_for() swallows a cancellation
                         # that comes when the connection has just been made.
@@ -72,7 +75,9 @@ class AsyncMySQL(MySQL):
                         raise asyncio.CancelledError
                     make_known(connection, arguments)
                     # As an attribute it goes with it; see wire_of().
-                    connection._dbsession_wire = Wire(connection, module)
+                    connection._dbsession_wire = wire = Wire(connection, module)
+                    # As the user's listeners have left the arguments: a token, say.
+                    wire.reopen = lambda thread: open_side(connect, arguments, thread)
                     if left_to_us:
                         await self._set_autocommit(connection, arguments.get("autocommit", False))
                     return connection
@@ -122,7 +127,7 @@ class AsyncMySQL(MySQL):
             wire.within(self._read_s_of(info), inner, *arguments, answers=True)
         except BaseException:
             if self._killer is not None and wire.given_up:
-                self._killer.abandon_connection(info, wire.module.driver.connect)
+                self._killer.abandon_connection(info, context.root_connection.engine.pool)
             raise
 
     def _read_s_of(self, info: dict[Any, Any]) -> float:

@@ -43,6 +43,7 @@ class Wire:
         "late",
         "module",
         "pinging",
+        "reopen",
         "sent",
         "stream",
         "transport",
@@ -67,6 +68,8 @@ class Wire:
         self.given_up = False
         """It was closed by us, for its silence or since nobody knows what comes next on it, which says nothing of the
         pool's other connections."""
+        self.reopen: Callable[[Any], Any] | None = None
+        """Opens a side connection to end this one's statement, with its own arguments; to be awaited."""
         self.pinging = False
         """A ping was sent that is not answered."""
         self.unread: weakref.ref[Connection] | None = None

@@ -5,6 +5,9 @@ never hit somebody else's thread; a proxy or a load balancer may have put us on 
 is another client's. So a connection is known by its thread id and by HOST, address and port as the server shows them in
 its processlist, and the KILL is sent only to the thread that has both.
 
+The side connection goes to the address that the connection has, with the credentials that a new one would be given: the
+password may have been changed since. If these are refused, the connection's own are tried.
+
 Where the server sees our connections as we do, with our own port, HOST is known without asking: the engine's first
 connection from our address to that of the server has asked for it. Behind a proxy each connection asks, one round trip
 as it is opened. By a Unix socket all threads look alike, so they are not killed.
@@ -34,6 +37,7 @@ NOT_FOR_SIDE = frozenset(
 )
 """Arguments of the driver's connect() that a side connection does without."""
 
+_NOT_BY_CREDENTIALS = {*mysql_errors.FULL, 2003, 2006, 2013}
 _NO_SUCH_THREAD = 1094  # it has ended since we looked
 
 
@@ -43,7 +47,17 @@ class Thread(NamedTuple):
     id: int
     host: str | None
     peer: Any = None
-    """The address to which a side connection goes, where the driver can be told."""
+    """The address to which a side connection goes."""
+    own: Any = None
+    """Opens a side connection with the connection's own arguments, which are in there unseen: a password is among
+    them."""
+
+
+class NotLetIn(Exception):
+    """The server refuses a side connection, with the credentials of a new connection and with the old one's own."""
+
+    def __init__(self, new: Exception, own: Exception) -> None:
+        super().__init__(f"{describe(new)}, and with the connection's own arguments {describe(own)}")
 
 
 class Killer:
@@ -54,12 +68,10 @@ class Killer:
     """
 
     def __init__(self, name: str, stats: Stats) -> None:
-        self.arguments: dict[str, Any] = {}
-        """Of the driver's connect(), those of the engine's latest connection."""
         self.abandoned: deque[Thread] = deque()
         self._name = name
         self._stats = stats
-        self._refused = False
+        self._refused = self._barred = False
         self._full_since: float | None = None  # the server has had no room for a side connection
         self._shown: dict[tuple[str, Any], str] = {}
         """(our address, that of the server) -> how the server shows ours, where it shows our port, too"""
@@ -101,7 +113,7 @@ class Killer:
     def steps(self, thread: Thread) -> Generator[str, Any, None]:
         """Yield the statements that end this thread's statement; each is answered with its first row, or None, or by
         throwing the driver's error in."""
-        self._full_since = None
+        self._full_since, self._barred = None, False
         row = yield f"SELECT HOST FROM information_schema.PROCESSLIST WHERE ID = {thread.id:d}"
         if row is None:
             return  # it is over
@@ -132,17 +144,33 @@ class Killer:
         """Report that a statement was not ended, and forget the others of the same server: each would wait as long for
         one that does not answer."""
         self._full_since = None
-        logger.warning(
-            "Database %r: an abandoned statement could not be ended at the server, where it may run on: %s.",
-            self._name,
-            describe(error),
-        )
+        barred, self._barred = self._barred, isinstance(error, NotLetIn)
+        if not self._barred:
+            logger.warning(
+                "Database %r: an abandoned statement could not be ended at the server, where it may run on: %s.",
+                self._name,
+                describe(error),
+            )
+        elif not barred:
+            logger.warning(
+                "Database %r: abandoned statements are not ended at the server, and may run on there: it refuses our "
+                "side connections, with what a new connection is given: %s. This is said once, until one is let in.",
+                self._name,
+                error,
+            )
         for _ in range(len(self.abandoned)):
             each = self.abandoned.popleft()
             if thread is not None and each.peer != thread.peer:
                 self.abandoned.append(each)
 
-    def side_arguments(self) -> dict[str, Any]:
-        """Return the arguments of the driver's connect() for a side connection."""
-        kept = {key: value for key, value in self.arguments.items() if key not in NOT_FOR_SIDE}
-        return kept | {"autocommit": True}
+    @staticmethod
+    def is_barred(error: Exception) -> bool:
+        """Return whether, after an `error` with the arguments of a new connection, the old one's own may do better: the
+        server is there and has room, or the user's code has failed to say what the arguments are."""
+        return mysql_errors.number(error) not in _NOT_BY_CREDENTIALS and not isinstance(error, TimeoutError)
+
+
+def side_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the driver's connect() for a side connection, from those of a pooled one."""
+    kept = {key: value for key, value in arguments.items() if key not in NOT_FOR_SIDE}
+    return kept | {"autocommit": True}

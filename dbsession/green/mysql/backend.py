@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from dbsession.core.interceptors import StatementNotes
 from dbsession.core.pool.stats import Stats
 from dbsession.green.mysql import session_state
 from dbsession.green.mysql.connection import Connection
-from dbsession.green.mysql.kill import GreenKiller
+from dbsession.green.mysql.kill import SIDE, GreenKiller
 
 logger = logging.getLogger("dbsession.mysql")
 
@@ -46,6 +47,8 @@ class PyMySQL(MySQL):
     def made(self, engine: Engine, cleans: bool) -> None:
         """Take note of the new engine, whose pool `cleans` what comes back; log what the user's own options take away
         from what is promised of its connections."""
+        if self._killer is not None:
+            self._killer.engine = weakref.ref(engine)
         self.cleans = cleans
         name, options = self.config.name, self.config.options
         if "creator" in options:
@@ -64,6 +67,8 @@ class PyMySQL(MySQL):
 
     def _connect(self, *cargs: Any, **cparams: Any) -> Any:
         killer = self._killer
+        if killer is not None and (thread := SIDE.get()) is not None:
+            return killer.open_side(thread, cparams)
         connection = Connection(*cargs, ping_idle_s=self.config.ping_idle_s, tls=self._tls, **cparams)
         connection.database = self.config.name
         try:

@@ -16,13 +16,13 @@ from pymysql import err
 from pymysql.constants import CR, SERVER_STATUS
 
 from dbsession.core import fork
-from dbsession.core.backends.mysql_errors import CLOSED_BEFORE_COMMIT, HUNG_UP, is_from_socket
+from dbsession.core.backends.mysql_errors import CLOSED_BEFORE_COMMIT, HUNG_UP
 from dbsession.core.backends.mysql_sent import MULTI_STATEMENTS, Sent
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.connection_info import KnownConnection
 from dbsession.errors import describe
 from dbsession.green.mysql import results
-from dbsession.green.mysql.wire import Wire
+from dbsession.green.mysql.opening import Opening
 
 logger = logging.getLogger("dbsession.mysql")
 
@@ -30,18 +30,7 @@ _poll: Callable[[], Any] = monkey.get_original("select", "poll")  # which, with 
 _BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 
 
-class _IfOffered:
-    """The context of a connection that takes TLS where the server has it: made as it is needed. Lives as long as the
-    connection."""
-
-    def __init__(self, contexts: TLSContexts) -> None:
-        self._contexts = contexts
-
-    def wrap_socket(self, *arguments: Any, **more: Any) -> Any:
-        return self._contexts.of({}, err.OperationalError).wrap_socket(*arguments, **more)
-
-
-class Connection(Wire, KnownConnection):
+class Connection(Opening, KnownConnection):
     """A `pymysql.connections.Connection`. Lives as long as its place in the pool, or until a read or write on it is
     ended by any exception: then its socket is closed, and the exception goes on as it is.
 
@@ -63,8 +52,10 @@ class Connection(Wire, KnownConnection):
         self.on_abandon: Callable[[Connection], None] | None = None
         """Called with this connection when nobody waits any more for a statement that may still run at the server. Must
         not wait."""
+        self.reopen: Callable[[Any], Connection] | None = None
+        """Opens a side connection to end this one's statement, with its own arguments."""
         self._ping_idle_s = ping_idle_s
-        self._tls = TLSContexts() if tls is None else tls
+        self._tls = TLSContexts() if tls is None else tls  # before PyMySQL's, which connects
         self._heard = 0.0  # when the last answer came
         self.database: str | None = None  # its name, for log lines
         self._later: list[Any] = []  # results read ahead
@@ -75,8 +66,6 @@ class Connection(Wire, KnownConnection):
         """A ping was sent that is not answered."""
         self.used = False
         """Something was executed on it since it was connected or reset."""
-        self.local: Any = None
-        self.peer: Any = None
         self.seen_as: str | None = None
         """How the server shows it in HOST of its processlist, where that is known."""
         self.sent = Sent(several=False)
@@ -86,33 +75,9 @@ class Connection(Wire, KnownConnection):
         """The current database and role, where they are to be kept; see session_state."""
         self.used = False
 
-    def _create_ssl_ctx(self, sslp: Any) -> Any:
-        if not isinstance(sslp, dict):
-            return super()._create_ssl_ctx(sslp)  # a context of the user's
-        if sslp:
-            return self._tls.of(sslp, err.OperationalError)
-        return _IfOffered(self._tls)
-
     def connect(self, sock: Any = None) -> None:
-        self._ahead, self._at = b"", 0
-        self._cooperative = False
         self.sent = Sent(several=bool(self.client_flag & MULTI_STATEMENTS))
-        timeouts = self._read_timeout, self._write_timeout
-        self._read_timeout = self._write_timeout = self.connect_timeout
-        self._connect_by = time.monotonic() + self.connect_timeout
-        try:
-            super().connect(sock)
-            if not self.unix_socket:
-                self.local, self.peer = self._sock.getsockname(), self._sock.getpeername()
-        except err.OperationalError as error:
-            original = getattr(error, "original_exception", None)
-            if isinstance(original, OSError) and not is_from_socket(original):
-                raise original from None  # somebody's timeout, which PyMySQL takes for the socket's
-            raise
-        finally:
-            self._connect_by = None
-            self._read_timeout, self._write_timeout = timeouts
-        self._take_over_timeouts()
+        super().connect(sock)
 
     @property
     def settled(self) -> bool:

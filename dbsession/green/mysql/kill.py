@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import socket
 import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from pymysql import err
 from pymysql.cursors import Cursor
+from sqlalchemy.engine import Engine
 
 from dbsession.core import fork
-from dbsession.core.backends.mysql_kill import AGAIN_S, OWN_THREAD, TIMEOUT_S, Killer, Thread
+from dbsession.core.backends.mysql_kill import (
+    AGAIN_S,
+    OWN_THREAD,
+    TIMEOUT_S,
+    Killer,
+    NotLetIn,
+    Thread,
+    side_arguments,
+)
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.pool.stats import Stats
 from dbsession.green import hub
 from dbsession.green.mysql.connection import Connection
+
+SIDE: ContextVar[Thread | None] = ContextVar("dbsession.side", default=None)
+"""For whose thread the greenlet or thread opens a side connection now."""
 
 # Every killer of this process. Written when one is made.
 _killers: weakref.WeakSet[GreenKiller] = weakref.WeakSet()
@@ -29,6 +43,7 @@ class GreenKiller(Killer):
     def __init__(self, name: str, stats: Stats, tls: TLSContexts | None = None) -> None:
         super().__init__(name, stats)
         self._tls = tls
+        self.engine: Callable[[], Engine | None] = lambda: None
         self._forget()
         _killers.add(self)
 
@@ -42,7 +57,7 @@ class GreenKiller(Killer):
         """Note how the server sees a connection just opened with these arguments: a round trip, unless it is known."""
         if self._epoch != fork.epoch:
             self._forget()  # made with the engine, perhaps before a fork
-        self.arguments = arguments
+        connection.reopen = lambda thread: self.open_side(thread, arguments)
         self._note_hub()
         if connection.local is not None:
             connection.seen_as = self.host_of(connection.local, connection.peer) or self._ask(connection)
@@ -64,7 +79,7 @@ class GreenKiller(Killer):
         """Have the statement of this connection ended. Does not wait; may be called by anybody, the Hub included."""
         if self._epoch != fork.epoch:
             self._forget()
-        if not self.abandon(Thread(connection.thread_id(), connection.seen_as, connection.peer)):
+        if not self.abandon(Thread(connection.thread_id(), connection.seen_as, connection.peer, connection.reopen)):
             return
         self._note_hub()
         if self._owner_hub is not None:
@@ -102,20 +117,39 @@ class GreenKiller(Killer):
                     self._working.release()
 
     def _kill(self, thread: Thread) -> None:
-        # To the very address that the connection had: its name may mean another server by now.
-        timeouts = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), TIMEOUT_S)
-        side = Connection(
-            tls=self._tls, **self.side_arguments() | timeouts | {"defer_connect": True, "cursorclass": Cursor}
-        )
-        own = self.arguments.get("bind_address")
-        source = None if own is None else (own, 0)
-        with socket.create_connection(thread.peer[:2], TIMEOUT_S, source) as raw:
-            side.connect(raw)
+        side = self._open(thread)
+        try:
+            with side.cursor() as cursor:
+                self._run(thread, cursor)
+        finally:
+            side.close()
+
+    def _open(self, thread: Thread) -> Any:
+        token = SIDE.set(thread)
+        try:
+            engine: Any = self.engine()
+            # As the pool opens one, with the user's `do_connect` listeners.
+            side = thread.own(thread) if engine is None else engine.pool._invoke_creator(None)
+        except Exception as error:
+            if not self.is_barred(error):
+                raise
             try:
-                with side.cursor() as cursor:
-                    self._run(thread, cursor)
-            finally:
-                side.close()
+                side = thread.own(thread)
+            except Exception as own:
+                raise NotLetIn(error, own) if self.is_barred(own) else own from error
+        finally:
+            SIDE.reset(token)
+        return side
+
+    def open_side(self, thread: Thread, arguments: dict[str, Any]) -> Connection:
+        """Open a side connection to the address that `thread` has: its name may mean another server by now."""
+        timeouts = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), TIMEOUT_S)
+        ours = {"defer_connect": True, "cursorclass": Cursor}
+        side = Connection(tls=self._tls, **side_arguments(arguments) | timeouts | ours)
+        own = arguments.get("bind_address")
+        raw = socket.create_connection(thread.peer[:2], TIMEOUT_S, None if own is None else (own, 0))
+        side.connect(raw)  # or closes it
+        return side
 
     def _run(self, thread: Thread, cursor: Any) -> None:
         steps = self.steps(thread)

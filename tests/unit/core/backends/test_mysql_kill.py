@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pymysql import err
 
-from dbsession.core.backends.mysql_kill import Killer, Thread
+from dbsession.core.backends.mysql_kill import Killer, Thread, side_arguments
 from dbsession.core.pool.stats import Stats
 
 LOCAL = ("127.0.0.1", 40001)
@@ -89,6 +89,6 @@ def test_threads_of_a_server_that_does_not_answer_are_forgotten_and_others_kept(
     assert "TimeoutError" in caplog.text and "10.0.0.1" not in caplog.text
 
 
-def test_side_connection_goes_without_what_belongs_to_the_application(killer):
-    killer.arguments = {"user": "u", "database": "d", "init_command": "SET x", "sql_mode": "y", "ssl": {"ca": "c"}}
-    assert killer.side_arguments() == {"user": "u", "ssl": {"ca": "c"}, "autocommit": True}
+def test_side_connection_goes_without_what_belongs_to_the_application():
+    arguments = {"user": "u", "database": "d", "init_command": "SET x", "sql_mode": "y", "ssl": {"ca": "c"}}
+    assert side_arguments(arguments) == {"user": "u", "ssl": {"ca": "c"}, "autocommit": True}

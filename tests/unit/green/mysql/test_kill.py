@@ -27,9 +27,8 @@ def test_side_connection_comes_from_the_address_that_the_user_has_bound(argument
 
     monkeypatch.setattr(kill.socket, "create_connection", create_connection)
     killer = kill.GreenKiller("shop", Stats())
-    killer.arguments = {"user": "u", **arguments}
     with pytest.raises(Dialled) as caught:
-        killer._kill(Thread(5, "h:1", ("10.0.0.1", 3306)))
+        killer.open_side(Thread(5, "h:1", ("10.0.0.1", 3306)), {"user": "u", **arguments})
     assert caught.value.args == (("10.0.0.1", 3306), source)
 
 
