@@ -64,7 +64,14 @@ def resolves(monkeypatch):
 
     asked, hanging = [], threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    yield lambda *addresses: (found.extend(addresses), asked)[1]
+
+    def resolve(*addresses):
+        found.extend(addresses)
+        if addresses:
+            hanging.set()
+        return asked
+
+    yield resolve
     hanging.set()
 
 

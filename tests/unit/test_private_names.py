@@ -15,7 +15,8 @@ import gevent.threadpool
 import pymysql
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
-from sqlalchemy import Column, Integer, Table, create_engine, text
+from sqlalchemy import Column, Integer, Table, create_engine, event, text
+from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import QueuePool
 
