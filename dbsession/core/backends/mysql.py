@@ -109,8 +109,12 @@ class MySQL(Backend):
         return known
 
     def may_have_kept(self, connection: Any) -> bool:
-        sent: Sent | None = getattr(driver_of(connection), "sent", None)
-        return (sent is not None and sent.kept) or self.autocommits(connection) is True
+        driver = connection.dbapi_connection  # driver_of(), without its call at the end of each transaction
+        driver = getattr(driver, "driver_connection", driver)
+        sent: Sent | None = getattr(driver, "sent", None)
+        if sent is None:
+            return self.autocommits(connection) is True
+        return sent.kept or sent.autocommits(driver.told_autocommit)
 
     commits_by_setting = staticmethod(sets_autocommit_on)
 

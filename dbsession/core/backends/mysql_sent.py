@@ -129,8 +129,11 @@ class Sent:
             else:
                 if still_ended and self.autocommit:
                     self.ended_at = self.count
-                if whole.lastindex is None and not self.changed and _sets_by_function(text):
-                    self._note_change(text)
+                if whole.lastindex is None and not self.changed:
+                    lower = text.lower()
+                    # A statement that reads may leave a lock or a variable behind.
+                    if b"get_lock" in lower or b":=" in text or (b"into" in lower and _INTO_VARIABLE.search(text)):
+                        self._note_change(text)
         elif number == PING:
             if still_ended:
                 self.ended_at = self.count
@@ -198,10 +201,10 @@ class Sent:
 
     # The connection's user.
 
-    def taken(self, told: bool) -> None:
-        """Note that from now on its user sends."""
+    def taken(self, driver: Any) -> None:
+        """Note that from now on its user sends; `driver` is the connection."""
         if self.told_at_first is None:
-            self.told_at_first, self.mode_at_first = told, self._mode
+            self.told_at_first, self.mode_at_first = driver.told_autocommit, self._mode
         self.phase, self.kept = USED, False
 
     def is_changed(self, told: bool) -> bool:
@@ -220,9 +223,3 @@ def sets_autocommit_on(statement: str) -> bool:
         return False
     found = _SETS_AUTOCOMMIT.match(statement.encode())
     return found is not None and found[1] is not None
-
-
-def _sets_by_function(sql: bytes) -> bool:
-    """Whether a statement that reads leaves a lock or a variable behind."""
-    lower = sql.lower()
-    return b"get_lock" in lower or b":=" in sql or (b"into" in lower and _INTO_VARIABLE.search(sql) is not None)

@@ -95,7 +95,7 @@ class QueuedPool(QueuePool, Generic[WaiterT]):
         driver = getattr(driver, "driver_connection", driver)
         sent = getattr(driver, "sent", None)
         if sent is not None:
-            sent.taken(driver.told_autocommit)
+            sent.taken(driver)
         return proxied
 
     # Called by each half where nothing can come in between.

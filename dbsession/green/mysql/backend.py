@@ -8,11 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from pymysql.constants import SERVER_STATUS
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from dbsession.core.backends.mysql import CLEANING_S, MySQL
-from dbsession.core.backends.mysql_sent import ASIDE, OPENING
+from dbsession.core.backends.mysql_sent import ASIDE, OPENING, USED
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.config import TIMEOUTS, DatabaseConfig
 from dbsession.core.interceptors import StatementNotes
@@ -131,15 +132,18 @@ class PyMySQL(MySQL):
         return partial(self._clean, connection, how)
 
     def _is_to_be_reset(self, connection: Connection) -> bool:
-        return connection.sent.is_changed(connection.told_autocommit) or (
-            self.config.reset == "connection" and connection.used
-        )
+        # sent.is_changed(), without its call for each connection that comes back
+        sent = connection.sent
+        if sent.changed or (self.config.reset == "connection" and connection.used):
+            return True
+        told = connection.server_status & SERVER_STATUS.SERVER_STATUS_AUTOCOMMIT != 0
+        return told is not sent.told_at_first and not sent.level_changed and sent.phase is USED
 
     @staticmethod
     def on_stock_checkout(connection: Any, *_: object) -> None:
         """Note that a connection of another pool than ours is its user's from now on."""
         if isinstance(connection, Connection):
-            connection.sent.taken(connection.told_autocommit)
+            connection.sent.taken(connection)
 
     def on_stock_reset(self, connection: Any, _: ConnectionPoolEntry, state: PoolResetState) -> None:
         """Reset a connection that comes back to another pool than ours."""
