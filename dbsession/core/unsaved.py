@@ -86,7 +86,7 @@ def report_dropped(session: Any, failing: bool) -> None:
     try:
         scope: BaseScope | None = session._scope() if session._scope is not None else None
         label, failed = session._of or ((scope.label, scope.failed) if scope is not None else ("a unit of work", False))
-        ended = scope is None or scope.ended or bool(getattr(scope, "complete", None))
+        ended = scope is None or scope.ended or session._of is not None or bool(getattr(scope, "complete", None))
         if failed or (failing and not ended):
             return
         what = _in_words(session)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import sys
 import time
 from typing import Any
 
 from dbsession.core import teardown as core_teardown
 from dbsession.core.teardown import Sessions
-from dbsession.green import hub
+from dbsession.core.unsaved import report_dropped
+from dbsession.green import hub, ident
 
 logger = logging.getLogger("dbsession.teardown")
 
@@ -62,3 +65,18 @@ def _give_up(database: Any, session: Any, label: str, failure: BaseException) ->
         except BaseException as error:
             kill = kill or core_teardown.kill_of(error)
     return kill
+
+
+def _say_what_the_program_drops() -> None:
+    """At the program's end: of the scope that lasts as long as its main thread nobody else says it."""
+    if getattr(sys, "last_value", None) is not None:
+        return  # it ends by an exception
+    for scope in getattr(ident.current(), "_dbsession_scopes", ()):
+        if scope.kind == "implicit":
+            scope.leave_word()
+            for database, session in list(scope.sessions.items()):
+                if not database.inherited:
+                    report_dropped(session, failing=False)
+
+
+atexit.register(_say_what_the_program_drops)

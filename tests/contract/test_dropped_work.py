@@ -17,6 +17,7 @@ import dbsession.flask
 from dbsession import aio
 from dbsession.core import unsaved
 from support.halves import HALVES, done, entered, on_both_halves
+from support.processes import run_python
 from support.waiting import wait_until
 
 
@@ -325,6 +326,35 @@ async def test_f29_run_in_transaction_says_nothing(half, manager, said):
 
     await done(manager.run_in_transaction(work))
     assert said() == []
+
+
+PROGRAM = """
+    import logging, os, sys
+    import dbsession
+    from sqlalchemy import text
+
+    logging.basicConfig(format="%(name)s: %(message)s")
+    dbsession.configure({"default": f"sqlite:///{sys.argv[1]}/a.db"})
+    session = dbsession.get_dbsession()
+    session.execute(text("CREATE TABLE item (id INTEGER)"))
+    session.execute(text("INSERT INTO item VALUES (12345)"))
+    if sys.argv[2] == "commits":
+        session.commit()
+    elif sys.argv[2] == "raises":
+        raise LookupError
+    elif sys.argv[2] == "forks":
+        if os.fork() == 0:
+            sys.exit()
+        os.wait()
+        session.rollback()
+"""
+
+
+@pytest.mark.parametrize(("ends", "lines"), [("drops", 1), ("commits", 0), ("raises", 0), ("forks", 0)])
+def test_f29_program_that_ends_without_a_commit_says_it(tmp_path, ends, lines):
+    ended = run_python(PROGRAM, tmp_path, ends, status=ends == "raises")
+    assert ended.stderr.count("dbsession.unsaved: Database 'default': ") == lines, ended.stderr
+    assert "12345" not in ended.stderr.replace("(12345)", "", ends == "raises")
 
 
 # --- requests
