@@ -62,7 +62,10 @@ _CHANGES = (
     rb"create\s+(?:or\s+replace\s+)?temporary|begin\s+not|if|case|loop|while|repeat|for|declare)\b"
 )
 _CHANGES_FIRST = _compiled(_START + _CHANGES)
-_CHANGES_WITHIN = _compiled(rb"(?:;|/\*M?!\d*)" + _START + _CHANGES)
+# Of the statements after the first one. The text may be somebody's upload: no byte is looked at twice, so what may
+# follow a separator holds none. The end of a comment counts as one; that of a line, where comments may end with it.
+_CHANGES_WITHIN = _compiled(rb"(?:;|/\*M?!\d*+|\*/)[\s(]*+" + _CHANGES)
+_CHANGES_IN_A_LINE = _compiled(rb"\n[ \t\r\f\v(]*+" + _CHANGES)
 _INTO_VARIABLE = _compiled(rb"\binto\s+@")
 _MOVES = _compiled(rb"\buse\b")
 _TAKES_ROLE = _compiled(rb"\brole\b")
@@ -161,7 +164,7 @@ class Sent:
                 self._mode, self._mode_told = bool(found[1]), None
                 self.kept = self.kept or self._mode
         self.kept = self.kept or _COMMITS.match(sql) is not None
-        if _CHANGES_FIRST.match(sql) or (not one and _CHANGES_WITHIN.search(sql)):
+        if _CHANGES_FIRST.match(sql) or (not one and _changes_within(sql)):
             self._note_change(sql)
 
     def _note_change(self, sql: bytes) -> None:
@@ -223,3 +226,10 @@ def sets_autocommit_on(statement: str) -> bool:
         return False
     found = _SETS_AUTOCOMMIT.match(statement.encode())
     return found is not None and found[1] is not None
+
+
+def _changes_within(sql: bytes) -> bool:
+    """Whether a statement after the first one of a text may change the session."""
+    return _CHANGES_WITHIN.search(sql) is not None or (
+        (b"--" in sql or b"#" in sql) and _CHANGES_IN_A_LINE.search(sql) is not None
+    )

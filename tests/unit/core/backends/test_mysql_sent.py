@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from dbsession.core.backends.mysql_sent import (
@@ -153,3 +155,49 @@ def test_mode_that_a_text_sets_is_believed_until_the_server_changes_its_word(tex
         assert sent.autocommits(told) and sent.autocommits(told) and sent.kept
         assert sent.autocommits(not told) is not told
     assert sets_autocommit_on(text) and not sets_autocommit_on("SET autocommit = 0")
+
+
+def changed(text, several=True):
+    sent = used(several)
+    sent.command(QUERY, text)
+    return sent.changed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT 1; SET @a = 1",
+        "SELECT 1;;\n (set @a = 1)",
+        "SELECT 1; /* why */ -- so\n\tset @a = 1",
+        "SELECT 1; # why\nUSE other",
+        "SELECT 1; /* a */ /* b */ LOCK TABLES t READ",
+        "SELECT ';/*'; SET @a = 1",
+        "INSERT INTO t VALUES (';'); CREATE OR REPLACE TEMPORARY TABLE u (n INT)",
+        "/*!50000 SET @a = 1 */",
+        "SELECT 1 /*! ; */ ; /*M!100100 SET @a = 1 */",
+    ],
+)
+def test_text_changes_the_session_when_a_later_statement_does(text):
+    assert changed(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT 1; SELECT 2",
+        "UPDATE t SET a = ';'",
+        "UPDATE t\nSET a = ';'\nWHERE n = 1",
+        "INSERT INTO t VALUES (';')",
+        "SELECT 1; SET TRANSACTION READ ONLY",
+    ],
+)
+def test_text_leaves_the_session_when_no_statement_changes_it(text):
+    assert not changed(text)
+
+
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("unit", [";", "; ", "/*!", ";/*", ";--\n", "\n", "/*! ("])
+def test_text_is_looked_at_once_when_somebody_has_uploaded_separators(unit, several):
+    began = time.monotonic()
+    changed("INSERT INTO t VALUES ('/*! " + unit * 40_000 + "')", several)
+    assert time.monotonic() - began < 5
