@@ -22,7 +22,7 @@ DRIVERS = {"pymysql": "gevent", "asyncmy": "aio", "aiomysql": "aio"}
 INSERT, ROWS = text("INSERT INTO t (n) VALUES (:n)"), text("SELECT n FROM t ORDER BY n")
 
 
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture(params=["pymysql", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
 def driver(request):
     return request.param
 
