@@ -128,3 +128,15 @@ async def test_f34_kill_goes_to_the_address_of_the_connection(half, managed, mar
             await done(manager.get().execute(text("SELECT SLEEP(60)")))
     await half.until(lambda: manager.database("default").stats.kills == 1)
     assert len(asked) == 1
+
+
+@on_both_halves
+async def test_f34_name_without_an_address_is_an_error(half, managed, monkeypatch):
+    ask = socket.getaddrinfo
+
+    def getaddrinfo(host, port, family=0, type=0, proto=0, flags=0):
+        return [] if host in (NAME, NAME.encode()) and not flags else ask(host, port, family, type, proto, flags)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(OperationalError, match=f"2003.*{NAME}.*no address"):
+        await answer(managed())

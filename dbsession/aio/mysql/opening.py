@@ -93,6 +93,8 @@ async def opened(
         return await connect(**arguments)
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        if not found:
+            raise socket.gaierror(socket.EAI_NONAME, "the name has no address")
     except OSError as error:
         text = f"Can't connect to MySQL server on {host!r} ({error})"
         raise module.OperationalError(_CANNOT_CONNECT, text) from error

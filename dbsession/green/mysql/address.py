@@ -29,7 +29,10 @@ def addresses(host: str, port: int, seconds: float) -> list[Any]:
     try:
         return _getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
     except socket.gaierror:
-        return _within(seconds, lambda: socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
+        found = _within(seconds, lambda: socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
+    if not found:
+        raise socket.gaierror(socket.EAI_NONAME, "the name has no address")
+    return found
 
 
 def _within(seconds: float, ask: Callable[[], list[Any]]) -> list[Any]:
