@@ -350,7 +350,10 @@ PROGRAM = """
 """
 
 
-@pytest.mark.parametrize(("ends", "lines"), [("drops", 1), ("commits", 0), ("raises", 0), ("forks", 0)])
+@pytest.mark.parametrize(
+    ("ends", "lines"),
+    [("drops", 1), ("raises", 0), *(pytest.param(ends, 0, marks=pytest.mark.slow) for ends in ("commits", "forks"))],
+)
 def test_f29_program_that_ends_without_a_commit_says_it(tmp_path, ends, lines):
     ended = run_python(PROGRAM, tmp_path, ends, status=ends == "raises")
     assert ended.stderr.count("dbsession.unsaved: Database 'default': ") == lines, ended.stderr

@@ -39,6 +39,10 @@ URLS = {
 }
 
 
+QUICK = ("plain", "at sign", "no slashes", "JDBC", "libpq")
+EACH = [pytest.param(what, marks=[] if what in QUICK else [pytest.mark.slow]) for what in URLS]
+
+
 @pytest.fixture(params=HALVES)
 def half(request):
     return HALVES[request.param]
@@ -69,7 +73,7 @@ def told_by(half, work):
     return "".join(traceback.format_exception(error)), error
 
 
-@pytest.mark.parametrize("what", URLS)
+@pytest.mark.parametrize("what", EACH)
 def test_f31_password_of_a_url_given_as_a_name_is_never_shown(half, verbs, what, caplog):
     url = URLS[what]
     for work in (
@@ -129,7 +133,7 @@ def test_f31_url_whose_password_would_be_read_as_its_host_is_refused(half, verbs
     assert isinstance(error, dbsession.ConfigError) and "percent-encoded" in shown and SECRET not in shown
 
 
-@pytest.mark.parametrize("what", URLS)
+@pytest.mark.parametrize("what", EACH)
 def test_f31_password_in_a_label_is_masked(half, verbs, what):
     async def main():
         async with entered(verbs.session_scope(URLS[what])) as scope:
@@ -138,7 +142,7 @@ def test_f31_password_in_a_label_is_masked(half, verbs, what):
     assert SECRET not in "".join(half.run(main))
 
 
-@pytest.mark.parametrize("what", URLS)
+@pytest.mark.parametrize("what", EACH)
 def test_f31_check_shows_no_password_of_a_url_given_as_a_name(what, capsys, monkeypatch, tmp_path):
     url = URLS[what]
     monkeypatch.chdir(tmp_path)
