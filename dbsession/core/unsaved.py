@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any
 
 from sqlalchemy import inspect
+from sqlalchemy.engine import Connection
 from sqlalchemy.orm import SessionTransactionOrigin
 
 from dbsession.core import sql
@@ -48,6 +49,8 @@ def unsaved_objects(session: Any) -> dict[str, list[Any]]:
 
 def unsaved_write(session: Any) -> str | None:
     """The last statement that the session has sent and that a rollback would undo. No I/O."""
+    if not session.is_active and not session.in_nested_transaction():
+        return None  # a flush that failed has rolled it back, and raised
     for held in session._open_connections:
         statement = wrote.get(held)
         if statement is None or held.closed or held.invalidated:
@@ -92,12 +95,16 @@ def report_dropped(session: Any, failing: bool) -> None:
         what = _in_words(session)
         if what:
             # Where a request or a task has ended, the server's code would be named, or ours.
-            _report(session._database, label, what, ended, not ended or (scope is not None and scope.kind == "block"))
+            kind = "implicit" if scope is None else scope.kind
+            how = "ended without an error" if ended else "closed its session without an error"
+            if kind == "implicit" and ended:
+                how = "ended"  # of a thread nobody knows how
+            _report(session._database, f"{label} {how}", what, not ended or kind == "block")
     except Exception:  # a log handler of the user's, perhaps; the session is to be closed all the same
         pass
 
 
-def _report(database: Any, label: str, what: str, ended: bool, sited: bool) -> None:
+def _report(database: Any, who: str, what: str, sited: bool) -> None:
     now = monotonic()
     at, left_out = _next.get(database.name, (0.0, 0))
     if now < at:
@@ -109,11 +116,9 @@ def _report(database: Any, label: str, what: str, ended: bool, sited: bool) -> N
         found = callsites.written(callsites.users(callsites.outwards(sys._getframe(2)), 1))
         site = f", at {found[0]}" if found else ""
     logger.warning(
-        "Database %r: %s %s without an error and dropped %s. Nobody called commit(), or rollback() to say that it is "
-        "meant.%s",
+        "Database %r: %s and dropped %s. Nobody called commit(), or rollback() to say that it is meant.%s",
         database.name,
-        label,
-        "ended" if ended else "closed its session",
+        who,
         what + site,
         f" {left_out} more did so since the last such line." if left_out else "",
     )
@@ -126,7 +131,8 @@ def _in_words(session: Any) -> str:
             tables = sorted({str(inspect(each).mapper.local_table.description) for each in objects})
             named = ", ".join([*tables[:_TABLES], *["..."][: len(tables) > _TABLES]])
             parts.append(f"{len(objects)} {what} object{'s' * (len(objects) > 1)} ({plain(named)})")
-    statement = unsaved_write(session)
+    # A connection of the program's own, as a test's, is not rolled back with the session.
+    statement = None if isinstance(session.bind, Connection) else unsaved_write(session)
     if statement is not None:
         parts.append(f"a write sent since the last commit ({sql.masked(statement, session._database.config.backend)})")
     return " and ".join(parts)

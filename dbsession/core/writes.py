@@ -37,7 +37,11 @@ _VERB = re.compile(
 _READING = frozenset({"select", "show", "explain", "describe", "desc", "pragma", "values", "table", "set", "use"})
 _TO_SAVEPOINT = re.compile(r"\s+(?:(?:work|transaction)\s+)?to\b", re.IGNORECASE)
 _TEMPORARY = re.compile(r"\s+(?:or\s+replace\s+)?temp(?:orary)?\b", re.IGNORECASE)
-_CHANGES = re.compile(r"\b(?:insert|update|delete|replace|merge)\b", re.IGNORECASE)
+# Neither a lock (FOR UPDATE) nor the functions INSERT() and REPLACE().
+_CHANGES = re.compile(
+    r"\bfor\s+(?:no\s+key\s+)?update\b|\b(?:(?:insert|replace)\b(?!\()|(?:update|delete|merge)\b)(?P<changes>)",
+    re.IGNORECASE,
+)
 _LAST_WORD = re.compile(r"(\S+?)[\s;]*\Z")
 
 
@@ -68,11 +72,16 @@ def note(connection: Connection, statement: str, kind: str, autocommit: bool) ->
     elif kind == ENDS:
         by_itself.add(connection)
         forget(connection)
-    elif kind == WRITES or _CHANGES.search(statement):
+    elif kind == WRITES or _changes(statement):
         if autocommit:
             by_itself.add(connection)
         else:
             wrote[connection] = statement
+
+
+def _changes(statement: str) -> bool:
+    """Whether a statement of which the verb does not tell changes rows, by its words."""
+    return any(found["changes"] is not None for found in _CHANGES.finditer(statement))
 
 
 def begin(connection: Connection) -> None:

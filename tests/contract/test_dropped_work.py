@@ -10,7 +10,7 @@ import flask
 import gevent
 import greenlet
 import pytest
-from sqlalchemy import text
+from sqlalchemy import exc, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 import dbsession.flask
@@ -256,7 +256,7 @@ async def test_f29_implicit_scope_says_it_at_the_end_of_its_greenlet_or_task_unl
     await half.join(half.spawn(job))
     await half.until(lambda: manager.engine().pool.checkedout() == 0)
     (line,) = said()
-    assert "the rest of a " in line and "ended without an error and dropped a write" in line
+    assert "the rest of a " in line and "ended and dropped a write" in line
     with pytest.raises(LookupError):
         await half.join(half.spawn(fails))
     await half.until(lambda: manager.engine().pool.checkedout() == 0)
@@ -331,7 +331,7 @@ async def test_f29_run_in_transaction_says_nothing(half, manager, said):
 PROGRAM = """
     import logging, os, sys
     import dbsession
-    from sqlalchemy import text
+    from sqlalchemy import exc, text
 
     logging.basicConfig(format="%(name)s: %(message)s")
     dbsession.configure({"default": f"sqlite:///{sys.argv[1]}/a.db"})
@@ -526,3 +526,49 @@ async def test_f29_proxy_in_a_with_block_says_what_to_write(half, manager):
         await new(manager.get())
     assert (await done(manager.get().get(Item, 2))).id == 2
     await done(manager.clear())
+
+
+@on_both_halves
+async def test_f29_flush_that_failed_and_was_caught_drops_nothing_that_was_not_said(half, mariadb_url, said):
+    url = mariadb_url if half.name == "gevent" else mariadb_url.replace("pymysql", "asyncmy")
+    manager = half.verbs.SessionManager({"default": url})  # whose word on transactions is not taken
+    async with entered(manager.scope()):
+        session = manager.get()
+        await done(session.execute(text("CREATE TABLE item (id INT PRIMARY KEY, name TEXT)")))
+        session.add(Item(id=1, name="one"))
+        await done(session.commit())
+    async with entered(manager.scope()):
+        session = manager.get()
+        session.add(Item(id=1, name="one"))
+        with pytest.raises(exc.IntegrityError):
+            await done(session.flush())
+    assert not said()
+    async with entered(manager.scope()):
+        session = manager.get()
+        session.add(Item(id=2, name="two"))
+        await done(session.flush())
+        savepoint = await done(session.begin_nested())
+        session.add(Item(id=1, name="one"))
+        with pytest.raises(exc.IntegrityError):
+            await done(session.flush())
+        with pytest.raises(dbsession.UnsavedWork):
+            await done(manager.release())
+        await done(savepoint.rollback())
+    assert len(said()) == 1
+    await done(manager.dispose())
+
+
+def test_f29_session_on_a_connection_of_the_programs_own_says_nothing_of_its_writes(tmp_path, said):
+    manager = make(HALVES["gevent"], tmp_path)
+    with manager.engine().connect() as connection, connection.begin():
+        with manager.scope():
+            session = manager.get()(bind=connection, join_transaction_mode="rollback_only")
+            session.add(Item(name="two"))
+            session.flush()
+        assert not said()
+        with manager.scope():
+            manager.get()(bind=connection, join_transaction_mode="rollback_only").add(Item(name="three"))
+        assert len(said()) == 1
+    with manager.scope():
+        assert manager.get().scalar(text("SELECT count(*) FROM item WHERE name = 'two'")) == 1
+    manager.dispose()

@@ -65,6 +65,8 @@ def session(tmp_path):
         (["SELECT 1"], None),
         (["INSERT INTO item VALUES (1)"], "INSERT INTO item VALUES (1)"),
         (["WITH a AS (SELECT 1 AS n) SELECT n FROM a"], None),
+        (["BEGIN", "WITH a AS (SELECT 'b' AS n) SELECT REPLACE(n, 'b', 'c') FROM a /* for\nupdate */"], None),
+        (["BEGIN", "WITH a AS (SELECT 1 AS n) REPLACE INTO item SELECT n FROM a"], "WITH a"),
         (["BEGIN", "WITH a AS (SELECT 1 AS n) INSERT INTO item SELECT n FROM a"], "WITH a"),
         (["WITH a AS (SELECT 1 AS n) INSERT INTO item SELECT n FROM a"], None),  # sqlite3 has begun no transaction
         (["INSERT INTO item VALUES (1)", "COMMIT"], None),
