@@ -19,7 +19,12 @@ class Kill(BaseException):
     """As gevent's timeouts and kills: no Exception."""
 
 
-def make(size=2, overflow=0, creator=Mock, **more):
+def of_another_driver():
+    """A connection that has nothing of our own classes."""
+    return Mock(spec=["rollback", "commit", "close", "special"])
+
+
+def make(size=2, overflow=0, creator=of_another_driver, **more):
     return FairPool(creator, pool_size=size, max_overflow=overflow, timeout=5.0, **more)
 
 
