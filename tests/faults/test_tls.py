@@ -165,6 +165,14 @@ async def test_f32_options_that_the_driver_ignores_are_ignored(half, managed, tl
 
 
 @on_both_halves
+async def test_f32_a_key_given_in_place_of_its_path_is_in_no_error(half, managed, tls_server, folder):
+    key = (folder / "client.key").read_text()
+    for given in (key, "".join(key.splitlines()[1:-1]) * 3):
+        message = await refused(managed(tls_server.url("test"), **verified(folder, cert=given, key=given)))
+        assert "is no path" in message and given[30:60] not in message
+
+
+@on_both_halves
 async def test_f32_changed_files_are_read_again(half, driver, managed, tls_server, folder, tmp_path, made):
     """Rotated, broken, gone, and back: whoever connects uses what is there now, or is told."""
     ca = tmp_path / "ca.pem"

@@ -21,6 +21,7 @@ SSL_CONNECTION_ERROR = 2026
 """The client's number, CR_SSL_CONNECTION_ERROR."""
 
 _FILES = ("ca", "capath", "cert", "key")
+_LONGEST_SHOWN = 300  # characters; a key without its line ends has more
 _AT_MOST = 8  # a listener that names other files at each connect must not fill the memory
 
 # Reads the certificates, as PyMySQL understands `ssl`; its `self` is not used.
@@ -61,7 +62,7 @@ class TLSContexts:
             context = self._make(options)
         except OSError as reason:  # a certificate's faults are OSErrors, too
             self._made.pop(key, None)
-            named = ", ".join(f"{name}={os.fspath(options[name])!r}" for name in _FILES if options.get(name))
+            named = ", ".join(f"{name}={_shown(options[name])}" for name in _FILES if options.get(name))
             raise error(
                 SSL_CONNECTION_ERROR,
                 f"TLS cannot be set up with {named or 'these arguments'} ({type(reason).__name__}: {reason}): see "
@@ -110,6 +111,14 @@ def _hashable(value: Any) -> Any:
     except TypeError:
         return repr(value)
     return value
+
+
+def _shown(path: Any) -> str:
+    """A file's path as an error shows it; not what was given in its place, which may be the key itself."""
+    text = os.fsdecode(path)
+    if "\n" in text or "-----" in text or len(text) > _LONGEST_SHOWN:
+        return f"(a text of {len(text)} characters that is no path: write it to a file, and name that)"
+    return repr(text)
 
 
 def _stamp(path: Any) -> _Stamp:
