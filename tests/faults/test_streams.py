@@ -8,6 +8,7 @@ import warnings
 
 import pymysql
 import pytest
+from pymysql.constants import FIELD_TYPE
 from sqlalchemy import exc, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -227,6 +228,24 @@ def test_f21_stream_that_the_server_has_ended_with_an_error_is_not_at_its_end(ma
             rows.fetchall()
         with pytest.raises(ResultCut, match=r"the server ended it with OperationalError \(1242\)"):
             rows.fetchall()
+
+
+@pytest.mark.parametrize("size", [1, 10])
+def test_f21_converter_that_raises_stop_iteration_does_not_end_a_stream(managed, size):
+    def stops(value):
+        if value == "25":
+            raise StopIteration
+        return int(value)
+
+    conversions = pymysql.converters.conversions | {FIELD_TYPE.LONG: stops, FIELD_TYPE.LONGLONG: stops}
+    manager = managed(options={"connect_args": {"conv": conversions}})
+    with manager.scope(), pytest.raises(RuntimeError, match="StopIteration"):
+        rows = manager.get().execute(NUMBERS, execution_options={"stream_results": True, "max_row_buffer": size})
+        list(iter(rows.fetchone, None) if size == 1 else rows)
+    with manager.scope(), pytest.raises(RuntimeError, match="StopIteration"):
+        cursor = manager.get().connection().connection.cursor(pymysql.cursors.SSCursor)
+        cursor.execute("SELECT seq FROM seq_1_to_3000")
+        list(cursor)
 
 
 @pytest.mark.filterwarnings("ignore:Previous unbuffered result was left incomplete")

@@ -121,6 +121,8 @@ class Result(_StockResult):  # type: ignore[misc]
             if not self.unbuffered_active and self.cut is None:
                 self.cut = f"the server ended it with {describe(error)}"
             raise
+        except StopIteration as error:  # whoever iterates would take it for the end (PEP 479)
+            raise RuntimeError("A converter of this result's columns raised StopIteration.") from error
 
     def _check_packet_is_eof(self, packet: Any) -> bool:
         if not packet.is_eof_packet():
