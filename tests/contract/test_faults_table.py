@@ -13,11 +13,9 @@ def test_each_fault_has_a_row_whose_tests_exist():
     defined = set(
         re.findall(r"^(?:async )?def (test_\w+)", "\n".join(p.read_text() for p in TESTS.rglob("test_*.py")), re.M)
     )
-    rows = dict(re.findall(r"^\| (\d+) \|(.*)\|$", table, re.M))
-    numbers = [int(number) for number in rows]
-    assert numbers[:19] == list(range(1, 20))
-    assert numbers == sorted(numbers) and numbers[-1] <= 19 + 24  # the points of "Nothing silent"
-    for number, row in rows.items():
+    rows = re.findall(r"^\| (\d+) \|(.*)\|$", table, re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 44))
+    for number, row in rows:
         named = re.findall(r"`(test_\w+)`", row)
         assert named and all(name.startswith(f"test_f{int(number):02d}_") for name in named), number
     assert set(re.findall(r"`(test_\w+)`", table)) <= defined
