@@ -243,6 +243,7 @@ class TransactionWatch:
         """Discard all connections to a server that takes no writes; if they are known to be new, have the next one that
         is used replaced, and it asks what it has found."""
         discards = self._backend.discards
+        self._backend.write_refused(context.original_exception, connection.connection)
         if not discards.due() or not self._backend.is_failover(context.original_exception, connection.connection):
             return
         first, discards.refused = not discards.refused, True

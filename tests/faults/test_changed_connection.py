@@ -5,7 +5,7 @@ connection in autocommit is known as one, however it came to it."""
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, exc, text
 
 from dbsession import UnsavedWork
 from support.halves import HALVES, done, entered, sync
@@ -58,7 +58,7 @@ def half(driver):
 class Bench:
     def __init__(self, half, url, cursor):
         self.half, self._url, self._cursor = half, url, cursor
-        self._name = url.rpartition("/")[2]
+        self.name = url.rpartition("/")[2]
         self.manager = None
 
     def managed(self, **entry):
@@ -71,7 +71,7 @@ class Bench:
         return int(self._cursor.fetchone()["Value"])
 
     def stored(self):
-        self._cursor.execute(f"SELECT n FROM `{self._name}`.t ORDER BY n")
+        self._cursor.execute(f"SELECT n FROM `{self.name}`.t ORDER BY n")
         return [row["n"] for row in self._cursor.fetchall()]
 
     async def scope(self, work):
@@ -111,6 +111,7 @@ def bench(half, driver, mariadb, mariadb_url):
         cursor.execute(f"USE `{mariadb_url.rpartition('/')[2]}`")
         cursor.execute("CREATE TABLE t (id INT AUTO_INCREMENT PRIMARY KEY, n INT) ENGINE=InnoDB")
         cursor.execute("CREATE PROCEDURE sets_autocommit() SET autocommit = 1")
+        cursor.execute("CREATE PROCEDURE reads_only() SET SESSION TRANSACTION READ ONLY")
         cursor.execute("CREATE OR REPLACE ROLE dbs_role")
         cursor.execute("SELECT CONCAT(\"'\", user, \"'@'\", host, \"'\") AS name FROM mysql.user WHERE user = 'app'")
         app = cursor.fetchone()["name"]
@@ -322,5 +323,48 @@ def test_f31_connection_in_autocommit_is_known_as_one_however_it_came_to_it(benc
             assert scope.outcome is None or way.endswith("session"), way
             assert bench.stored() == [], way
             await done(manager.dispose())
+
+    bench.run(main)
+
+
+def test_f30_session_that_a_procedure_has_made_read_only_refuses_one_write_only(bench):
+    async def main():
+        bench.managed()
+        await bench.state()
+        await bench.scope(lambda s: s.execute(text("CALL reads_only()")))
+        with pytest.raises(exc.OperationalError, match="1792"):
+            await bench.scope(lambda s: s.execute(INSERT, {"n": 1}))
+        await bench.leaves_nothing()
+
+    bench.run(main)
+
+
+@pytest.mark.parametrize("way", ["text", "command"])
+def test_f30_database_that_a_checkout_listener_has_chosen_is_chosen_again_once(bench, driver, way):
+    if way == "command" and driver != "pymysql":
+        pytest.skip("PyMySQL's select_db() is no coroutine")
+    chosen = []
+
+    def choose(connection, *_):
+        if way == "command":
+            connection.select_db(chosen[-1])
+        else:
+            cursor = connection.cursor()
+            cursor.execute(f"USE {chosen[-1]}")
+            cursor.close()
+
+    async def main():
+        bench.managed()
+        event.listen(sync(bench.manager.engine()), "checkout", choose)
+        costs, threads, found = [], set(), []
+        for name in ("information_schema", bench.name) * 3:
+            chosen.append(name)
+            await bench.scope(lambda s: threads.add(s.scalar(text("SELECT CONNECTION_ID()"))))
+            before = bench.questions()
+            await bench.scope(lambda s: s.execute(text("SET @a = 1")))
+            await bench.scope(lambda s: found.append(s.execute(text("SELECT DATABASE(), @a IS NULL")).one()))
+            assert found.pop() == (name, 1)
+            costs.append(bench.questions() - before)
+        assert len(threads) == 1 and len(set(costs[1:])) == 1
 
     bench.run(main)

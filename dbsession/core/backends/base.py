@@ -150,6 +150,9 @@ class Backend:
         """Return whether an error at connecting says that the server, or a proxy, has no room for one more."""
         return getattr(error, "sqlstate", None) == "53300" or _FULL.search(str(error)) is not None
 
+    def write_refused(self, error: BaseException, connection: Any) -> None:
+        """Note that a write was refused on a connection by an `error` that is FAILOVER. No I/O."""
+
     def is_failover(self, error: BaseException, connection: Any) -> bool:
         """Return whether it is the server that takes no writes, after an `error` that is FAILOVER, and not something of
         this session. May switch."""

@@ -125,6 +125,12 @@ class MySQL(Backend):
     def is_full(error: BaseException) -> bool:
         return mysql_errors.number(error) in mysql_errors.FULL
 
+    def write_refused(self, error: BaseException, connection: Any) -> None:
+        # Its user may have made the session READ ONLY where we have not seen it, as by a procedure.
+        sent: Sent | None = getattr(driver_of(connection), "sent", None)
+        if sent is not None and mysql_errors.number(error) == mysql_errors.READ_ONLY_TRANSACTION:
+            sent.changed = True
+
     def is_failover(self, error: BaseException, connection: Any) -> bool:
         # The same number for a transaction that the program itself has begun READ ONLY.
         return mysql_errors.number(error) != mysql_errors.READ_ONLY_TRANSACTION or not self.takes_writes(connection)

@@ -68,6 +68,7 @@ _CHANGES_WITHIN = _compiled(rb"(?:;|/\*M?!\d*+|\*/)[\s(]*+" + _CHANGES)
 _CHANGES_IN_A_LINE = _compiled(rb"\n[ \t\r\f\v(]*+" + _CHANGES)
 _INTO_VARIABLE = _compiled(rb"\binto\s+@")
 _MOVES = _compiled(rb"\buse\b")
+_ONE_VALUE = _compiled(_SPACE + rb"(use|set\s+(?:names|role|character\s+set))\b[^;,]*\Z")  # what they set
 _TAKES_ROLE = _compiled(rb"\brole\b")
 
 
@@ -153,8 +154,11 @@ class Sent:
             self.autocommit = None
         if number == SET_OPTION:
             self._several = True
-        elif number in (INIT_DB, CHANGE_USER):
-            self._note_change(b"use" if number == INIT_DB else b"role")
+        elif number == INIT_DB:
+            name = text.encode() if isinstance(text, str) else bytes(text)
+            self._note_change(b"USE `" + name.replace(b"`", b"``") + b"`")
+        elif number == CHANGE_USER:
+            self._note_change(b"role")
 
     def _note_other(self, sql: bytes, one: bool) -> None:
         if b"autocommit" in sql.lower() or not (one and _KEEPS_AUTOCOMMIT.match(sql)):
@@ -173,8 +177,9 @@ class Sent:
             self.moved = self.moved or _MOVES.search(sql) is not None
             self.unsettable = self.unsettable or _TAKES_ROLE.search(sql) is not None
         elif self.phase is OPENING and self.settings is not None and not _SETS_AUTOCOMMIT.match(sql):
-            # By what stands before its first "=", so that a `checkout` listener adds nothing with another value.
-            key = sql.partition(b"=")[0]
+            # By what stands before its value, so that a `checkout` listener adds nothing with another one.
+            found = _ONE_VALUE.match(sql)
+            key = sql.partition(b"=")[0] if found is None else b" ".join(found[1].lower().split())
             self.settings[key] = sql
             if len(self.settings) > _MOST_SETTINGS:
                 self.settings = None

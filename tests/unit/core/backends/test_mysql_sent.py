@@ -131,6 +131,11 @@ def test_what_is_set_while_it_is_opened_is_kept_to_be_set_again_and_not_taken_ba
     assert list(sent.settings.values()) == [b"SET NAMES utf8mb4", b"SET @a = 2"] and not sent.changed
     for number in range(60):
         sent.command(QUERY, f"USE tenant_{number}")
+        sent.command(QUERY, f"SET ROLE tenant_{number}")
+    sent.command(INIT_DB, "a`b")
+    assert list(sent.settings.values())[2:] == [b"USE `a``b`", b"SET ROLE tenant_59"]
+    for number in range(60):
+        sent.command(QUERY, f"SET @a{number} = 1")
     assert sent.settings is None  # too much to be done again
 
 
