@@ -163,6 +163,7 @@ class FairPool(QueuedPool[_PoolWaiter]):
             self._give_back(None)
             raise
         self._tried(opened=True)
+        self._try_more()
         return record
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:

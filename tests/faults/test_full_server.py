@@ -179,6 +179,24 @@ async def test_f43_pool_grows_again_when_the_server_has_room_again(half, managed
 
 
 @on_both_halves
+async def test_f43_all_who_wait_are_tried_once_the_server_has_let_one_more_in(half, managed, few, monkeypatch):
+    monkeypatch.setattr(queue, "TRY_EVERY_S", 60)
+    monkeypatch.setattr(f"dbsession.{'green' if half.name == 'gevent' else 'aio'}.pool.TRY_EVERY_S", 60)
+    url, allow = few
+    manager = managed(url)
+    holders = [Holder(half, manager) for _ in range(5)]
+    pool = manager.database("default").engine.pool
+    await half.until(lambda: pool.waiting() == 3)
+    allow(5)
+    pool._try_at = 0.0  # the time has come, once
+    pool._try_more()
+    await half.until(lambda: all(holder.number for holder in holders))
+    for holder in holders:
+        holder.end.set()
+        await half.join(holder.job)
+
+
+@on_both_halves
 async def test_f43_timeout_says_that_the_server_refuses_more(half, managed, few):
     url, _ = few
     manager = managed(url, options={"pool_timeout": 0.3})
