@@ -63,6 +63,9 @@ _hooks: list[Callable[[], object]] = []  # grows only, at imports mostly
 _finding: dict[int, int] = {}
 _running_in = 0  # the process in which they run now
 
+# The thread that forks -> the parent's end and the child's, if the parent is to wait. Written by it, one step each.
+_awaited: dict[int, tuple[_socket.socket, _socket.socket]] = {}
+
 _abandoned: list[Any] = []
 
 _dead: int | None = None  # the dead socket's descriptor; open as long as the process
@@ -184,11 +187,39 @@ def _run_hooks() -> None:
             sys.excepthook(*sys.exc_info())
         except BaseException as error:
             kill = error
+    _let_parent_go_on()
     KNOWN[0] = 1
     _running_in = 0
     _finding.clear()
     if kill is not None:
         raise kill
+
+
+def wait_for_child() -> None:
+    """Before a fork: have the parent wait, for a second at most, until the child's hooks have run."""
+    me = _thread.get_ident()
+    if me not in _awaited:
+        _awaited[me] = _socket.socketpair()
+
+
+def _in_parent() -> None:
+    ends = _awaited.pop(_thread.get_ident(), None)
+    if ends is not None:
+        ours, childs = ends
+        childs.close()
+        ours.settimeout(1.0)
+        try:
+            ours.recv(1)  # ends as the child closes its ends, or dies
+        except OSError:
+            pass
+        finally:
+            ours.close()
+
+
+def _let_parent_go_on() -> None:
+    while _awaited:
+        for end in _awaited.popitem()[1]:
+            end.close()
 
 
 def look() -> None:
@@ -197,5 +228,5 @@ def look() -> None:
         found_out()
 
 
-os.register_at_fork(after_in_child=_run_hooks)
+os.register_at_fork(after_in_child=_run_hooks, after_in_parent=_in_parent)
 atexit.register(look)  # before its connections are collected, of which some drivers would take leave

@@ -65,9 +65,12 @@ class ProcessDatabase(Database):
         self.engine.dispose(close=False)
 
     def close_before_fork(self) -> None:
-        """Close the idle connections, where a child may not inherit them."""
+        """Close the idle connections, where a child may not inherit them. Of those in use it has to take over the locks
+        before they can be closed here."""
         if self._connections.backend.close_before_fork():
             self.dispose()
+            if self.held.notes():
+                fork.wait_for_child()
 
 
 def process_databases(succeeded: bool = False) -> list[ProcessDatabase]:

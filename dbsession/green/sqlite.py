@@ -155,7 +155,7 @@ class PySQLite(SQLite):
             connection.queue = self.queue
             if self._lost:
                 raise sqlite3.ProgrammingError(
-                    f"Database {self.config.name!r}: this process was forked by C code while its SQLite file was open, "
+                    f"Database {self.config.name!r}: this process was forked while its SQLite file was open, "
                     "and the parent has closed it since. Call dbsession.dispose() before the fork."
                 )
         super().connected(connection, info)

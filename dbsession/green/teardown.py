@@ -71,7 +71,11 @@ def _say_what_the_program_drops() -> None:
     """At the program's end: of the scope that lasts as long as its main thread nobody else says it."""
     if getattr(sys, "last_value", None) is not None:
         return  # it ends by an exception
-    for scope in getattr(ident.current(), "_dbsession_scopes", ()):
+    try:
+        scopes = getattr(ident.current(), "_dbsession_scopes", ())
+    except SystemError:  # greenlet's, where a program that embeds Python ends it in another way (uWSGI)
+        return
+    for scope in scopes:
         if scope.kind == "implicit":
             scope.leave_word()
             for database, session in list(scope.sessions.items()):

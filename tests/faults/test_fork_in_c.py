@@ -321,6 +321,33 @@ other.close()
     )
 
 
+def test_f24_parent_closes_its_file_of_sqlites_when_the_child_of_an_os_fork_has_its_locks(tmp_path):
+    """The parent is quicker here: it closes a connection that was in use at the fork."""
+    run_python(
+        "import os, time\nos.register_at_fork(after_in_child=lambda: time.sleep(0.3))\n"
+        + PRELUDE
+        + SQLITE_PARENT_CLOSES
+        + """
+insert(1)
+session.execute(text("SELECT 1"))
+pid = os.fork()
+if pid == 0:
+    wait(to_child)
+    insert(2)
+    os._exit(0)
+dbsession.clear_dbsession()
+dbsession.dispose()
+tell(to_child)
+assert os.waitpid(pid, 0)[1] == 0
+other = sqlite3.connect(sys.argv[1].removeprefix("sqlite:///"))
+assert other.execute("SELECT n FROM t").fetchall() == [(1,), (2,)]
+other.close()
+""",
+        f"sqlite:///{tmp_path}/a.db",
+        "plain",
+    )
+
+
 @pytest.mark.slow
 def test_f24_child_refuses_a_file_of_sqlites_that_its_parent_has_closed_before(tmp_path):
     run_python(

@@ -182,8 +182,10 @@ def once():
         asyncio.run(main())
 
 def left_after(number):
-    for _ in range(number):
+    for done in range(number):
         once()
+        if done % 50 == 0:
+            gc.collect()                          # or what waits for it lets mappings grow that never shrink
     gc.collect()
     sys._clear_type_cache()  # which keeps the texts that name attributes, up to 4096
     known = len(registry._key_to_collection) + len(registry._collection_to_key)

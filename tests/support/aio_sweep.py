@@ -233,6 +233,8 @@ class Sweep:
         handler.addFilter(
             lambda record: record.name != "dbsession.aio.closing" and record.msg != "Exception during reset or similar"
         )
+        if not self._variant.commit or self._variant.holders:  # whose units of work end so
+            handler.addFilter(lambda record: record.name != "dbsession.unsaved")
         handler.emit = lambda record: self._said.append(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger().addHandler(handler)
 

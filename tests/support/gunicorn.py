@@ -79,6 +79,8 @@ class Gunicorn:
         self._command = [sys.executable, "-m", "gunicorn", "--bind=127.0.0.1:0", "--log-level=info"]
         # Its control socket would be in the user's home, the same one for every test.
         self._command += ["--no-control-socket"]
+        # By its name gunicorn finds, and ends, the dirty arbiter that an earlier one of this machine has left behind.
+        self._command.append(f"--name={secrets.token_hex(8)}")
         if config:
             self._command.append(f"--config={config}")
         if workers:

@@ -166,7 +166,14 @@ class AsyncMySQL(MySQL):
             if wire is not None and wire.was_closed():
                 wire.cut_off(driver_of(dbapi_connection))
                 raise wire.module.OperationalError(*CLOSED_BEFORE_COMMIT)
-            self._within(inner, self.config.read_timeout_s, dbapi_connection)
+            if wire is None:
+                inner(dbapi_connection)
+                return
+            committer, wire.committer = wire.committer, asyncio.current_task()
+            try:
+                wire.within(self.config.read_timeout_s, inner, dbapi_connection, ends=True)
+            finally:
+                wire.committer = committer
 
         return do_commit
 
@@ -199,6 +206,9 @@ class AsyncMySQL(MySQL):
         return set_isolation_level
 
     def _ask(self, connection: Any, question: str) -> Any:
+        wire = wire_of(connection)
+        if wire is not None and wire.asking and wire.committer is asyncio.current_task():
+            return super()._ask(connection, question)  # within its commit(), whose bound holds for this, too
         return self._within(super()._ask, self.config.read_timeout_s, connection, question)
 
     def _within(self, ask: Callable[..., Any], seconds: float, connection: Any, *arguments: Any) -> Any:

@@ -39,6 +39,7 @@ class Wire:
         "_loop",
         "_timer",
         "asking",
+        "committer",
         "given_up",
         "late",
         "module",
@@ -63,6 +64,8 @@ class Wire:
         self.sent: Sent | None = getattr(driver, "sent", None)
         self.asking = False
         """Somebody waits for an answer."""
+        self.committer: Any = None
+        """The task that is in a commit(), which may ask a question of ours before it sends COMMIT."""
         self.late = False
         """It was closed for its silence."""
         self.given_up = False
