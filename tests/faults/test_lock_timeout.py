@@ -144,6 +144,20 @@ def test_f23_transaction_goes_on_and_commits_when_a_lock_timeout_was_caught(benc
     bench.run(main)
 
 
+def test_f23_commit_right_after_a_lock_timeout_that_was_caught_stores_the_rest(bench):
+    def work(session):
+        insert(session, 3)
+        with pytest.raises(OperationalError, match="1205"):
+            nowait(session)
+        session.commit()  # which asks the server first
+
+    async def main():
+        scope = await bench.scope(work)
+        assert (bench.stored(), scope.outcome) == ([3], "committed")
+
+    bench.run(main)
+
+
 def test_f23_server_is_asked_once_for_a_connection_and_not_when_the_error_is_not_caught(bench):
     def twice(session):
         for _ in range(2):
