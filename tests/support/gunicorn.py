@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import re
+import secrets
 import signal
 import sys
 import tempfile
