@@ -1,7 +1,7 @@
 """What the benchmarks found, from the JSON that they wrote:  python -m benchmarks.summary
 
-Writes results/README.md (every goal, met or not, and the profile) and the table of README.md's section "What it costs"
-(some of the goals). tests/integration/test_readme.py holds both to the JSON.
+Writes results/README.md: every goal, met or not, and the profile. tests/integration/test_readme.py holds it to the
+JSON.
 """
 
 from __future__ import annotations
@@ -14,29 +14,7 @@ from typing import Any
 from .common import figure
 
 RESULTS = Path(__file__).with_name("results")
-README = RESULTS.parents[2] / "README.md"
 NAMES = ("round_trips", "pool", "http", "profile", "micro", "memory", "aio")
-BEGIN, END = "<!-- written by tests/benchmarks/run -->", "<!-- end of what tests/benchmarks/run writes -->"
-
-SHOWN = [
-    "round trips",
-    "closed loop, 1,000:",
-    "open arrivals, 125 %: p99",
-    "uncontended",
-    "1 worker, -c100, SELECT",
-    "1 worker, -c1000, SELECT: p99",
-    "warm get_dbsession(name)",
-    "get + clear, unused",
-    "memory per held session",
-    "asyncio: a task's get and end",
-    "asyncio: warm get",
-    "asyncio: loop-local",
-    "asyncio: SQLite, aiosqlite: a query in a scope",
-    "asyncio: MariaDB, asyncmy: a query in a scope",
-    "asyncio: MariaDB, aiomysql: a query in a scope",
-    "asyncio: growth",
-]
-"""How the goals begin that README.md shows; those that are not met are shown in any case."""
 
 
 def found() -> list[dict[str, Any]]:
@@ -78,19 +56,9 @@ def all_goals() -> str:
     return "\n".join(parts)
 
 
-def some_goals() -> str:
-    """What stands in README.md between the two marks."""
-    goals = [goal for report in found() for goal in report["goals"]]
-    return table([goal for goal in goals if not goal["met"] or goal["text"].startswith(tuple(SHOWN))])
-
-
 def main() -> None:
     (RESULTS / "README.md").write_text(all_goals())
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{some_goals()}\n{END}{after}")
-    print("written: tests/benchmarks/results/README.md, README.md")
+    print("written: tests/benchmarks/results/README.md")
 
 
 if __name__ == "__main__":

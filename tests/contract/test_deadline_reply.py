@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import sys
-from pathlib import Path
 from wsgiref.validate import validator
 
 import gevent
@@ -26,9 +24,8 @@ from support.deadlines import (
     query,
     wait,
 )
+from support.pages import BLOCKS
 from support.processes import run_python
-
-README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +98,6 @@ def test_middleware_off_gevent_wraps_but_refuses_each_request_fast_or_slow():
 
 
 def test_block_that_readme_shows_runs(tmp_path):
-    block = re.search(r"<!-- test: deadline -->\n```python\n(.*?)^```$", README.read_text(), re.M | re.S)
     run_python(
         """
         import sys
@@ -118,7 +114,7 @@ def test_block_that_readme_shows_runs(tmp_path):
         assert paths == [] and application
         """,
         tmp_path,
-        block[1],
+        BLOCKS["deadline"],
     )
 
 

@@ -1,7 +1,7 @@
-"""What README.md shows is run as it stands there; what it tabulates is compared with the code.
+"""What the pages show is run as it stands there; what they tabulate is compared with the code.
 
-Each Python block has a name, in a comment before its fence: `<!-- test: name -->`. The blocks of a test are written to
-files of these names in a folder of its own and run in a fresh interpreter, where warnings are errors.
+The blocks of a test are written to files of their names in a folder of its own and run in a fresh interpreter, where
+warnings are errors.
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ from dbsession.core.entries import KEYS
 from dbsession.core.pool.stats import Stats
 from dbsession.green.mysql.backend import PyMySQL
 from support.gunicorn import Gunicorn
+from support.pages import BLOCKS, PAGES, ROOT, table
 from support.processes import run_python
 from support.uvicorn import Uvicorn
 
-ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
-BLOCKS = dict(re.findall(r"<!-- test: (\S+) -->\n```python\n(.*?)^```$", README, re.M | re.S))
 MYSQL = "mysql+pymysql://app:secret@host/shop"
 
 # What every script below begins with: the block's folder as working directory, and a server's call of an application.
@@ -138,17 +136,6 @@ def run(folder: Path, source: str) -> str:
     return run_python(START + source, folder).stdout
 
 
-def test_every_python_block_has_a_name_of_its_own_and_compiles():
-    assert len(BLOCKS) == README.count("```python\n") == README.count("<!-- test: ") > 0
-    for name, text in BLOCKS.items():
-        compile(text, name, "exec")
-
-
-def test_files_that_readme_names_are_there():
-    for name in set(re.findall(r"\b(?:deploy|tests)/[\w./-]*\w", README)):
-        assert (ROOT / name).exists(), name
-
-
 def test_hello_counts_its_visits_then_the_script_and_the_stream_see_them(folder):
     assert len(BLOCKS["hello.py"].splitlines()) <= 20
     run(
@@ -231,10 +218,10 @@ assert {"db.client.connection.count", "db.client.connection.use_time", "db.clien
 
 
 def test_metrics_table_has_every_metric():
-    table = README.partition("| metric |")[2].partition("\n\n")[0]
+    metrics = table("dbsession/watch/README.md", "metric")
     source = (ROOT / "dbsession" / "watch" / "metrics.py").read_text()
     for kind, name in re.findall(r'(_gauge|_counter|_histogram)\(\s*"(dbsession_\w+)"', source):
-        assert f"`{name}{'_total' if kind == '_counter' else ''}`" in table, name
+        assert f"`{name}{'_total' if kind == '_counter' else ''}`" in metrics, name
 
 
 def test_flask_example_stores_and_streams(folder):
@@ -257,7 +244,7 @@ def test_pool_timeout_shown_is_what_two_holders_give(folder):
     """But for its times, and for where the file is."""
     (folder / "jobs.py").write_text(HOLDING)
     said = run(folder, "import jobs\nprint(jobs.error)").replace(str(folder), "/srv/shop")
-    shown = README.split("<!-- text: pool-timeout -->\n```\n")[1].split("```")[0]
+    shown = PAGES["dbsession/watch/README.md"].split("<!-- text: pool-timeout -->\n```\n")[1].split("```")[0]
     times = re.compile(r"\d+\.\d+ s")
     assert times.sub("s", said) == times.sub("s", shown)
 
@@ -293,8 +280,8 @@ assert session.scalar(text("SELECT count(*) FROM visit")) == 0
     )
 
 
-def test_asyncio_section_says_of_each_key_whether_it_holds():
-    said = README.partition("- **Of the keys below**")[2].partition("\n\n")[0]
+def test_asyncio_page_says_of_each_key_whether_it_holds():
+    said = PAGES["dbsession/aio/README.md"].partition("- **Of the keys below**")[2].partition("\n\n")[0]
     for key in KEYS:
         assert f"`{key}" in said, key
     for entry in ({"url": MYSQL, "reset": "connection"}, {"url": MYSQL, "options": {"creator": print}}):
@@ -302,12 +289,11 @@ def test_asyncio_section_says_of_each_key_whether_it_holds():
             aio.SessionManager({"default": entry})
 
 
-def test_asyncio_section_names_every_function():
-    section = README.partition("\n## asyncio")[2].partition("\n## ")[0]
-    for module in (aio, aio.loop_local):
+def test_asyncio_pages_name_every_function():
+    for module, page in ((aio, "dbsession/aio/README.md"), (aio.loop_local, "dbsession/aio/loop_local/README.md")):
         for name, value in vars(module).items():
             if inspect.isfunction(value) and not name.startswith("_") and value.__module__ == module.__name__:
-                assert re.search(rf"`[^`\n]*\b{name}\b", section), name
+                assert re.search(rf"`[^`\n]*\b{name}\b", PAGES[page]), name
 
 
 @pytest.mark.parametrize("kind", ["uvicorn", "gunicorn"])
@@ -406,8 +392,8 @@ assert dbsession.get_dbsession("reports")().expire_on_commit is False
 
 
 def test_knob_table_tells_the_defaults():
-    table = README.partition("| key |")[2].partition("\n\n")[0]
-    rows = re.findall(r"^\| `([^`]+)` \| .* \| ([^|]+) \|$", table, re.M)
+    keys = table("dbsession/README.md", "key")
+    rows = re.findall(r"^\| `([^`]+)` \| .* \| ([^|]+) \|$", keys, re.M)
     told = {key.rpartition(": ")[2]: value.partition(" (")[0] for key, value in rows}
     assert {key for key, _ in rows if ":" not in key} == set(KEYS)
     manager = dbsession.SessionManager({"default": MYSQL})
@@ -440,10 +426,10 @@ def test_knob_table_tells_the_defaults():
 
 
 def test_failure_table_has_every_code_and_every_warning():
-    table = README.partition("| you see |")[2].partition("\n\n")[0]
+    failures = table("dbsession/README.md", "you see")
     for error in vars(errors).values():
         if isinstance(error, type) and issubclass(error, errors.DBSessionError):
-            assert f"| `[{error.code}]` `{error.__name__}` |" in table
+            assert f"| `[{error.code}]` `{error.__name__}` |" in failures
     warnings = set()  # both halves say some of them
     for module in (ROOT / "dbsession").rglob("*.py"):
         for node in ast.walk(ast.parse(module.read_text())):
@@ -451,8 +437,8 @@ def test_failure_table_has_every_code_and_every_warning():
                 text = node.args[1 if ast.unparse(node.func) == "logger.log" else 0]  # after its level
                 assert isinstance(text, ast.Constant)
                 warnings.add(re.sub(r"%[rs]|%g", "...", str(text.value)).replace("\n", ""))
-    assert not [warning for warning in warnings if f"| WARNING `{warning}` |" not in table]
-    assert len(warnings) == table.count("| WARNING ")
+    assert not [warning for warning in warnings if f"| WARNING `{warning}` |" not in failures]
+    assert len(warnings) == failures.count("| WARNING ")
 
 
 def test_hand_written_pattern_moves_over(folder):
@@ -475,21 +461,34 @@ def test_raw_scoped_session_moves_over(folder, name):
     run(folder, SCOPED_SESSION_APP + BLOCKS[name] + "engine_of = lambda: engine\n" + CHECK_ANSWER)
 
 
-def test_flask_sqlalchemy_moves_over(folder):
-    source = 'url, audit_url = f"sqlite:///{os.getcwd()}/own.db", f"sqlite:///{os.getcwd()}/audit.db"\n'
-    check = """
+FLASK_SQLALCHEMY_APP = """
+url, audit_url = f"sqlite:///{os.getcwd()}/own.db", f"sqlite:///{os.getcwd()}/audit.db"
+"""
+
+CHECK_USERS = """
 client = app.test_client()
 assert [client.post("/users/ada").text for _ in range(3)] == ["1", "2", "3"]
 """
+
+
+def test_flask_sqlalchemy_moves_over(folder):
+    check = """
+with app.app_context():
+    assert Visit.query.count() == 3
+    for engine in db.engines.values():
+        engine.dispose()
+"""
+    run(folder, FLASK_SQLALCHEMY_APP + BLOCKS["before-flask-sqlalchemy"] + CHECK_USERS + check)
+    check = """
+assert nothing_open("default", "audit")
+assert audit.scalar(select(func.count()).select_from(Visit)) == 6
+"""
     run(
         folder,
-        source
+        FLASK_SQLALCHEMY_APP
         + BLOCKS["after-flask-sqlalchemy"]
-        + check
-        + """
-assert nothing_open("default", "audit")
-assert audit.scalar(select(func.count()).select_from(Visit)) == 3
-""",
+        + CHECK_USERS.replace('"1", "2", "3"', '"4", "5", "6"')
+        + check,
     )
 
 
@@ -538,11 +537,7 @@ assert tables("audit") == ["alembic_version"]
 
 
 def test_measured_figures_are_those_that_the_benchmarks_wrote():
-    written = README.split(summary.BEGIN)[1].split(summary.END)[0].strip()
     reports = summary.found()
     assert [report["benchmark"] for report in reports] == list(summary.NAMES)
     assert not any(report["quick"] for report in reports)
-    assert written == summary.some_goals()
     assert (summary.RESULTS / "README.md").read_text() == summary.all_goals()
-    for image in re.findall(r"!\[.*\]\((.+)\)", README):
-        assert (ROOT / image).is_file(), image

@@ -1,0 +1,56 @@
+"""Every page: its links lead somewhere, the files it names are there, and each Python block is run by a test."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from support.pages import BLOCKS, NAMED_BLOCKS, PAGES, ROOT
+
+TESTS = ROOT / "tests"
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def anchors(text: str) -> set[str]:
+    """Return what a page's headings are called in a link, by GitHub's rule."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.*)$", prose, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_relative_links_lead_somewhere(page):
+    prose = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.M | re.S)
+    for link in LINK.findall(prose):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent.joinpath(name).resolve() if name else ROOT / page
+        assert target.exists() and target.is_relative_to(ROOT), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+def test_python_blocks_have_names_of_their_own_and_compile():
+    names = [name for name, _ in NAMED_BLOCKS]
+    assert len(set(names)) == len(names), "two blocks have one name"
+    for page, text in PAGES.items():
+        assert text.count("```python\n") == text.count("<!-- test: "), page
+    for name, text in BLOCKS.items():
+        compile(text, name, "exec")
+
+
+def test_python_blocks_are_each_run_by_a_test():
+    sources = "\n".join(path.read_text() for path in TESTS.rglob("test_*.py") if path != Path(__file__).resolve())
+    for name in BLOCKS:
+        stem = re.escape(name.removesuffix(".py"))
+        assert re.search(rf"""["'\s.]{stem}(\.py)?\b""", sources), f"no test runs the block {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_are_there(page):
+    for name in set(re.findall(r"(?<![\w/.])(?:deploy|tests)/[\w./-]*\w", PAGES[page])):
+        here = (ROOT / page).parent
+        assert (ROOT / name).exists() or (here / name).exists(), name
