@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dbsession import SessionManager
+from support.halves import HALVES
 from support.mariadb import MariaDBServer
 from support.processes import run_script
 from support.steering import steering
@@ -68,6 +69,18 @@ def counter(mariadb):
             return int(cursor.fetchone()["Value"])
 
         yield so_far
+
+
+@pytest.fixture(params=["pymysql", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
+def driver(request):
+    """The driver of a test that holds for each of them."""
+    return request.param
+
+
+@pytest.fixture
+def half(driver):
+    """The half of dbsession that uses this driver."""
+    return HALVES["gevent" if driver == "pymysql" else "aio"]
 
 
 @pytest.fixture

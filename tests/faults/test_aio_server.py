@@ -289,7 +289,7 @@ def test_connection_stays_when_a_stream_was_read_or_closed(url):
 
 def test_late_statement_leaves_the_other_connections_alone(url):
     async def work():
-        manager = managed(url, read_timeout_s=SHORT_S, options={"pool_size": 2})
+        manager = managed(url, options={"pool_size": 2})
         async with manager.scope():
             kept = await manager.get().scalar(text("SELECT CONNECTION_ID()"))
             with fails(2013):
@@ -302,7 +302,7 @@ def test_late_statement_leaves_the_other_connections_alone(url):
 
 
 async def _sleep(manager):
-    async with manager.scope():
+    async with manager.scope(read_timeout_s=SHORT_S):
         await manager.get().scalar(text("SELECT SLEEP(20)"))
 
 

@@ -8,9 +8,8 @@ import pytest
 from sqlalchemy import event, exc, text
 
 from dbsession import UnsavedWork
-from support.halves import HALVES, done, entered, sync
+from support.halves import done, entered, sync
 
-DRIVERS = {"pymysql": "gevent", "asyncmy": "aio", "aiomysql": "aio"}
 INSERT = text("INSERT INTO t (n) VALUES (:n)")
 STATE = text(
     "SELECT CONVERT(CONCAT_WS('|', COALESCE(@a, 'none'), @@autocommit, @@tx_isolation, @@tx_read_only, @@sql_mode,"
@@ -43,16 +42,6 @@ CHANGES = {
     "compound": ["BEGIN NOT ATOMIC SET @a = 'alice'; END"],
 }
 REPLACED = {"role"}  # which no reset takes back
-
-
-@pytest.fixture(params=["pymysql", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
-def driver(request):
-    return request.param
-
-
-@pytest.fixture
-def half(driver):
-    return HALVES[DRIVERS[driver]]
 
 
 class Bench:
@@ -117,7 +106,11 @@ def bench(half, driver, mariadb, mariadb_url):
         app = cursor.fetchone()["name"]
         cursor.execute(f"GRANT dbs_role TO {app}")
         cursor.execute(f"GRANT RELOAD ON *.* TO {app}")
-        yield Bench(half, mariadb_url.replace("pymysql", driver), cursor)
+        try:
+            yield Bench(half, mariadb_url.replace("pymysql", driver), cursor)
+        finally:  # the account is every test's
+            cursor.execute(f"REVOKE RELOAD ON *.* FROM {app}")
+            cursor.execute("DROP ROLE dbs_role")
 
 
 def execute(session, statements):

@@ -15,20 +15,9 @@ from sqlalchemy.exc import OperationalError
 from dbsession.core.engine import discard_earlier
 from dbsession.core.pool import queue
 from dbsession.errors import PoolTimeout
-from support.halves import HALVES, done, entered, on_both_halves
+from support.halves import done, entered, on_both_halves
 
-DRIVERS = {"pymysql": "gevent", "asyncmy": "aio", "aiomysql": "aio"}
 WHO = text("SELECT CONNECTION_ID()")
-
-
-@pytest.fixture(params=["pymysql", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
-def driver(request):
-    return request.param
-
-
-@pytest.fixture
-def half(driver):
-    return HALVES[DRIVERS[driver]]
 
 
 @pytest.fixture
@@ -253,10 +242,10 @@ async def test_f43_another_one_is_waited_for_when_an_old_one_cannot_be_replaced(
 @on_both_halves
 async def test_f43_refused_kill_is_tried_again(half, managed, few, mariadb):
     url, allow = few
-    manager = managed(url, read_timeout_s=0.3)
+    manager = managed(url)
     held = Holder(half, manager)
     await half.until(lambda: held.number)
-    async with entered(manager.scope()):
+    async with entered(manager.scope(read_timeout_s=0.3)):
         with pytest.raises(OperationalError):
             await done(manager.get().execute(text("SELECT SLEEP(60)")))
     await pause(half)

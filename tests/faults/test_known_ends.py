@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import text
 
-from support.halves import HALVES, done, entered
+from support.halves import done, entered
 from support.proxy import Proxy
 
 IN_TRANSACTION, AUTOCOMMIT = 1, 2
@@ -18,18 +18,7 @@ LIES = {
 }
 SELDOM = {"never in one, never autocommit", "always in one"}
 ALL_LIES = [pytest.param(each, marks=[pytest.mark.slow] if each in SELDOM else []) for each in LIES]
-DRIVERS = {"pymysql": "gevent", "asyncmy": "aio", "aiomysql": "aio"}
 INSERT, ROWS = text("INSERT INTO t (n) VALUES (:n)"), text("SELECT n FROM t ORDER BY n")
-
-
-@pytest.fixture(params=["pymysql", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
-def driver(request):
-    return request.param
-
-
-@pytest.fixture
-def half(driver):
-    return HALVES[DRIVERS[driver]]
 
 
 @pytest.fixture

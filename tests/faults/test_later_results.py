@@ -10,7 +10,7 @@ from sqlalchemy import event, exc, text
 
 from dbsession.core.backends import mysql_errors
 from dbsession.errors import UnsavedWork
-from support.halves import HALVES, done, entered, on_both_halves, sync
+from support.halves import done, entered, on_both_halves, sync
 
 DEADLOCK = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'a deadlock'"
 FAILING = {
@@ -21,16 +21,6 @@ FAILING = {
     1317: "KILL QUERY CONNECTION_ID()",
 }
 STREAM = {"stream_results": True}
-
-
-@pytest.fixture(params=["pymysql", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
-def driver(request):
-    return request.param
-
-
-@pytest.fixture
-def half(driver):
-    return HALVES["gevent" if driver == "pymysql" else "aio"]
 
 
 @pytest.fixture

@@ -13,22 +13,11 @@ from sqlalchemy.exc import OperationalError
 
 from dbsession import CommitOutcomeUnknown, RollbackRequired
 from dbsession.core.backends.mysql import MySQL
-from support.halves import HALVES, done, entered
+from support.halves import done, entered
 from support.mariadb import MariaDBServer
 from support.proxy import Proxy
 
-DRIVERS = {"pymysql": "gevent", "asyncmy": "aio", "aiomysql": "aio"}
 QUESTION = b"innodb_rollback_on_timeout"
-
-
-@pytest.fixture(params=["pymysql", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
-def driver(request):
-    return request.param
-
-
-@pytest.fixture
-def half(driver):
-    return HALVES[DRIVERS[driver]]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +35,7 @@ class Bench:
         self._name = url.rpartition("/")[2]
         url = url.replace("pymysql", driver).replace(f":{server.port}/", f":{proxy.port}/")
         options = {"pool_size": 1, "pool_timeout": 20}
-        self.manager = half.verbs.SessionManager({"default": {"url": url, "read_timeout_s": 2, "options": options}})
+        self.manager = half.verbs.SessionManager({"default": {"url": url, "read_timeout_s": 10, "options": options}})
 
     def stored(self):
         self._cursor.execute(f"SELECT n FROM {self._name}.jobs WHERE id > 2 ORDER BY id")

@@ -10,23 +10,12 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from dbsession.core import discards
-from support.halves import HALVES, done, entered, on_both_halves
+from support.halves import done, entered, on_both_halves
 from support.mariadb import MariaDBServer
 from support.proxy import Proxy
 
-DRIVERS = {"pymysql": "gevent", "asyncmy": "aio", "aiomysql": "aio"}
 WHO = text("SELECT CONNECTION_ID()")
 SIZE = 4
-
-
-@pytest.fixture(params=["pymysql", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
-def driver(request):
-    return request.param
-
-
-@pytest.fixture
-def half(driver):
-    return HALVES[DRIVERS[driver]]
 
 
 @pytest.fixture

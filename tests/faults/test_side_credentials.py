@@ -6,19 +6,7 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
-from support.halves import HALVES, done, entered, on_both_halves, sync
-
-DRIVERS = {"pymysql": "gevent", "asyncmy": "aio", "aiomysql": "aio"}
-
-
-@pytest.fixture(params=["pymysql", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
-def driver(request):
-    return request.param
-
-
-@pytest.fixture
-def half(driver):
-    return HALVES[DRIVERS[driver]]
+from support.halves import done, entered, on_both_halves, sync
 
 
 @pytest.fixture
@@ -37,7 +25,7 @@ def rotated(mariadb, mariadb_url):
 @pytest.fixture
 def manager(driver, half, rotated):
     url = rotated[0].replace("pymysql", driver)
-    manager = half.verbs.SessionManager({"default": {"url": url, "read_timeout_s": 0.3}})
+    manager = half.verbs.SessionManager({"default": url})
     yield manager
 
     async def dispose():
@@ -58,10 +46,11 @@ def give(manager, password):
 
 
 async def abandon(manager, *before):
-    async with entered(manager.scope()):
+    async with entered(manager.scope()):  # the connection is open, and idle then
         await done(manager.get().scalar(text("SELECT 1")))
-        for step in before:
-            step()
+    for step in before:
+        step()
+    async with entered(manager.scope(read_timeout_s=0.3)):
         with pytest.raises(OperationalError):
             await done(manager.get().execute(text("SELECT SLEEP(60)")))
 

@@ -15,21 +15,10 @@ from sqlalchemy.exc import OperationalError
 
 from dbsession.core.backends import mysql_tls
 from support.certificates import make_authority, make_certificate
-from support.halves import HALVES, done, entered, on_both_halves
+from support.halves import done, entered, on_both_halves
 from support.mariadb import MariaDBServer
 
-DRIVERS = {"pymysql": "gevent", "asyncmy": "aio", "aiomysql": "aio"}
 CIPHER = text("SHOW STATUS LIKE 'Ssl_cipher'")
-
-
-@pytest.fixture(params=["pymysql", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
-def driver(request):
-    return request.param
-
-
-@pytest.fixture
-def half(driver):
-    return HALVES[DRIVERS[driver]]
 
 
 @pytest.fixture(scope="module")

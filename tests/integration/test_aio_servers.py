@@ -213,7 +213,7 @@ def test_websocket_reads_from_the_database_until_its_client_leaves(server, end):
     nothing_in_use(server)
 
 
-@pytest.mark.parametrize("server_name", ["uvicorn", "gunicorn"])
+@pytest.mark.parametrize("server_name", ["uvicorn", pytest.param("gunicorn", marks=pytest.mark.slow)])
 def test_dependency_of_fastapi_commits_what_the_endpoint_did(request, tmp_path_factory, server_name):
     serving = Serving(request, tmp_path_factory, server_name, "asyncio", "fastapi_app", "sqlite")
     with serving.run() as server:

@@ -58,7 +58,7 @@ def metric(server: Gunicorn, line: str) -> float | None:
     return None
 
 
-@pytest.mark.parametrize("kind", ["uvicorn", "gunicorn"])
+@pytest.mark.parametrize("kind", [pytest.param("uvicorn", marks=pytest.mark.slow), "gunicorn"])
 def test_top_names_the_request_that_holds_a_connection(kind: str, tmp_path: Path) -> None:
     with serve(kind, tmp_path) as server:
         with holding(server, "/hold/orders?token=s3cret"):

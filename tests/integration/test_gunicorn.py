@@ -51,6 +51,20 @@ def serve(url, *arguments, config=CONFIGS["patched at the top"], app="wrapped", 
     )
 
 
+@pytest.fixture(scope="module", params=[pytest.param("sqlite", marks=pytest.mark.slow), "mariadb"])
+def shared(request, tmp_path_factory):
+    """A server for the tests whose requests leave nothing behind, which each of them sees to."""
+    if request.param == "sqlite":
+        with serve(f"sqlite:///{tmp_path_factory.mktemp('d')}/a.db") as server:
+            yield server
+        return
+    mariadb = request.getfixturevalue("mariadb")
+    mariadb.ensure_running()
+    with serve(mariadb.create_database("gunicorn")) as server:
+        yield server
+    mariadb.drop_database("gunicorn")
+
+
 def state(server):
     return json.loads(server.get("/state").body)
 
@@ -103,45 +117,41 @@ def test_f11_dirty_workers_count_as_a_fork(url, preload):
         nothing_in_use(server)
 
 
-def test_f03_streamed_bodies_leave_nothing_in_use(url):
-    with serve(url) as server:
-        for _ in range(25):  # more than the pool's size
-            assert len(server.get("/stream?rows=3").body.splitlines()) == 3
-        nothing_in_use(server)
+def test_f03_streamed_bodies_leave_nothing_in_use(shared):
+    for _ in range(25):  # more than the pool's size
+        assert len(shared.get("/stream?rows=3").body.splitlines()) == 3
+    nothing_in_use(shared)
 
 
-def test_f03_client_that_resets_in_the_middle_of_a_stream_costs_nothing(url):
-    with serve(url) as server:
+def test_f03_client_that_resets_in_the_middle_of_a_stream_costs_nothing(shared):
+    for _ in range(25):
+        client = socket.create_connection(("127.0.0.1", shared.port), 30)
+        client.sendall(b"GET /stream?rows=200 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+        client.close()
+    nothing_in_use(shared)
+    assert shared.get("/token?token=t").text == "t/t"
+
+
+def test_f03_requests_that_end_in_other_ways_leave_nothing_in_use(shared):
+    for path, status in (("/raise", 500), ("/file", 200), ("/token?token=t", 200)):
         for _ in range(25):
-            client = socket.create_connection(("127.0.0.1", server.port), 30)
-            client.sendall(b"GET /stream?rows=200 HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert client.recv(100).startswith(b"HTTP/1.1 200")
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
-            client.close()
-        nothing_in_use(server)
-        assert server.get("/token?token=t").text == "t/t"
+            assert shared.get(path).status == status
+    for _ in range(25):
+        client = socket.create_connection(("127.0.0.1", shared.port), 30)
+        client.sendall(b"GET /exit HTTP/1.1\r\nHost: x\r\n\r\n")
+        client.close()  # gunicorn's worker swallows SystemExit and answers nothing
+        client = socket.create_connection(("127.0.0.1", shared.port), 30)
+        client.sendall(b"HEAD /stream?rows=2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        client.close()
+    nothing_in_use(shared)
 
 
-def test_f03_requests_that_end_in_other_ways_leave_nothing_in_use(url):
-    with serve(url) as server:
-        for path, status in (("/raise", 500), ("/file", 200), ("/token?token=t", 200)):
-            for _ in range(25):
-                assert server.get(path).status == status
-        for _ in range(25):
-            client = socket.create_connection(("127.0.0.1", server.port), 30)
-            client.sendall(b"GET /exit HTTP/1.1\r\nHost: x\r\n\r\n")
-            client.close()  # gunicorn's worker swallows SystemExit and answers nothing
-            client = socket.create_connection(("127.0.0.1", server.port), 30)
-            client.sendall(b"HEAD /stream?rows=2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            assert client.recv(65536).startswith(b"HTTP/1.1 200")
-            client.close()
-        nothing_in_use(server)
-
-
-def test_f04_file_goes_through_gunicorns_own_file_wrapper(tmp_path):
-    with serve(f"sqlite:///{tmp_path}/a.db") as server:
-        answer = server.get("/file")
-        assert answer.body == (ROOT / "tests/support/probe_app.py").read_bytes()
+def test_f04_file_goes_through_gunicorns_own_file_wrapper(shared):
+    answer = shared.get("/file")
+    assert answer.body == (ROOT / "tests/support/probe_app.py").read_bytes()
 
 
 def test_f06_uncommitted_write_of_one_request_is_never_committed_by_the_next(url):
@@ -174,19 +184,22 @@ def test_unwrapped_application_is_cleaned_up_by_the_backstop(url):
 @pytest.mark.parametrize("preload", PRELOAD)
 def test_connections_are_bounded_and_gone_after_sigterm(mariadb, mariadb_url, preload):
     """At most workers x pool_size while it runs; none after SIGTERM."""
-    user = "app"
+
+    def connections():
+        return [each for each in mariadb.processlist() if each["db"] == mariadb_url.rpartition("/")[2]]
+
     with serve(mariadb_url, *preload, "--workers=2", PROBE_QUERY_AT_IMPORT="1") as server:
         # What the import used is left idle: in each worker that has answered, or in the master; and the first worker's
         # own `dbsession check`, whose connection is outside the pool, is over.
         answered = set()
         wait_until(lambda: answered.add(state(server)["pid"]) or answered == set(server.worker_pids()), 60)
         wait_until(lambda: "dbsession check: default: " in server.logs(), 60)
-        wait_until(lambda: len(mariadb.processlist(user)) == (1 if preload else 2), 30)
+        wait_until(lambda: len(connections()) == (1 if preload else 2), 30)
         most, stop = [0], threading.Event()
 
         def watch():
             while not stop.wait(0.02):
-                most[0] = max(most[0], len(mariadb.processlist(user)))
+                most[0] = max(most[0], len(connections()))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -196,4 +209,4 @@ def test_connections_are_bounded_and_gone_after_sigterm(mariadb, mariadb_url, pr
         masters = 1 if preload else 0
         assert 0 < most[0] <= 2 * 20 + masters
         server.term()
-        wait_until(lambda: not mariadb.processlist(user), 30)
+        wait_until(lambda: not connections(), 30)

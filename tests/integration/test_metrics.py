@@ -96,13 +96,21 @@ def facts(server):
 
 
 @pytest.mark.parametrize("preload", PRELOAD)
-@pytest.mark.parametrize("config", [CONFIG, LATE], ids=["patched at the top", "patched by the worker"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(CONFIG, id="patched at the top"),
+        pytest.param(LATE, id="patched by the worker", marks=pytest.mark.slow),
+    ],
+)
 def test_metrics_sum_the_workers_exactly_whoever_is_scraped(tmp_path, preload, config):
     with serve(tmp_path, *preload, workers=3, config=config, METRICS_QUERY_AT_IMPORT="1") as server:
         extra = 0 if preload else 3  # the import's own: once in each worker, or in the master, which is not counted
         asked = begun(server, extra) + query_all_workers(server) + len(query(server, 100))
         folder = facts(server)["folder"]
         wait_until(lambda: published(folder) == [asked, asked], 30)
+        wait_for(server, 0, "pool_connections", "default", "in_use")
+        wait_until(lambda: scrape(server)["pool_connections", "default", "idle"] >= 3, 30)
         for _ in range(9):
             found = scrape(server)
             assert found["checkouts_total", "default"] == asked

@@ -52,7 +52,8 @@ def test_f37_socketio_event_is_a_unit_of_work_and_open_sockets_hold_nothing(tmp_
         assert clients[1].call("count", timeout=20) == 0
         assert clients[0].call("write", "commit", timeout=20) == 1
         assert [client.call("count", timeout=20) for client in clients] == [1] * CLIENTS
-        assert held(server) == 0
+        # An event's end may come after its answer.
+        wait_until(lambda: held(server) == 0, 30)
         assert server.get("/one").text == "1 GET /one"
 
 
@@ -72,7 +73,7 @@ def test_f37_message_of_flask_sock_in_an_app_context_is_a_unit_of_work(tmp_path)
         assert ask(sockets[0], "and leave it") == "1" and ask(sockets[1], "fail") == "failed"
         assert ask(sockets[2], "commit") == "1"
         assert [ask(socket, "count") for socket in sockets] == ["1"] * CLIENTS
-        assert held(server) == 0
+        wait_until(lambda: held(server) == 0, 30)  # a message's end may come after its answer
 
 
 @pytest.mark.slow
@@ -93,9 +94,10 @@ def test_f37_deadline_cuts_an_upgraded_connection_and_writes_no_http_into_it(tmp
         except ConnectionResetError:
             pass
         assert b"HTTP" not in received
-        wait_until(lambda: "deadline" in server.logs(), 10)
+        wait_until(lambda: "deadline" in server.logs(), 30)
         exempted.send("count")
-        assert exempted.recv() == "0" and held(server) == 0
+        assert exempted.recv() == "0"
+        wait_until(lambda: held(server) == 0, 30)
 
 
 def test_f37_app_context_in_a_request_is_its_own_scope_only_where_that_serves_a_socket(tmp_path):
