@@ -44,10 +44,7 @@ class UnknownDatabase(DBSessionError, LookupError):
         text = f"No database {what} is configured. {origin}: {', '.join(map(repr, names)) or 'none'}."
         if is_url(name):
             return cls(f"{text} A URL is no name: give configure() {{'default': url}}, and ask for 'default'.")
-        close = get_close_matches(str(name), names, n=1)
-        if close:
-            text += f" Did you mean {close[0]!r}?"
-        return cls(text)
+        return cls(text + did_you_mean(name, names))
 
 
 class UsedInHub(DBSessionError, RuntimeError):
@@ -259,6 +256,14 @@ def masked(text: str) -> str:
 def is_url(name: object) -> bool:
     """Whether what was given as a name is a URL or a connection string."""
     return isinstance(name, str) and ("://" in name or masked(name) != name)
+
+
+def did_you_mean(word: object, known: Iterable[str], quote: str = "'", likeness: float = 0.6) -> str:
+    """The question, with a space before it, whether `word` is a misspelling of one of `known`; "" if it is like none.
+    Capitals do not count; `likeness` is difflib's, from 0 to 1."""
+    names = {each.casefold(): each for each in known}
+    close = get_close_matches(str(word).casefold(), list(names), n=1, cutoff=likeness)
+    return f" Did you mean {quote}{names[close[0]]}{quote}?" if close else ""
 
 
 def raised_at(error: BaseException) -> str:

@@ -78,16 +78,6 @@ class DatabaseConfig:
         return self.url.get_backend_name()
 
 
-def refused_option(name: str, error: Exception, by: str, hint: str) -> ConfigError:
-    """The error when `by`, create_engine or its like, raises `error` for an argument in `options`."""
-    # The names of refused arguments; their values are not shown, they may be secrets.
-    refused = re.findall(r"'(\w+)'", str(error).split(" sent to ")[0]) if "Invalid argument" in str(error) else []
-    what = ", ".join(f"`{key}`" for key in refused) or "one of its values"
-    return ConfigError(
-        f"Database {name!r}: {by} refuses {what} in `options` ({type(error).__name__}). Remove or correct it; {hint}."
-    )
-
-
 def shown(word: object) -> str:
     """`word` for an error's text, unless it may be a URL that stands in the wrong place, with a password in it."""
     if isinstance(word, str):

@@ -17,18 +17,20 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sqlalchemy.engine import URL, Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import Pool, QueuePool
 
 from dbsession.core import backends
 from dbsession.core.backends.base import Backend
-from dbsession.core.config import DatabaseConfig, refused_option, shown
+from dbsession.core.config import DatabaseConfig, shown
 from dbsession.core.functions import name_of, runs_later
+from dbsession.core.keys import refuse_misspelt, refused_option
 from dbsession.core.pool.holders import HeldConnections
 from dbsession.errors import ConfigError, describe, raised_at
 
 logger = logging.getLogger("dbsession.created")
 
-E = TypeVar("E")
+E = TypeVar("E", bound=Engine | AsyncEngine)
 
 Listener = Callable[[str, Engine], object]
 
@@ -153,7 +155,7 @@ def made(
     defaults = _defaults(backend, options, stock_pool, fair_pool)
     connect_args = {**defaults.pop("connect_args", {}), **options.pop("connect_args", {})}
     try:
-        return create(config.url, **{**defaults, **options, "connect_args": connect_args})
+        engine = create(config.url, **{**defaults, **options, "connect_args": connect_args})
     except ImportError as error:
         raise ConfigError(
             f"Database {name!r}: the driver of {config.url.drivername!r} is not installed (no module {error.name!r}). "
@@ -161,6 +163,8 @@ def made(
         ) from None
     except Exception as error:  # each option has its own way to refuse a value
         raise refused_option(name, error, create.__name__, hint) from None
+    refuse_misspelt(config, engine.dialect, engine.url)
+    return engine
 
 
 def driver_of(config: DatabaseConfig, examples: str) -> str:

@@ -11,16 +11,8 @@ from sqlalchemy.exc import ArgumentError
 
 from dbsession.core.backends import KINDS, kind_of
 from dbsession.core.config import GUARDS, RESETS, TIMEOUTS, DatabaseConfig, positive_seconds, seconds, shown
+from dbsession.core.keys import COMMON_KEYS, KEYS, hint
 from dbsession.errors import ConfigError, is_url
-
-COMMON_KEYS = ("url", "options", "session", "leak_after_s", "idle_in_transaction_s", "guard")
-"""What an entry of any database may have; its backend takes others."""
-
-KEYS = (
-    *COMMON_KEYS,
-    *("readonly", "busy_timeout_s", *TIMEOUTS, "reset", "kill_abandoned", "ping_idle_s"),
-)
-"""The keys of an entry that at least one kind of database takes."""
 
 
 def parse(name: object, entry: object) -> DatabaseConfig:
@@ -47,10 +39,7 @@ def parse(name: object, entry: object) -> DatabaseConfig:
         )
     for key in entry:
         if key not in KEYS:
-            raise ConfigError(
-                f"Database {name!r} has the unknown key {shown(key)}: the keys are {_listed(KEYS)}. Arguments of "
-                "create_engine belong into `options`, those of sessionmaker into `session`."
-            )
+            raise ConfigError(f"Database {name!r} has the unknown key {shown(key)}.{hint(key, 'entry') or _ALL_KEYS}")
     if "url" not in entry:
         raise ConfigError(f"Database {name!r} has no `url`: add one, such as 'mysql+pymysql://user@host/database'.")
     options = _arguments(name, "options", entry, "create_engine")
@@ -140,3 +129,9 @@ def _arguments(name: str, key: str, entry: Mapping[Any, Any], target: str) -> di
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
+
+
+_ALL_KEYS = (
+    f" The keys are {_listed(KEYS)}; arguments of create_engine belong into `options`, those of sessionmaker into "
+    "`session`."
+)

@@ -20,6 +20,7 @@ from dbsession.core import teardown
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import READ_TIMEOUT, SCOPE, KnownConnection
 from dbsession.core.engine import Database
+from dbsession.core.keys import refused_session
 from dbsession.core.unsaved import report_dropped
 from dbsession.core.writes import begin, by_itself, wrote
 from dbsession.errors import ConfigError
@@ -128,9 +129,7 @@ def check_arguments(config: DatabaseConfig, factory: Callable[[], Any]) -> None:
             session = factory()
             getattr(session, "sync_session", session).close()
         except (TypeError, ValueError, LookupError) as error:
-            raise ConfigError(
-                f"Database {config.name!r}: the session class refuses what `session` says: {error}."
-            ) from error
+            raise refused_session(config.name, error) from error
 
 
 def _connection_in_use(session: ManagedSession, _: SessionTransaction, connection: Connection) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.entries import parse
-from dbsession.errors import ConfigError, UnknownDatabase, is_url
+from dbsession.errors import ConfigError, UnknownDatabase, did_you_mean, is_url
 
 
 class Source(Protocol):
@@ -80,10 +80,7 @@ class EnvironmentSource:
                 )
             url = short or url
         if not url:
-            wanted = "DBSESSION_URL" if name == "default" else variable
-            raise UnknownDatabase.named(
-                name, self.known(), f"Nothing was given to configure(), and {wanted} is not set; the environment has"
-            )
+            raise self._unset(name, "DBSESSION_URL" if name == "default" else variable)
         first = self._names.setdefault(variable, name)
         if first != name:
             raise ConfigError(
@@ -92,6 +89,16 @@ class EnvironmentSource:
             )
         return parse(name, url)
 
+    def _unset(self, name: str, wanted: str) -> UnknownDatabase:
+        """Return the error for a name whose variable is not set."""
+        unread = misspelt_variables()
+        found = f" The environment has {unread[0][0]}. Did you mean {unread[0][1]}?" if unread else ""
+        what = f"Nothing was given to configure(), and {wanted} is not set: call configure() or set {wanted}.{found}"
+        others = list(self.known())
+        if others:
+            return UnknownDatabase.named(name, others, f"{what} The environment has the URLs of")
+        return UnknownDatabase(f"No database {name!r} is configured. {what}")
+
     def known(self) -> Iterable[str]:
         found = {"default"} if os.environ.get("DBSESSION_URL") else set()
         for variable, value in os.environ.items():
@@ -99,6 +106,21 @@ class EnvironmentSource:
             if match and value:
                 found.add(self._names.get(variable, match[1].lower()))
         return found
+
+
+VARIABLES = ("DBSESSION_URL", "DBSESSION_GUARD", "DBSESSION_INSPECT", "DBSESSION_METRICS")
+"""What is read of the environment, besides DBSESSION_<NAME>_URL."""
+
+
+def misspelt_variables() -> list[tuple[str, str]]:
+    """List the variables of the environment that nothing reads, each with the one that it may be a misspelling of."""
+    found = []
+    for variable in sorted(os.environ):
+        if "DB" in variable.upper() and variable not in VARIABLES and not re.fullmatch(r"DBSESSION_.+_URL", variable):
+            meant = did_you_mean(variable, VARIABLES, likeness=0.85)
+            if meant and re.fullmatch(r"\w+", variable):
+                found.append((variable, meant.split("'")[1]))
+    return found
 
 
 process_wide: Source = EnvironmentSource()

@@ -148,7 +148,7 @@ async def test_proxy_of_module_level_works_when_the_environment_is_set_later(hal
     assert other().get_bind().url.database == f"{tmp_path}/r.db"
     with pytest.raises(errors.ConfigError, match="DBSESSION_RE_PORTS_URL"):
         verbs.get_engine("re.ports")
-    with pytest.raises(errors.UnknownDatabase, match="DBSESSION_AUDIT_URL is not set"):
+    with pytest.raises(errors.UnknownDatabase, match=r"call configure\(\) or set DBSESSION_AUDIT_URL"):
         verbs.get_engine("audit")
 
 
@@ -211,6 +211,7 @@ WRONG = {
     "options no mapping": {"url": FILE, "options": 5},
     "session no mapping": {"url": FILE, "session": "x"},
     "unknown dialect": f"msyql+pymysql://u:{SECRET}@h/db",
+    "misspelt connect argument": {"url": f"mysql+pymysql://u:{SECRET}@h/d?charsett={SECRET}"},
     "unknown option": {"url": FILE, "options": {"pool_sise": SECRET}},
     "refused option": {"url": FILE, "options": {"poolclass": NullPool, "max_overflow": 1}},
     "poolclass no pool": {"url": FILE, "options": {"poolclass": int}},

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import typing
 
 import pytest
-from sqlalchemy import URL, text
+from sqlalchemy import URL, create_engine, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
 from dbsession import ConfigError, SessionManager, UnknownDatabase
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.entries import parse
+from dbsession.core.keys import OPTIONS
 from dbsession.green.pool import FairPool
 
 FILE = "sqlite:///unused.db"
+SECRET = "s3cret"
 
 
 def refused(databases: object) -> str:
@@ -47,6 +51,43 @@ def test_unknown_key_is_named_with_those_there_are():
     assert "'orders'" in text and "'pool_size'" in text and "`options`" in text
 
 
+MISPLACED = [
+    ({"urll": 1}, "'urll'", "Did you mean `url`?"),
+    ({"readonli": SECRET}, "'readonli'", "Did you mean `readonly`?"),
+    ({"pool_size": SECRET}, "'pool_size'", "belongs into `options`"),
+    ({"pool_sise": SECRET}, "'pool_sise'", "Did you mean `pool_size`? It is an argument of create_engine"),
+    ({"autoflush": SECRET}, "'autoflush'", "belongs into `session`"),
+    ({"charset": SECRET}, "'charset'", "belongs into `connect_args` in `options`"),
+    ({"read_timeout": SECRET}, "'read_timeout'", "its key is `read_timeout_s`"),
+    ({"password": SECRET}, "'password'", "a part of the `url`"),
+    ({"options": {"readonly": SECRET}}, "`readonly`", "belongs beside `url`"),
+    ({"options": {"pool_sise": SECRET}}, "`pool_sise`", "Did you mean `pool_size`?"),
+    ({"options": {"autoflush": SECRET}}, "`autoflush`", "belongs into `session`"),
+    ({"options": {"connect_args": {"charsett": SECRET}}}, "'charsett'", "Did you mean `charset`?"),
+    ({"options": {"connect_args": {"pool_size": SECRET}}}, "'pool_size'", "belongs into `options`"),
+    ({"url": f"mysql+pymysql://u@h/d?charsett={SECRET}"}, "'charsett'", "Did you mean `charset`?"),
+    ({"session": {"autoflsh": SECRET}}, "'autoflsh'", "Did you mean `autoflush`?"),
+    ({"session": {"guard": SECRET}}, "'guard'", "belongs beside `url`"),
+]
+
+
+@pytest.mark.parametrize(("entry", "key", "said"), MISPLACED, ids=[str(index) for index in range(len(MISPLACED))])
+def test_key_that_is_misspelt_or_in_the_wrong_place_is_told_what_was_meant(entry, key, said):
+    text = refused({"orders": {"url": f"mysql+pymysql://u:{SECRET}@h/d", **entry}})
+    assert "'orders'" in text and key in text and said in text and SECRET not in text
+
+
+def test_connect_argument_like_no_other_is_left_to_a_listener_of_the_engine():
+    entry = {"url": "mysql+pymysql://u@h/d", "options": {"connect_args": {"token_of_mine": 1}}}
+    assert SessionManager({"orders": entry}).engine("orders")
+
+
+def test_arguments_of_create_engine_are_all_known():
+    said = set(inspect.signature(typing.get_overloads(create_engine)[0]).parameters)
+    deprecated = {"convert_unicode", "future", "implicit_returning"}
+    assert said - deprecated - {"url", "kwargs"} <= set(OPTIONS)
+
+
 @pytest.mark.parametrize("key", ["options", "session"])
 @pytest.mark.parametrize("value", [5, None, [("a", 1)], "x", {1: 2}])
 def test_arguments_must_be_a_mapping_of_names(key, value):
@@ -56,9 +97,6 @@ def test_arguments_must_be_a_mapping_of_names(key, value):
 
 def test_missing_url_is_named():
     assert "'orders' has no `url`" in refused({"orders": {"options": {}}})
-
-
-SECRET = "s3cret"
 
 
 @pytest.mark.parametrize("url", ["", "nonsense", f"mysql://u:{SECRET}@h:port/db", f"//u:{SECRET}@h", 5, None])
@@ -229,8 +267,23 @@ def test_environment_with_two_default_urls_is_refused(monkeypatch):
 
 
 def test_environment_nothing_set_is_unknown_and_says_what_to_set():
-    with pytest.raises(UnknownDatabase, match="DBSESSION_URL is not set"):
+    said = r"DBSESSION_URL is not set: call configure\(\) or set DBSESSION_URL\. \["
+    with pytest.raises(UnknownDatabase, match=said):
         SessionManager().engine()
+
+
+@pytest.mark.parametrize("variable", ["DBSESSION_ULR", "DBSESION_URL", "DBSESSIONURL"])
+def test_environment_with_a_misspelt_variable_is_told_which_is_read(monkeypatch, variable):
+    monkeypatch.setenv(variable, f"sqlite:///{SECRET}.db")
+    with pytest.raises(UnknownDatabase, match=rf"has {variable}\. Did you mean DBSESSION_URL\?") as caught:
+        SessionManager().engine()
+    assert SECRET not in str(caught.value)
+
+
+def test_environment_with_other_names_lists_them(monkeypatch):
+    monkeypatch.setenv("DBSESSION_AUDIT_URL", FILE)
+    with pytest.raises(UnknownDatabase, match=r"set DBSESSION_AUDTI_URL\. .*: 'audit'\. Did you mean 'audit'\?"):
+        SessionManager().engine("audti")
 
 
 def test_engine_defaults_may_each_be_overridden():
