@@ -137,9 +137,10 @@ def page_values(orders: Iterable[Order], values: Any, errors: Any, nonce: str) -
     }
 
 
-def page_headers(nonce: str) -> dict[str, str]:
+def page_headers(nonce: str, scripts: bool = False) -> dict[str, str]:
+    script = f"script-src 'nonce-{nonce}'; connect-src 'self'; " if scripts else ""
     return {
-        "Content-Security-Policy": f"default-src 'none'; style-src 'nonce-{nonce}'; img-src data:; "
+        "Content-Security-Policy": f"default-src 'none'; {script}style-src 'nonce-{nonce}'; img-src data:; "
         "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",

@@ -19,7 +19,7 @@ from typing import Any
 
 import answers
 import gevent
-from flask import Flask, Response, jsonify, redirect, render_template, request, url_for
+from flask import Flask, Response, current_app, jsonify, redirect, render_template, request, url_for
 from orders import FIELDS, BadInput, Order, check_order, check_text_order, create_tables, databases, now, read_csv
 from sqlalchemy import insert, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -52,6 +52,10 @@ def create_app() -> Flask:
         ("/healthz", healthz, "GET"),
     ):
         app.add_url_rule(rule, view_func=view, methods=[method])
+    if os.environ.get("ORDER_DESK_TROUBLE"):  # deploy/demo says so; leave these three lines and trouble.py out of yours
+        from trouble import panel
+
+        app.register_blueprint(panel)
     app.register_error_handler(BadInput, lambda error: (error.as_json(), 400))
     app.register_error_handler(SQLAlchemyError, database_failed)
     app.register_error_handler(HTTPException, http_error)
@@ -68,7 +72,7 @@ def create_app() -> Flask:
     @app.before_request
     def tables() -> None:
         nonlocal tables_made
-        if not tables_made and request.endpoint != "healthz":
+        if not tables_made and request.endpoint not in ("healthz", "trouble.live"):
             create_tables()
             tables_made = True
 
@@ -200,7 +204,7 @@ def page(values: Any, errors: Any) -> Response:
     latest = orders.scalars(answers.LATEST).all()
     nonce = secrets.token_urlsafe(16)
     html = render_template("orders.html", **answers.page_values(latest, values, errors, nonce))
-    return Response(html, headers=answers.page_headers(nonce))
+    return Response(html, headers=answers.page_headers(nonce, scripts="trouble" in current_app.blueprints))
 
 
 # -- bodies and errors -----------------------------------------------------------------------------------------

@@ -95,7 +95,9 @@ def _of_pool(workers: Workers, facts: Facts) -> Iterator[Finding]:
             f"Bring pool_size nearer to the requests that use it at once, or {workers.setting} nearer to pool_size."
         )
         found = f"{workers.setting} {at_once}, but {limit} connections in a worker's pool: the other requests wait"
-        yield Finding("warning", "pool", (facts.name,), found, advice)
+        # worker_connections is a number of clients, idle ones included: more of them than pool_size is as it should be.
+        level = "info" if workers.setting == "worker_connections" else "warning"
+        yield Finding(level, "pool", (facts.name,), found, advice)
     else:
         found = f"{limit} connections in a worker's pool, for {at_once} requests at once ({workers.setting})"
         yield Finding("ok", "pool", (facts.name,), found)

@@ -107,9 +107,17 @@ def test_budget_says_at_least_when_a_pool_has_no_limit():
     assert levels(budget.of(Workers(2, 20), [unlimited]))["pool"] == "warning"
 
 
-@pytest.mark.parametrize(("at_once", "level"), [(None, "info"), (20, "ok"), (21, "warning")])
-def test_pool_is_too_small_when_more_requests_run_at_once(at_once, level):
-    assert levels(budget.of(Workers(1, at_once), [database()]))["pool"] == level
+@pytest.mark.parametrize(
+    ("at_once", "setting", "level"),
+    [
+        (None, "worker_connections", "info"),
+        (20, "worker_connections", "ok"),
+        (21, "worker_connections", "info"),  # idle clients are among them
+        (21, "threads", "warning"),
+    ],
+)
+def test_pool_is_too_small_when_more_requests_run_at_once(at_once, setting, level):
+    assert levels(budget.of(Workers(1, at_once, setting), [database()]))["pool"] == level
 
 
 @pytest.mark.parametrize(
