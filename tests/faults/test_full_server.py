@@ -232,6 +232,7 @@ async def test_f43_another_one_is_waited_for_when_an_old_one_cannot_be_replaced(
     discard_earlier(manager.database("default").config.url, time() + 0.001)
     waiting = Holder(half, manager)
     await half.until(lambda: pool.waiting() == 1)
+    allow(2)  # what comes back is replaced, too, and the server may still count the connection that it replaces
     holders[1].end.set()
     await half.until(lambda: waiting.number)
     waiting.end.set()
