@@ -17,7 +17,7 @@ try:
     aio.configure({"default": "sqlite:///none.db"})
     raise AssertionError("aiosqlite is here: this is to be run without extras")
 except aio.ConfigError as error:
-    assert "pip install 'dbsession[aio]'" in str(error), error
+    assert "pip install 'gevent-dbsession[aio]'" in str(error), error
 assert "gevent" not in sys.modules, "dbsession.aio loads gevent"
 
 with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,14 @@ from typing import Any
 
 from sqlalchemy import exc
 
+DISTRIBUTION = "gevent-dbsession"
+"""What is installed. On the package index, `dbsession` is another project."""
+
+
+def to_install(extra: str) -> str:
+    """Return the command that installs one of our extras, for an error's text."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
+
 
 class DBSessionError(Exception):
     """Base of every error raised by dbsession. `code` is stable across releases."""

@@ -24,7 +24,7 @@ from dbsession.core import teardown as core_teardown
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.engine import Database, all_databases, made
 from dbsession.core.sources import Source
-from dbsession.errors import ConfigError, describe
+from dbsession.errors import ConfigError, describe, to_install
 
 logger = logging.getLogger("dbsession.aio.databases")
 
@@ -96,8 +96,7 @@ def _parts(config: DatabaseConfig) -> _Parts:
         create_async_engine,
         AsyncAdaptedQueuePool,
         FairPool,
-        install="Install it: `pip install 'dbsession[aio]'` brings aiosqlite and asyncmy; others come by their own "
-        "names.",
+        install=f"Install it: `{to_install('aio')}` brings aiosqlite and asyncmy; others come by their own names.",
         hint="a `poolclass` has to be one for asyncio",
     )
     connections.follow(engine.sync_engine)

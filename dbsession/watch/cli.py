@@ -13,6 +13,7 @@ from dbsession.watch.check import command
 from dbsession.watch.dashboard import command as dashboard
 from dbsession.watch.top import command as top
 from dbsession.watch.usage_errors import WrongUsage
+from dbsession.watch.versions import Version
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,6 +26,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 0 all well, 1 it found an error, 2 wrong usage."""
     parser = _Parser(prog="dbsession", description="Looks after the databases of an application.")
+    parser.add_argument("--version", action=Version, help="print the versions that a bug report should name")
     commands = parser.add_subparsers(dest="command", required=True)
     command.add_check(commands)
     top.add_top(commands)

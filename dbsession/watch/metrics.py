@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dbsession.core import fork, snapshot
 from dbsession.core.engine import Database, all_databases
 from dbsession.core.pool.stats import BOUNDS_S, Stats
-from dbsession.errors import ConfigError, describe
+from dbsession.errors import ConfigError, describe, to_install
 from dbsession.green import hub
 from dbsession.green.periodic import PeriodicTask
 from dbsession.watch import metrics_folder
@@ -30,7 +30,7 @@ try:
     import prometheus_client
     from prometheus_client import multiprocess
 except ImportError:
-    raise ConfigError("Metrics need prometheus_client: pip install 'dbsession[metrics]'.") from None
+    raise ConfigError(f"Metrics need prometheus_client: {to_install('metrics')}.") from None
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

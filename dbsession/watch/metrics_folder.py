@@ -21,7 +21,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
-from dbsession.errors import describe
+from dbsession.errors import describe, to_install
 
 logger = logging.getLogger("dbsession.watch.metrics_folder")
 
@@ -64,7 +64,7 @@ def _make() -> str | None:
     if not (path() or "").startswith("/"):
         return "it must be a path that begins with '/', such as /metrics."
     if importlib.util.find_spec("prometheus_client") is None:
-        return "prometheus_client is not installed: pip install 'dbsession[metrics]'."
+        return f"prometheus_client is not installed: {to_install('metrics')}."
     if folder() is None and "prometheus_client" in sys.modules:
         return "prometheus_client was imported already: import dbsession.gunicorn_hooks before it."
     try:

@@ -16,7 +16,7 @@ from sqlalchemy.engine import Engine
 from dbsession.core import fork, snapshot
 from dbsession.core.engine import all_databases
 from dbsession.core.pool.stats import BOUNDS_S, Histogram
-from dbsession.errors import ConfigError
+from dbsession.errors import ConfigError, to_install
 from dbsession.green import api
 from dbsession.green.periodic import PeriodicTask
 from dbsession.watch.deltas import Changes
@@ -24,7 +24,7 @@ from dbsession.watch.deltas import Changes
 try:
     from opentelemetry.metrics import CallbackOptions, Observation, get_meter
 except ImportError:
-    raise ConfigError("OpenTelemetry's metrics need its API: pip install 'dbsession[otel]'.") from None
+    raise ConfigError(f"OpenTelemetry's metrics need its API: {to_install('otel')}.") from None
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider

@@ -244,4 +244,4 @@ def test_screen_says_what_to_install_when_textual_is_missing(tmp_path, folder):
         f"sys.exit(main(['top', '--folder', {str(folder)!r}]))\n"
     )
     status, output = in_terminal(script)
-    assert status == 2 and "pip install 'dbsession[top]'" in output
+    assert status == 2 and "pip install 'gevent-dbsession[top]'" in output

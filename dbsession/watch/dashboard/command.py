@@ -17,7 +17,7 @@ import gevent
 from gevent.pool import Pool
 from gevent.pywsgi import WSGIServer
 
-from dbsession.errors import ConfigError, plain
+from dbsession.errors import ConfigError, plain, to_install
 from dbsession.watch.dashboard.history import INTERVAL_S, History
 from dbsession.watch.inspection import sockets as folders
 from dbsession.watch.inspection.client import Collected, Workers
@@ -92,7 +92,7 @@ def _check(options: argparse.Namespace) -> None:
             f"http://127.0.0.1:{PORT}/ there."
         )
     if importlib.util.find_spec("flask") is None:
-        raise WrongUsage("The dashboard needs Flask: pip install 'dbsession[dashboard]'.")
+        raise WrongUsage(f"The dashboard needs Flask: {to_install('dashboard')}.")
 
 
 def _listen(host: str, port: int) -> socket.socket:

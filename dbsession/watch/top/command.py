@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any
 
-from dbsession.errors import plain
+from dbsession.errors import plain, to_install
 from dbsession.watch.inspection import sockets as folders
 from dbsession.watch.inspection.client import Collected, collect, none_answers, summary
 from dbsession.watch.inspection.usage import Usage, holders, usage
@@ -63,7 +63,7 @@ def _live(options: argparse.Namespace) -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise WrongUsage("This is no terminal: use --once or --json.")
     if importlib.util.find_spec("textual") is None:
-        raise WrongUsage("The screen needs textual: pip install 'dbsession[top]'. (--once and --json do not.)")
+        raise WrongUsage(f"The screen needs textual: {to_install('top')}. (--once and --json do not.)")
     from dbsession.watch.top.screen import Top
 
     Top(options.folder, options.interval).run()

@@ -117,3 +117,12 @@ def test_command_ends_without_a_traceback_when_nobody_reads_its_output(tmp_path)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait(60)) == (b"", 1)
+
+
+def test_version_prints_ours_and_those_of_the_libraries():
+    done = run("--version")
+    assert (done.returncode, done.stderr) == (0, ""), done
+    ours, libraries = done.stdout.splitlines()[:2]
+    assert re.fullmatch(r"gevent-dbsession \d+\.\d+\.\d+", ours)
+    for name in ("Python", "SQLAlchemy", "gevent", "greenlet", "PyMySQL"):
+        assert re.search(rf"\b{name} \d", libraries), name

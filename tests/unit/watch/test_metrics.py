@@ -169,7 +169,7 @@ def test_metrics_without_prometheus_client_say_what_to_install():
         try:
             from dbsession.watch import metrics
         except dbsession.ConfigError as error:
-            assert "pip install 'dbsession[metrics]'" in str(error)
+            assert "pip install 'gevent-dbsession[metrics]'" in str(error)
         else:
             raise AssertionError
         """

@@ -260,7 +260,7 @@ def test_otel_without_its_api_says_what_to_install():
         try:
             from dbsession.watch import otel
         except dbsession.ConfigError as error:
-            assert "pip install 'dbsession[otel]'" in str(error)
+            assert "pip install 'gevent-dbsession[otel]'" in str(error)
         else:
             raise AssertionError
         """

@@ -264,7 +264,7 @@ def test_dashboard_says_how_to_install_flask_when_it_is_missing(
     capsys: pytest.CaptureFixture[str], folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'dbsession[dashboard]'" in refusal(capsys, "--folder", folder)
+    assert "pip install 'gevent-dbsession[dashboard]'" in refusal(capsys, "--folder", folder)
 
 
 def test_command_line_brings_in_no_flask() -> None:
