@@ -52,7 +52,7 @@ def create_app() -> Flask:
         ("/healthz", healthz, "GET"),
     ):
         app.add_url_rule(rule, view_func=view, methods=[method])
-    if os.environ.get("ORDER_DESK_TROUBLE"):  # deploy/demo says so; leave these three lines and trouble.py out of yours
+    if os.environ.get("ORDER_DESK_TROUBLE"):  # deploy/demo says so; not for yours
         from trouble import panel
 
         app.register_blueprint(panel)

@@ -23,13 +23,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import answers
-import gevent
+from deadlock import deadlock, kind_of
 from flask import Blueprint, Response, abort, jsonify, make_response, request
-from gevent.event import Event
 from gevent.pool import Group
 from orders import DATA
-from sqlalchemy import Column, Integer, MetaData, Table, insert, select, text, update
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 
 import dbsession
 from dbsession.errors import ConfigError, describe
@@ -42,7 +41,6 @@ STREAM_READ_S = 2.0  # until its client goes away
 BURST = 200
 QUERY_S = 0.4  # that each request of a burst holds its connection
 ANSWER_S = 40.0  # that one of them may take: longer than it may wait for a connection
-MEET_S = 1.5  # that both units of work hold what the other one wants
 SHOWN_HOLDERS = 6
 
 orders = dbsession.get_dbsession("default")
@@ -52,14 +50,6 @@ panel = Blueprint("trouble", __name__)
 ROWS = text(
     "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100) SELECT i FROM n"
 ).execution_options(yield_per=1)
-accounts = Table(
-    "trouble_accounts",
-    MetaData(),
-    Column("id", Integer, primary_key=True, autoincrement=False),
-    Column("cents", Integer, nullable=False),
-    mysql_engine="InnoDB",
-    mariadb_engine="InnoDB",
-)
 
 
 @panel.before_request
@@ -217,75 +207,7 @@ def own_address() -> tuple[str, int]:
     return address
 
 
-@button
-def deadlock() -> str:
-    """Two units of work that meet. Each takes what the other one wants next, so the database has to end one of them."""
-    engine = dbsession.get_engine("default")
-    accounts.metadata.create_all(engine)
-    if orders.scalar(select(accounts.c.id).limit(1)) is None:
-        orders.execute(insert(accounts), [{"id": 1, "cents": 500}, {"id": 2, "cents": 500}])
-        orders.commit()
-    dbsession.release_dbsession()
-    before = retries()
-    began = Event(), Event()
-    both = Group()
-    try:
-        both.add(first := gevent.spawn(transfer, 1, 2, *began))
-        both.add(second := gevent.spawn(transfer, 2, 1, *reversed(began)))
-        gevent.joinall([first, second], timeout=ANSWER_S)
-        ends = [first.get(block=False), second.get(block=False)]
-    except gevent.Timeout:
-        return f"The two units of work did not end within {ANSWER_S:.0f} s, and were killed."
-    finally:
-        both.kill()
-    told = [
-        f"Transfer {name}: " + ", ".join(f"attempt {number} {end}" for number, end in enumerate(attempts, 1))
-        for name, attempts in zip(("1 to 2", "2 to 1"), ends, strict=True)
-    ]
-    counted = retries() - before
-    return f"{'. '.join(told)}. dbsession counted {counted} {'retry' if counted == 1 else 'retries'}."
-
-
-def transfer(source: int, target: int, mine: Event, other: Event) -> list[str]:
-    """What became of each attempt to move a cent, or to give it back."""
-    attempts: list[str] = []
-
-    def work(session: Any) -> None:
-        attempts.append("committed")
-        move = update(accounts).where(accounts.c.id == source).values(cents=accounts.c.cents - 1)
-        take = update(accounts).where(accounts.c.id == target).values(cents=accounts.c.cents + 1)
-        try:
-            if session.get_bind().dialect.name == "sqlite":  # it locks no rows, but what was read must still be true
-                session.execute(text("BEGIN"))
-                session.execute(select(accounts.c.cents)).all()
-            else:
-                session.execute(move)
-            if not (mine.is_set() and other.is_set()):
-                mine.set()
-                other.wait(ANSWER_S)
-                time.sleep(MEET_S)  # so that it can be looked at
-            if session.get_bind().dialect.name == "sqlite":
-                session.execute(move)
-            session.execute(take)
-        except DBAPIError as error:
-            attempts[-1] = f"was ended with {getattr(error.orig, 'sqlite_errorname', describe(error))}"
-            raise
-
-    dbsession.run_in_transaction(work, label=f"transfer {source} to {target}")
-    return attempts
-
-
-def retries() -> int:
-    return sum(database.retries for database in dbsession.snapshot().databases)
-
-
-def kind_of(engine: Any) -> tuple[str, str]:
-    """The database's name, and what two units of work that meet come to there."""
-    if engine.dialect.name == "sqlite":
-        return "SQLite", "SQLITE_BUSY_SNAPSHOT, SQLite's counterpart of a deadlock: both read, then both write"
-    if engine.dialect.name in ("mysql", "mariadb"):
-        return "MariaDB", "a deadlock, error 1213: each has changed the row that the other wants"
-    return engine.dialect.name, "a deadlock: each has changed the row that the other wants"
+button(deadlock)
 
 
 # -- what is shown live ----------------------------------------------------------------------------------------
