@@ -167,6 +167,59 @@ assert [get(application, "/") for _ in range(3)] == ["1 visits\\n"] * 3
     )
 
 
+@pytest.fixture(params=["sqlite", "mariadb"])
+def shop(request, folder, monkeypatch):
+    """The first page's application in `folder`, on a database of its own."""
+    database = "sqlite:///shop.db" if request.param == "sqlite" else request.getfixturevalue("mariadb_url")
+    monkeypatch.setenv("SHOP_URL", database)
+    return folder
+
+
+def test_shop_counts_its_orders_under_gunicorn(shop):
+    with Gunicorn("shop:create_app()", config=shop / "gunicorn.conf.py", cwd=shop, ready="/orders") as server:
+        answer = httpx.post(f"{server.url}/orders/pen", timeout=60)
+        assert answer.status_code == 201 and answer.json() == {"id": 1}
+        assert json.loads(server.get("/orders").text) == {"orders": 1}
+        assert "Traceback" not in server.logs()
+
+
+def test_tests_of_the_shop_pass_and_leave_nothing_behind(shop):
+    run(
+        shop,
+        """
+import dbsession, pytest
+assert pytest.main(["-q", "-p", "no:cacheprovider", "test_shop.py"]) == 0
+from shop import session
+assert nothing_open() and session.connection().exec_driver_sql("SELECT count(*) FROM orders").scalar() == 0
+""",
+    )
+
+
+def test_fresh_file_for_each_test_is_fresh(folder):
+    run(folder, "import pytest\nassert pytest.main(['-q', '-p', 'no:cacheprovider', 'test_fresh.py']) == 0\n")
+
+
+def test_app_context_held_for_a_test_keeps_the_snapshot_it_has_read(shop):
+    """As the page says: the test's own session stays in its transaction on MariaDB; a rollback shows what is new."""
+    run(
+        shop,
+        """
+from shop import Order, create_app, func, select, session
+app = create_app()
+counted = lambda: session.scalar(select(func.count()).select_from(Order))
+with app.app_context():
+    mine = session()
+    assert counted() == 0
+    assert app.test_client().post("/orders/pen").status_code == 201
+    assert session() is mine
+    if session.get_bind().dialect.name == "mysql":
+        assert counted() == 0
+    session.rollback()
+    assert counted() == 1
+""",
+    )
+
+
 @pytest.mark.parametrize("preload", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_hello_runs_under_gunicorn_with_the_configuration_shown(folder, preload):
     config = folder / "gunicorn.conf.py"
