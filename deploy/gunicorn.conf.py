@@ -12,6 +12,7 @@ monkey.patch_all()
 import logging  # noqa: E402
 import os  # noqa: E402
 
+from dbsession import ConfigError, SessionManager  # noqa: E402
 from dbsession.gunicorn_hooks import (  # noqa: E402, F401
     child_exit,
     post_request,
@@ -36,6 +37,18 @@ def switch(variable: str, default: bool) -> bool:
         raise SystemExit(f"gunicorn.conf.py: {variable}={value!r} must be 1 or 0.")
     return value in ("1", "yes", "true", "on")
 
+
+def check_url(variable: str, database: str) -> None:
+    """Say in one line what is wrong with the environment's URL; a worker would say it below a long traceback."""
+    if url := os.environ.get(variable):
+        try:
+            SessionManager({database: url})  # looks at it, and connects to nothing
+        except ConfigError as error:
+            raise SystemExit(f"gunicorn.conf.py: {variable} cannot be used. {error}") from None
+
+
+check_url("DBSESSION_URL", "default")
+check_url("DBSESSION_AUDIT_URL", "audit")
 
 chdir = os.path.dirname(os.path.abspath(__file__))  # where app.py is, whatever folder this is started in
 wsgi_app = "app:app"

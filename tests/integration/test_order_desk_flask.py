@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import dbsession
 from dbsession.green import scope
 from support.desks import HEADER, NAMES, ORDER, empty_tables, flask_desk, post_csv, rows, sqlite_urls, stored
+from support.gunicorn import DEMO_CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +207,25 @@ def test_tables_are_created_once_when_they_exist_already(desk: Any, client: Any)
         importlib.import_module("orders").create_tables()
     assert stored() == 1
     assert scope.current() is None or not scope.current().sessions
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("DBSESSION_URL", "hello", "Database 'default': `url` cannot be read as a URL"),
+        ("DBSESSION_AUDIT_URL", "mysql+nosuch://desk:s3cret@host/audit", "Database 'audit': SQLAlchemy has no dialect"),
+        ("TIMEOUT", "soon", "must be a whole number from 0 to 3600"),
+        ("LOG_LEVEL", "loud", "must be debug, info, warning, error or critical"),
+    ],
+)
+def test_bad_value_in_the_environment_stops_the_start_with_one_line(variable, value, said):
+    ended = subprocess.run(
+        [sys.executable, "-m", "gunicorn", "-c", str(DEMO_CONFIG)],
+        env={**os.environ, variable: value},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    (line,) = (ended.stdout + ended.stderr).strip().splitlines()
+    assert ended.returncode == 1 and line.startswith("gunicorn.conf.py: ") and variable in line and said in line
+    assert "s3cret" not in line
