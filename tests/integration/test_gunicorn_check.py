@@ -39,7 +39,8 @@ def test_first_worker_alone_logs_what_is_wrong_when_the_budget_is_exceeded(maria
         with serve(mariadb_url, *preload, config=config, workers=2) as server:
             (line,) = logged(server, "dbsession check: default: 40 connections (2 workers x 20) at most")
             assert "of max_connections 30" in line and "Raise max_connections to" in line
-            assert "[ERROR]" in line
+            # Where nothing sets logging up, Python writes the text alone.
+            assert config == LATE or "[ERROR]" in line
             assert mariadb_url not in line and mariadb.password not in server.logs()
             wait_until(lambda: not mariadb.processlist(), 30)  # neither the worker nor the master keeps what it opened
             assert server.get("/token?token=t").text == "t/t"
