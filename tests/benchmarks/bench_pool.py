@@ -60,7 +60,7 @@ def uncontended(report: Report, count: int) -> None:
     report.table("uncontended checkout + checkin", samples, {"us": "us"}, base=QUEUE)
     report.goal("uncontended checkout + checkin / QueuePool", samples.ratio(FAIR, QUEUE, "us"), "<=", 0.65)
     without = samples.ratio(BARE, QUEUE, "us")
-    report.goal("the same without the notes of who holds a connection", without, "<=", 0.65)
+    report.goal("checkout + checkin without the notes of who holds a connection / QueuePool", without, "<=", 0.65)
     report.control("QueuePool, uncontended", samples.ratio(AGAIN, QUEUE, "us"))
 
 
