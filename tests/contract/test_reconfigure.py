@@ -270,6 +270,7 @@ async def test_f28_session_of_another_that_has_only_read_ends_at_its_next_use(ha
         ended.append(before.closed)
         await insert(session)
         assert item.name.isdigit()
+        await half.until(lambda: before.closed)  # aside, in asyncio: the INSERT's answer may come before
         ended.append(before.closed)
         await done(session.commit())
 
