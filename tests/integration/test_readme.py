@@ -6,7 +6,6 @@ warnings are errors.
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import re
@@ -15,15 +14,18 @@ from pathlib import Path
 import httpx
 import pytest
 from benchmarks import summary
+from sqlalchemy.exc import InvalidRequestError
 
 import dbsession
 from dbsession import aio, errors
-from dbsession.core.config import TIMEOUTS
-from dbsession.core.entries import KEYS
+from dbsession.core.backends.mysql import MySQL
+from dbsession.core.backends.sqlite import SQLite
+from dbsession.core.keys import COMMON_KEYS, KEYS
 from dbsession.core.pool.stats import Stats
 from dbsession.green.mysql.backend import PyMySQL
+from support import log_lines
 from support.gunicorn import Gunicorn
-from support.pages import BLOCKS, PAGES, ROOT, table
+from support.pages import BLOCKS, PAGES, ROOT, rows, table
 from support.processes import run_python
 from support.uvicorn import Uvicorn
 
@@ -444,54 +446,71 @@ assert dbsession.get_dbsession("reports")().expire_on_commit is False
     )
 
 
-def test_knob_table_tells_the_defaults():
-    keys = table("dbsession/README.md", "key")
-    rows = re.findall(r"^\| `([^`]+)` \| .* \| ([^|]+) \|$", keys, re.M)
-    told = {key.rpartition(": ")[2]: value.partition(" (")[0] for key, value in rows}
-    assert {key for key, _ in rows if ":" not in key} == set(KEYS)
+def test_key_tables_tell_whose_key_it_is_and_its_default(monkeypatch):
+    """A table of keys for each kind of database, with the drivers that take a key; two for what goes to SQLAlchemy."""
+    monkeypatch.delenv("DBSESSION_GUARD", raising=False)
+    common = {row[0]: row[-1] for row in rows("dbsession/README.md", "key of any database")}
+    sqlite = {row[0]: (row[1], row[-1]) for row in rows("dbsession/README.md", "key for SQLite")}
+    mysql = {row[0]: (row[1], row[-1]) for row in rows("dbsession/README.md", "key for MySQL and MariaDB")}
+    pool = {row[0]: row[-1] for row in rows("dbsession/README.md", "key in `options`: the pool")}
+    session = {row[0]: row[-1] for row in rows("dbsession/README.md", "key in `session`")}
     manager = dbsession.SessionManager({"default": MYSQL})
-    pool, session = manager.engine().pool, manager.get()()
+    engine, made = manager.engine(), manager.get()()
     manager.clear()
-    actual = {
-        "url": "required",
-        "options": "see below",
-        "session": "see below",
-        "busy_timeout_s": f"{manager.database('default').config.busy_timeout_s:g}",
-        **{key: f"{getattr(manager.database('default').config, key):g}" for key in TIMEOUTS},
-        "reset": manager.database("default").config.reset,
-        "readonly": manager.database("default").config.readonly,
-        "ping_idle_s": f"{manager.database('default').config.ping_idle_s:g}",
-        "leak_after_s": f"{manager.database('default').config.leak_after_s:g}",
-        "idle_in_transaction_s": f"{manager.database('default').config.idle_in_transaction_s:g}",
-        "guard": "off",
-        "kill_abandoned": manager.database("default").config.kill_abandoned,
-        "charset": PyMySQL(manager.database("default").config, Stats()).engine_options()["connect_args"]["charset"],
-        "pool_size": pool.size(),
-        "max_overflow": pool._max_overflow,
-        "pool_timeout": f"{pool.timeout():g}",
-        "pool_recycle": pool._recycle,
-        "pool_pre_ping": pool._pre_ping,
-        "autoflush": session.autoflush,
-        "close_resets_only": False,
-        "class_": "`Session`",
+    config = manager.database("default").config
+    default = {key: getattr(config, key) for key in KEYS if key not in ("url", "options", "session")}
+    default = {key: value if isinstance(value, (bool, str)) else f"{value:g}" for key, value in default.items()}
+    assert common == {"`url`": "required", "`options`": "`{}`", "`session`": "`{}`"} | {
+        f"`{key}`": default[key] for key in COMMON_KEYS if key in default
     }
-    assert told == {key: str(value) for key, value in actual.items()}
+    for kind, told in ((SQLite, sqlite), (MySQL, mysql)):
+        takers = {key: [name for name, keys in kind.DRIVER_KEYS.items() if key in keys] for key in KEYS}
+        assert told == {
+            f"`{key}`": (", ".join(takers[key]) or "any", str(default[key]))
+            for key in {*kind.KEYS, *(key for key in KEYS if takers[key])}
+        }
+    assert pool == {
+        "`pool_size`": str(engine.pool.size()),
+        "`max_overflow`": str(engine.pool._max_overflow),
+        "`pool_timeout`": f"{engine.pool.timeout():g}",
+        "`pool_recycle`": str(engine.pool._recycle),
+        "`pool_pre_ping`": str(engine.pool._pre_ping),
+    }
+    assert session == {
+        "`autoflush`": str(made.autoflush),
+        "`close_resets_only`": "False",
+        "`class_`": "`Session`",
+        "`expire_on_commit`": str(made.expire_on_commit),
+    }
+    with pytest.raises(InvalidRequestError, match="permanently closed"):  # as close_resets_only says
+        made.connection()
+    charset = PyMySQL(config, Stats()).engine_options()["connect_args"]["charset"]
+    assert f"The character set is {charset} unless" in PAGES["dbsession/README.md"]
 
 
-def test_failure_table_has_every_code_and_every_warning():
-    failures = table("dbsession/README.md", "you see")
+def test_error_table_has_every_code_and_no_other():
+    known: dict[str, type] = {"DBS-DEADLINE": dbsession.DeadlineExceeded}
     for error in vars(errors).values():
         if isinstance(error, type) and issubclass(error, errors.DBSessionError):
-            assert f"| `[{error.code}]` `{error.__name__}` |" in failures
-    warnings = set()  # both halves say some of them
-    for module in (ROOT / "dbsession").rglob("*.py"):
-        for node in ast.walk(ast.parse(module.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("logger.warning", "logger.log"):
-                text = node.args[1 if ast.unparse(node.func) == "logger.log" else 0]  # after its level
-                assert isinstance(text, ast.Constant)
-                warnings.add(re.sub(r"%[rs]|%g", "...", str(text.value)).replace("\n", ""))
-    assert not [warning for warning in warnings if f"| WARNING `{warning}` |" not in failures]
-    assert len(warnings) == failures.count("| WARNING ")
+            known[error.code] = error
+    sources = "".join(module.read_text() for module in (ROOT / "dbsession").rglob("*.py"))
+    assert set(known) == set(re.findall(r'^    code = "([A-Z-]+)"$', sources, re.M))
+    found = {row[0]: row[1] for row in rows("dbsession/README.md", "code")}
+    assert list(found) == sorted(f"`[{code}]`" for code in known)
+    for code, error in known.items():
+        name, _, base = found[f"`[{code}]`"].partition(", a")
+        assert name == f"`{error.__name__}`"
+        assert not base or base.strip("n `").rpartition(".")[2] in {each.__name__ for each in error.__mro__}, base
+
+
+def test_log_table_has_every_line_with_its_logger_and_level_and_no_other():
+    told = set()
+    for loggers, line, means, do in rows("dbsession/README.md", "logger"):
+        level, quoted = re.fullmatch(r"((?:[A-Z]+ (?:or )?)*)(`.*`)", line).groups()
+        for name in loggers.split(", "):
+            told.add((name.strip("`"), level.strip() or "WARNING", quoted.strip("`").strip()))
+        assert means and do
+    assert told == set(log_lines.of_package())
 
 
 def test_hand_written_pattern_moves_over(folder):

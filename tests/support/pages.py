@@ -29,3 +29,11 @@ def table(page: str, first_heading: str) -> str:
     found = PAGES[page].partition(f"| {first_heading} |")[2].partition("\n\n")[0]
     assert found, f"{page} has no table of {first_heading!r}"
     return found
+
+
+def rows(page: str, first_heading: str) -> list[list[str]]:
+    """Return the rows of that table below its headings, each as its cells, all of which say something."""
+    lines = [line for line in table(page, first_heading).splitlines()[2:] if line.startswith("|")]
+    found = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert found and all(all(row) for row in found), (page, first_heading)
+    return found

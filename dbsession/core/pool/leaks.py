@@ -112,5 +112,5 @@ class LeakWatch:
     def _returned(self, note: Checkout) -> None:
         """A connection that was reported came back. Never waits: it is called in the middle of the return, where a
         kill would cost the connection's slot."""
-        text, held_s = "Database %r: the connection of %s was returned after %.1f s.", time.monotonic() - note.since
-        self._aside(partial(logger.info, text, self._held.name, note.reported_as, held_s))
+        said = partial(logger.info, "Database %r: the connection of %s was returned after %.1f s.", self._held.name)
+        self._aside(partial(said, note.reported_as, time.monotonic() - note.since))
