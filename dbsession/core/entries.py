@@ -109,8 +109,8 @@ def _url(name: str, value: object) -> URL:
         raise ConfigError(f"Database {name!r}: `url` is a {type(value).__name__}: give a string or a sqlalchemy.URL.")
     try:
         url = make_url(value)
-        # With an '@' in the password, a part of it is read as the host, or the database, which servers' errors show.
-        if url.host is None or ("@" not in url.host and not is_url(url.database)):
+        # With an '@' in the password, a part of it is read as the host or the database, which drivers' errors show.
+        if url.host is None or ("@" not in f"{url.host}{url.database}" and not is_url(url.database)):
             return url
     except (ArgumentError, ValueError):
         pass  # neither the text nor the cause is shown: they may hold a piece of the password

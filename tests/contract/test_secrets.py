@@ -22,6 +22,7 @@ URLS = {
     "plain": f"mysql://u:{SECRET}@host/db",
     "driver and query": f"mysql+pymysql://u:{SECRET}@host:3306/db?charset=utf8mb4",
     "at sign": f"mysql://u:a@{SECRET}@host/db",
+    "at sign and slash": f"mysql://u:a@{SECRET}/b@host/db",
     "slash": f"mysql://u:a/{SECRET}@host/db",
     "hash, question mark, space": f"mysql://u:a#?{SECRET} b@host/db",
     "percent": f"mysql://u:100%{SECRET}@host/db",
@@ -127,7 +128,7 @@ def test_f31_password_is_not_shown_by_what_reads_the_environment(half, verbs, wh
     assert SECRET not in shown, shown
 
 
-@pytest.mark.parametrize("what", ["at sign", "slash in the user"])
+@pytest.mark.parametrize("what", ["at sign", "at sign and slash", "slash in the user"])
 def test_f31_url_whose_password_would_be_read_as_its_host_is_refused(half, verbs, what):
     shown, error = told_by(half, lambda: verbs.configure({"default": URLS[what]}))
     assert isinstance(error, dbsession.ConfigError) and "percent-encoded" in shown and SECRET not in shown
