@@ -279,16 +279,17 @@ def test_metrics_table_has_every_metric():
         assert f"`{name}{'_total' if kind == '_counter' else ''}`" in metrics, name
 
 
-def test_flask_example_stores_and_streams(folder):
+def test_flask_export_streams_inside_its_session(shop):
     run(
-        folder,
+        shop,
         """
 import dbsession
-from flask_app import create_app
-client = create_app({"default": "sqlite:///flask.db"}).test_client()
+from export import app
+client = app.test_client()
 assert [client.post(f"/orders/{item}").json["id"] for item in ("pen", "ink")] == [1, 2]
 answer = client.get("/orders.csv")
-assert answer.is_streamed and answer.text == "1,pen\\n2,ink\\n"
+assert answer.is_streamed
+assert answer.text == "1,pen\\n2,ink\\n"
 answer.close()
 assert nothing_open()
 """,
