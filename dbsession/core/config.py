@@ -65,7 +65,7 @@ class DatabaseConfig:
     leak_after_s: float = 60.0
     idle_in_transaction_s: float = 0.0
     guard: str = "off"
-    given: tuple[str, ...] = ()
+    given: tuple[str, ...] = field(default=(), compare=False)
 
     @cached_property  # asked at the end of each transaction
     def isolation_level(self) -> str | None:

@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from dbsession.core.config import DatabaseConfig
+from sqlalchemy.engine import URL
+
+from dbsession.core.config import DatabaseConfig, shown
 from dbsession.core.entries import parse
 from dbsession.errors import ConfigError, UnknownDatabase, did_you_mean, is_url
 
@@ -26,29 +28,29 @@ class MappingSource:
     """A mapping given to `configure`, validated as a whole."""
 
     def __init__(self, databases: Mapping[Any, Any]) -> None:
-        self._configs = {name: parse(name, entry) for name, entry in databases.items()}
+        self.configs = {name: parse(name, entry) for name, entry in databases.items()}
 
     def lookup(self, name: str) -> DatabaseConfig:
         try:
-            return self._configs[name]
+            return self.configs[name]
         except (KeyError, TypeError):  # TypeError: an unhashable name
             pass
-        raise UnknownDatabase.named(name, self._configs, "Configured are")
+        raise UnknownDatabase.named(name, self.configs, "Configured are")
 
     def known(self) -> Iterable[str]:
-        return self._configs
+        return self.configs
 
 
 class CallableSource:
     """A callable `name -> entry` given to `configure`. None, `{}` or LookupError from it means: unknown."""
 
     def __init__(self, find: Callable[[str], Any]) -> None:
-        self._find = find
+        self.find = find
         self._resolved: set[str] = set()  # only for the error's text; grows by one set operation
 
     def lookup(self, name: str) -> DatabaseConfig:
         try:
-            entry = self._find(name)
+            entry = self.find(name)
         except LookupError:
             entry = None
         if entry is None or entry == {}:
@@ -91,9 +93,7 @@ class EnvironmentSource:
 
     def _unset(self, name: str, wanted: str) -> UnknownDatabase:
         """Return the error for a name whose variable is not set."""
-        unread = misspelt_variables()
-        found = f" The environment has {unread[0][0]}. Did you mean {unread[0][1]}?" if unread else ""
-        what = f"Nothing was given to configure(), and {wanted} is not set: call configure() or set {wanted}.{found}"
+        what = f"Nothing was given to configure(), and {wanted} is not set: call configure() or set {wanted}.{unread()}"
         others = list(self.known())
         if others:
             return UnknownDatabase.named(name, others, f"{what} The environment has the URLs of")
@@ -123,6 +123,17 @@ def misspelt_variables() -> list[tuple[str, str]]:
     return found
 
 
+def unread() -> str:
+    """Say, where nothing is configured, what the environment has that was meant for us perhaps; "" if it has nothing.
+    Begins with a space; no variable's value is shown."""
+    text = "".join(
+        f" The environment has {variable}. Did you mean {meant}?" for variable, meant in misspelt_variables()
+    )
+    if os.environ.get("DATABASE_URL") and not EnvironmentSource().known():
+        text += " The environment has DATABASE_URL, which dbsession does not read: set DBSESSION_URL to its value."
+    return text
+
+
 process_wide: Source = EnvironmentSource()
 """What `dbsession.configure` was given last: for `dbsession.aio`, which is configured by it unless it has its own."""
 
@@ -143,10 +154,46 @@ def source_of(databases: object) -> Source:
     if databases is None:
         return EnvironmentSource()
     if isinstance(databases, Mapping):
+        refuse_one_entry(databases)
         return MappingSource(databases)
     if callable(databases):
         return CallableSource(databases)
     raise ConfigError(
-        f"configure() was given a {type(databases).__name__}: give a mapping of names to URLs, a callable that returns "
-        "the entry of a name, or nothing to read the environment."
+        f"configure() was given a {type(databases).__name__}: give a mapping of names to URLs, such as "
+        "{'default': 'sqlite:///shop.db'}, a callable that returns the entry of a name, or nothing to read the "
+        "environment."
     )
+
+
+def refuse_one_entry(databases: Mapping[Any, Any]) -> None:
+    """Raise ConfigError if it is the entry of one database, where a mapping of names to entries belongs."""
+    if not isinstance(databases.get("url"), (str, URL)) or any(
+        isinstance(entry, URL) or is_url(entry) or (isinstance(entry, Mapping) and "url" in entry)
+        for name, entry in databases.items()
+        if name != "url"
+    ):
+        return
+    raise ConfigError(
+        f"configure() was given the entry of one database, with {', '.join(map(shown, databases))}, in place of a "
+        "mapping of names to entries: write {'default': {'url': ...}}, with its name before it."
+    )
+
+
+def differing(old: Source, new: Source, what: Callable[[DatabaseConfig], object] = lambda config: config) -> list[str]:
+    """List, as words for a text, the databases of `old` that `new` does not have, or has otherwise.
+
+    Nobody is asked: two callables are alike if they are one, and what the environment says is left out.
+
+    Args:
+        what: what counts of a configuration; by default all of it.
+    """
+    if isinstance(old, MappingSource):
+        others = new.configs if isinstance(new, MappingSource) else {}
+        return sorted(
+            repr(name)
+            for name, config in old.configs.items()
+            if name not in others or what(others[name]) != what(config)
+        )
+    if isinstance(old, CallableSource) and not (isinstance(new, CallableSource) and new.find == old.find):
+        return sorted(map(repr, old.known())) or ["those that a callable finds"]
+    return []

@@ -7,6 +7,7 @@ import sqlite3
 
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import InvalidRequestError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool, StaticPool
@@ -246,6 +247,48 @@ async def test_configure_refuses_bad_input_at_once_and_applies_nothing(half, man
 async def test_configure_refuses_what_is_no_mapping_or_callable(half, databases):
     with pytest.raises(errors.ConfigError, match=type(databases).__name__):
         half.verbs.SessionManager(databases)
+
+
+ONE_ENTRY = [
+    {"url": f"sqlite:///{SECRET}.db"},
+    {"url": make_url(FILE), "options": {"pool_size": 3}, "guard": "warn"},
+    {"url": FILE, "pool_size": 3},
+]
+
+
+@pytest.mark.parametrize("entry", ONE_ENTRY, ids=["url", "with_its_keys", "with_keys_of_others"])
+@on_both_halves
+async def test_entry_in_place_of_a_mapping_is_told_to_put_a_name_before_it(half, manager, entry):
+    engine = manager.engine()
+    with pytest.raises(
+        errors.ConfigError, match=r"the entry of one database, with 'url'.*write {'default': {"
+    ) as caught:
+        manager.configure(entry)
+    assert SECRET not in str(caught.value) and manager.engine() is engine
+
+
+@pytest.mark.parametrize("databases", [{"url": FILE, "audit": FILE}, {"url": {"url": FILE}}])
+@on_both_halves
+async def test_database_may_be_called_url(half, manager, databases):
+    manager.configure(databases)
+    assert manager.engine("url").url.database == "unused.db"
+
+
+@on_both_halves
+async def test_nothing_configured_names_what_the_environment_has_and_no_value(half, manager, monkeypatch):
+    for variable in ("DATABASE_URL", "DBSESION_URL", "DBSESSION_ULR"):
+        monkeypatch.setenv(variable, f"mysql://u:{SECRET}@h/d")
+    manager.configure()
+    with pytest.raises(errors.UnknownDatabase) as caught:
+        manager.engine()
+    said = str(caught.value)
+    assert "has DATABASE_URL, which dbsession does not read: set DBSESSION_URL to its value." in said
+    assert "has DBSESION_URL. Did you mean DBSESSION_URL?" in said and "has DBSESSION_ULR. Did" in said
+    assert SECRET not in said
+    monkeypatch.setenv("DBSESSION_AUDIT_URL", FILE)  # so the environment is known
+    with pytest.raises(errors.UnknownDatabase) as caught:
+        manager.engine()
+    assert "DATABASE_URL" not in str(caught.value)
 
 
 ENTRY = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from flask import Flask, Response, stream_with_context
 from sqlalchemy import text
@@ -18,8 +19,9 @@ class Killed(BaseException):
     """What a kill or a timeout is: no Exception."""
 
 
-def create_app(url: str | None = None, **options: object) -> Flask:
+def create_app(url: str | None = None, settings: dict[str, Any] | None = None, **options: object) -> Flask:
     app = Flask(__name__)
+    app.config.update(settings or {})
     app.config["DBSESSION_DATABASES"] = {"default": {"url": url or os.environ["APP_URL"], "options": options}}
     dbsession.flask.init_app(app)
 
@@ -78,8 +80,8 @@ def create_app(url: str | None = None, **options: object) -> Flask:
     def work() -> None:
         """Uses the database as a command does."""
         with app.app_context():
-            inner = id(session())
-        print("worked", session.scalar(text("SELECT 1")), inner != id(session()))
+            inner = session()  # kept: a new object may have the address of one that is gone
+        print("worked", session.scalar(text("SELECT 1")), inner is not session())
 
     return app
 

@@ -6,12 +6,22 @@ import http.client
 import importlib.util
 import json
 import logging
+import os
 import socket
 from pathlib import Path
 
 import gevent
 import pytest
-from flask import Flask, Response, abort, after_this_request, make_response, redirect
+from flask import (
+    Flask,
+    Response,
+    abort,
+    after_this_request,
+    has_app_context,
+    has_request_context,
+    make_response,
+    redirect,
+)
 from sqlalchemy import text
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound
 from werkzeug.test import Client
@@ -264,11 +274,123 @@ def test_init_app_twice_wraps_once(app):
     assert app.wsgi_app is wrapped
 
 
-def test_factory_may_make_many_apps(app, tmp_path):
-    second = flask_app.create_app(f"sqlite:///{tmp_path}/b.db")
-    assert second.test_client().get("/one").text == "1"
-    assert app.test_client().get("/one").text == "1"  # the configuration is the process's: the last one's
+WAYS_IN = {
+    "request": lambda app: app.test_client().get("/one").text,
+    "request_with_a_deadline": lambda app: app.test_client().get("/one").text,
+    "app_context": lambda app: app.app_context().__enter__(),
+    "request_context": lambda app: app.test_request_context("/one").__enter__(),
+    "command": lambda app: app.test_cli_runner().invoke(args=["work"], catch_exceptions=False),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_app_is_refused_once_another_apps_databases_have_replaced_its_own(tmp_path, way):
+    settings = {"DBSESSION_DEADLINE_S": 30} if way == "request_with_a_deadline" else {}
+    gevent.get_hub()  # as in a gevent worker
+    app = flask_app.create_app(f"sqlite:///{tmp_path}/a.db", settings)
+    second = flask_app.create_app(f"sqlite:///{tmp_path}/b.db", settings)
+    depth = len(scopes.stack_here())
+    with pytest.raises(dbsession.ConfigError, match=r"'flask_app' \('default'\) were replaced .*configure\(\)"):
+        WAYS_IN[way](app)
+    assert not has_app_context() and not has_request_context() and len(scopes.stack_here()) == depth
+    assert second.test_client().get("/one").text == "1"  # the configuration is the process's: the last one's
     assert dbsession.get_engine().url.database == f"{tmp_path}/b.db"
+    dbsession.configure(app.config["DBSESSION_DATABASES"])  # as the text says
+    assert app.test_client().get("/one").text == "1"
+    assert dbsession.get_engine().url.database == f"{tmp_path}/a.db"
+    dbsession.clear_dbsession()
+    dbsession.configure()
+
+
+@pytest.mark.parametrize("given", ["mapping", "callable"])
+def test_apps_that_lead_to_the_same_databases_are_all_served(app, given):
+    databases = app.config["DBSESSION_DATABASES"]
+    if given == "callable":
+        databases = databases.get
+    apps = [Flask(f"app{n}") for n in range(2)]
+    for each in apps:
+        each.config["DBSESSION_DATABASES"] = databases
+        dbsession.flask.init_app(each)
+        each.add_url_rule("/one", "one", lambda: str(flask_app.session.scalar(text("SELECT 1"))))
+    assert [each.test_client().get("/one").text for each in apps] == ["1", "1"]
+
+
+@pytest.mark.parametrize("configured", [False, True], ids=["app_only", "configure_in_each_test"])
+def test_app_for_each_test_is_no_problem(tmp_path, caplog, configured):
+    """The usual fixtures: a factory in each test, with a file of its own, or one that configure() replaces."""
+    clients = []
+    for n in range(3):
+        app = flask_app.create_app(f"sqlite:///{tmp_path}/{'app' if configured else n}.db")
+        if configured:
+            dbsession.configure({"default": f"sqlite:///{tmp_path}/{n}.db"})
+        clients.append(app.test_client())
+        assert clients[n].get("/one").text == "1"
+        assert dbsession.get_engine().url.database == f"{tmp_path}/{n}.db"
+    dbsession.configure()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_databases_that_configure_was_given_before_are_named_when_init_app_replaces_them(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(dbsession.flask._Given, "last", None)  # as in a new process
+    url = f"sqlite:///{tmp_path}/a.db"
+    dbsession.configure({"default": url, "audit": f"sqlite:///{tmp_path}/s3cret.db"})
+    flask_app.create_app(url)
+    [warning] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    said = warning.getMessage()
+    assert warning.name == "dbsession.manager" and "'flask_app'" in said and "'audit'. Give" in said
+    assert "s3cret" not in said
+    caplog.clear()
+    dbsession.configure({"default": url})
+    flask_app.create_app(url)
+    dbsession.configure()  # the environment, whatever it has, is what an app's own databases are for
+    flask_app.create_app(f"sqlite:///{tmp_path}/b.db")
+    dbsession.configure()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("DBSESSION_DATABASES", {"default": "sqlite:///other.db"}),
+        ("DBSESSION_DATABASES", lambda name: None),
+        ("DBSESSION_DATABASES", None),
+        ("DBSESSION_DEADLINE_S", 5),
+    ],
+)
+def test_init_app_again_with_others_is_refused(app, key, value):
+    wrapped, source = app.wsgi_app, dbsession.get_engine()
+    app.config[key] = value
+    with pytest.raises(dbsession.ConfigError, match=f"called again for the app 'flask_app', .* another {key} now"):
+        dbsession.flask.init_app(app)
+    assert app.wsgi_app is wrapped and dbsession.get_engine() is source
+    assert app.test_client().get("/one").text == "1"
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("DBSESSION_DATABASE", "Did you mean 'DBSESSION_DATABASES'?"),
+        ("DB_SESSION_DATABASES", "Did you mean 'DBSESSION_DATABASES'?"),
+        ("DBSESSION_DEADLINE", "Did you mean 'DBSESSION_DEADLINE_S'?"),
+        ("DBSESSION_DEADLINE_MS", "Did you mean 'DBSESSION_DEADLINE_S'?"),
+        ("DBSESSION_REPORTS_URL", "A URL belongs into DBSESSION_DATABASES"),
+        ("DBSESSION_POOL_SIZE", "DBSESSION_DATABASES and DBSESSION_DEADLINE_S"),
+    ],
+)
+def test_key_that_looks_like_ours_is_refused_with_what_was_meant(key, said):
+    app = Flask("shop")
+    app.config[key] = "s3cret"
+    with pytest.raises(dbsession.ConfigError) as caught:
+        dbsession.flask.init_app(app)
+    assert f"'shop' has the unknown key '{key}'." in str(caught.value) and said in str(caught.value)
+    assert "s3cret" not in str(caught.value) and app.extensions == {}
+
+
+def test_keys_of_others_and_a_copy_of_the_environment_are_let_be(monkeypatch):
+    monkeypatch.setenv("DBSESSION_INSPECT", "/run/shop")
+    app = Flask("shop")
+    app.config.update(os.environ, MONGODB_DATABASES=1, SESSION_TYPE="redis", SQLALCHEMY_DATABASE_URI="sqlite://")
+    dbsession.flask.init_app(app)
 
 
 def test_init_app_with_a_bad_configuration_says_so(app):
