@@ -125,12 +125,20 @@ def database_failure(error: SQLAlchemyError) -> tuple[int, str, dict[str, str]]:
     return 500, "internal error", {}
 
 
-def page_values(orders: Iterable[Order], values: Any, errors: Any, nonce: str) -> dict[str, Any]:
-    """What templates/orders.html takes."""
+def wants_page(accept: str) -> bool:
+    """Whether a failure is shown to somebody at a browser, by the request's Accept."""
+    return "text/html" in accept
+
+
+def page_values(
+    orders: Iterable[Order], values: Any, errors: Any, nonce: str, failure: str | None = None
+) -> dict[str, Any]:
+    """Return what templates/orders.html takes. `failure` is the message of a request that the database has ended."""
     return {
         "orders": orders,
         "values": values,
         "errors": errors,
+        "failure": failure,
         "texts": TEXTS,
         "numbers": NUMBERS,
         "nonce": nonce,

@@ -200,10 +200,10 @@ def index() -> Any:
     return page({}, {})
 
 
-def page(values: Any, errors: Any) -> Response:
-    latest = orders.scalars(answers.LATEST).all()
+def page(values: Any, errors: Any, failure: str | None = None) -> Response:
+    latest = orders.scalars(answers.LATEST).all() if failure is None else []
     nonce = secrets.token_urlsafe(16)
-    html = render_template("orders.html", **answers.page_values(latest, values, errors, nonce))
+    html = render_template("orders.html", **answers.page_values(latest, values, errors, nonce, failure))
     return Response(html, headers=answers.page_headers(nonce, scripts="trouble" in current_app.blueprints))
 
 
@@ -258,6 +258,8 @@ def database_failed(error: SQLAlchemyError) -> Any:
     # By type and number: the text has the values in it, and a customer's name does not belong in a log.
     logger.error("%s %s failed: %s", request.method, request.path, describe(error))
     status, message, headers = answers.database_failure(error)
+    if answers.wants_page(request.headers.get("Accept", "")):
+        return page(request.form, {}, message), status, headers  # with what was typed in
     return answers.failure(message), status, headers
 
 

@@ -79,8 +79,7 @@ async def post_order(request: Request) -> Response:
         return answer(order.as_json(), 201, {"Location": path_for(request, "get_order", order_id=order.id)})
     if media_type(request) != "application/x-www-form-urlencoded":
         return answer(answers.failure(answers.NEITHER_JSON_NOR_FORM), 415)
-    form = (await whole_body(request)).decode(errors="replace")
-    values = dict(reversed(parse_qsl(form, keep_blank_values=True, errors="replace")))  # of two the first, as in Flask
+    values = await form_values(request)
     try:
         await store(check_text_order(values))
     except BadInput as error:
@@ -189,11 +188,13 @@ async def index(request: Request) -> Response:
     return await page(request, {}, {})
 
 
-async def page(request: Request, values: Any, errors: Any, status: int = 200) -> Response:
-    latest = (await orders.scalars(answers.LATEST)).all()
+async def page(
+    request: Request, values: Any, errors: Any, status: int = 200, failure: str | None = None
+) -> HTMLResponse:
+    latest = (await orders.scalars(answers.LATEST)).all() if failure is None else []
     nonce = secrets.token_urlsafe(16)
     html = templates.get_template("orders.html").render(
-        answers.page_values(latest, values, errors, nonce), url_for=functools.partial(path_for, request)
+        answers.page_values(latest, values, errors, nonce, failure), url_for=functools.partial(path_for, request)
     )
     return HTMLResponse(html, status, answers.page_headers(nonce))
 
@@ -237,6 +238,16 @@ async def whole_body(request: Request) -> bytes:
     return body
 
 
+async def form_values(request: Request) -> dict[str, str]:
+    """Return the form's values, read once: an error's handler gets a request of its own, with no body left."""
+    if not hasattr(request.state, "form"):
+        form = (await whole_body(request)).decode(errors="replace")
+        fields = parse_qsl(form, keep_blank_values=True, errors="replace")
+        request.state.form = dict(reversed(fields))  # of two the first, as in Flask
+    values: dict[str, str] = request.state.form
+    return values
+
+
 async def bad_input(_: Request, error: Any) -> Response:
     return answer(error.as_json(), 400)
 
@@ -254,6 +265,11 @@ async def database_failed(request: Request, error: Any) -> Response:
     # By type and number: the text has the values in it, and a customer's name does not belong in a log.
     logger.error("%s %s failed: %s", request.method, request.url.path, describe(error))
     status, message, headers = answers.database_failure(error)
+    if answers.wants_page(request.headers.get("accept", "")):
+        posted = media_type(request) == "application/x-www-form-urlencoded"
+        response = await page(request, await form_values(request) if posted else {}, {}, status, message)
+        response.headers.update(headers)
+        return response
     return answer(answers.failure(message), status, headers)
 
 

@@ -149,7 +149,7 @@ def test_demo_ends_as_a_whole_when_a_part_of_it_dies(tmp_path: Path, killed: str
     with demo(tmp_path) as started:
         os.kill(started.pids(killed)[0], signal.SIGKILL)  # of gunicorn the master, which is the oldest
         assert started.process.wait(30) == 1
-        assert f"deploy/demo: {named} ended by itself" in started.logs()
+        assert f"deploy/demo: {named} has ended" in started.logs()
         wait_until(lambda: not started.pids(), 10, "nothing is left")
 
 

@@ -17,6 +17,7 @@ from support.desks import (
     NAMES,
     ORDER,
     asgi_desk,
+    check_page_of_failure,
     environment,
     http_client,
     mariadb_urls,
@@ -150,6 +151,7 @@ def test_dead_database_gives_503_and_no_secret_when_it_cannot_be_opened(tmp_path
         assert [health.json["databases"][name]["ok"] for name in NAMES] == [True, False]
         answer = client.post("/orders", json=ORDER)
         assert answer.status_code == 503 and int(answer.headers["Retry-After"]) > 0
+        check_page_of_failure(client.post("/orders", data=ORDER, headers={"Accept": "text/html"}))
         log = client.server.logs()
         assert "The tables could not be checked (OperationalError): the first request tries again." in log
         assert "POST /orders failed: OperationalError" in log

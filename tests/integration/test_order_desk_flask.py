@@ -15,7 +15,18 @@ import pytest
 
 import dbsession
 from dbsession.green import scope
-from support.desks import HEADER, NAMES, ORDER, empty_tables, flask_desk, post_csv, rows, sqlite_urls, stored
+from support.desks import (
+    HEADER,
+    NAMES,
+    ORDER,
+    check_page_of_failure,
+    empty_tables,
+    flask_desk,
+    post_csv,
+    rows,
+    sqlite_urls,
+    stored,
+)
 from support.gunicorn import DEMO_CONFIG
 
 
@@ -176,6 +187,7 @@ def test_dead_database_gives_503_and_no_secret_when_it_cannot_be_opened(
         assert [health.json["databases"][name]["ok"] for name in NAMES] == [True, False]
         answer = client.post("/orders", json=ORDER)
         assert answer.status_code == 503 and int(answer.headers["Retry-After"]) > 0
+        check_page_of_failure(client.post("/orders", data=ORDER, headers={"Accept": "text/html"}))
         assert "OperationalError" in caplog.text
         for shown in (health.text, answer.text, caplog.text):
             assert "secret" not in shown and "Ada" not in shown

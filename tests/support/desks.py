@@ -95,12 +95,19 @@ class HttpClient:
         self.server = server
 
     def open(
-        self, path: str, method: str = "GET", *, json: Any = None, data: Any = None, content_type: str | None = None
+        self,
+        path: str,
+        method: str = "GET",
+        *,
+        json: Any = None,
+        data: Any = None,
+        content_type: str | None = None,
+        headers: dict[str, str] | None = None,
     ) -> Answer:
         content = data if isinstance(data, (str, bytes)) else None
         if json is not None:
             content, content_type = as_json(json), "application/json"
-        headers = {"Content-Type": content_type} if content_type else {}
+        headers = (headers or {}) | ({"Content-Type": content_type} if content_type else {})
         form = data if content is None else None
         return Answer(self._http.request(method, path, content=content, data=form, headers=headers))
 
@@ -132,6 +139,13 @@ class Answer:
 
     def __exit__(self, *_: object) -> None:
         pass  # it has been read
+
+
+def check_page_of_failure(answer: Any) -> None:
+    """What a browser is shown for an order that the database has not taken: what was typed in, and why."""
+    assert answer.status_code == 503 and answer.mimetype == "text/html" and int(answer.headers["Retry-After"]) > 0
+    assert "The database is not available, try again." in answer.text and 'value="Ada"' in answer.text
+    assert "secret" not in answer.text and "There are none yet" not in answer.text
 
 
 def as_json(value: Any) -> bytes:
