@@ -11,8 +11,8 @@ import pytest
 # So that a failing assert inside a helper shows its values, too.
 pytest.register_assert_rewrite("support.gunicorn", "support.processes", "support.waiting")
 
-from support.mariadb import MariaDBMissing, MariaDBServer  # noqa: E402
-from support.processes import MODES  # noqa: E402
+from support.mariadb import MariaDBMissing, MariaDBServer  # noqa: E402  # after the line above
+from support.processes import MODES  # noqa: E402  # as well
 
 
 def pytest_configure() -> None:

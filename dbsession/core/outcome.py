@@ -55,7 +55,7 @@ class TransactionWatch:
         self._name = backend.config.name
         self._ever_doomed = False  # so that no statement looks for what nearly never is there
         if backend.in_process:
-            self.on_handle_error = None  # type: ignore[assignment]
+            self.on_handle_error = None  # type: ignore[assignment]  # not listened to
 
     # Before each statement. By events, since a listener of the user's may execute it in the dialect's place.
 

@@ -178,7 +178,7 @@ class _SharedCollector(prometheus_client.registry.Collector):
     """The metrics of all processes that share the folder."""
 
     def __init__(self) -> None:
-        self._files: Any = multiprocess.MultiProcessCollector(None)  # type: ignore[no-untyped-call]
+        self._files: Any = multiprocess.MultiProcessCollector(None)  # type: ignore[no-untyped-call]  # theirs
 
     def collect(self) -> Iterable[prometheus_client.Metric]:
         for _ in range(READINGS - 1):

@@ -73,5 +73,5 @@ def wait_idle(gunicorn: Gunicorn, deadline_s: float = 30.0) -> None:
         if now == before:
             return
         before = now
-        time.sleep(0.15)
+        time.sleep(0.15)  # idle is: no CPU time in so long
     raise RuntimeError(f"the workers are still busy {deadline_s:g} s after the load")

@@ -216,7 +216,7 @@ def test_flask_app_wrapped_once_more_answers_503(tmp_path):
         @app.get("/late")
         def late():
             session.execute(text("SELECT 1"))
-            time.sleep(60)
+            time.sleep(60)  # the deadline ends it
 
         @app.get("/")
         def fine():

@@ -357,7 +357,6 @@ reveal_type(Service.static)
 
 @pytest.mark.slow
 def test_f27_decorated_function_keeps_its_type(tmp_path):
-    pytest.importorskip("mypy")
     (tmp_path / "typed.py").write_text(TYPED)
     arguments = ["--strict", "--no-error-summary", "--cache-dir", str(tmp_path / "cache"), str(tmp_path / "typed.py")]
     answer = subprocess.run([sys.executable, "-m", "mypy", *arguments], capture_output=True, text=True, check=False)

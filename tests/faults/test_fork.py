@@ -161,7 +161,7 @@ with dbsession.session_scope():
         held = [inner]
         for use in (lambda: inner.rollback(), lambda: inner.execute(text("SELECT 1")), inner.close):
             try: use()
-            except Exception: pass
+            except Exception: pass                    # each may refuse: what it has sent counts
         session.remove()
         dbsession.clear_dbsession()
         dbsession.dispose()

@@ -322,7 +322,7 @@ other.close()
 
 
 def test_f24_parent_closes_its_file_of_sqlites_when_the_child_of_an_os_fork_has_its_locks(tmp_path):
-    """The parent is quicker here: it closes a connection that was in use at the fork."""
+    """The child is slow to come to its locks; the parent has to wait, and closes what was in use at the fork."""
     run_python(
         "import os, time\nos.register_at_fork(after_in_child=lambda: time.sleep(0.3))\n"
         + PRELUDE

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from support.galera import GaleraCluster, GaleraMissing
-from support.processes import run_script
+from support.processes import missing, run_script
 
 pytestmark = [pytest.mark.galera, pytest.mark.slow]
 
@@ -81,8 +81,8 @@ def hold_all(name):
 def cluster():
     try:
         cluster = GaleraCluster()
-    except GaleraMissing as missing:
-        pytest.skip(f"{missing}; tests/run does that where it may")
+    except GaleraMissing as absent:
+        missing(str(absent))
     try:
         yield cluster
     finally:

@@ -230,7 +230,7 @@ def test_f13_connecting_ends_with_an_error_when_the_greeting_drips(with_server):
                 client.sendall(b"\x50\0\0\0")
                 for _ in range(60):
                     client.sendall(b"\x0a")
-                    time.sleep(0.3)  # less than the timeout
+                    time.sleep(0.3)  # the drip: less than the timeout
 
         dripping = threading.Thread(target=drip)
         dripping.start()

@@ -76,7 +76,9 @@ async def test_f42_connections_own_credentials_are_tried_when_new_ones_are_not_l
 
 @on_both_halves
 async def test_f42_it_is_said_once_in_words_when_neither_is_let_in(half, manager, rotated, caplog):
-    said = lambda: [record.getMessage() for record in caplog.records if record.name == "dbsession.mysql.kill"]  # noqa: E731
+    def said():
+        return [record.getMessage() for record in caplog.records if record.name == "dbsession.mysql.kill"]
+
     await abandon(manager, lambda: rotated[1]("second"))
     await half.until(said)
     rotated[1]("first")

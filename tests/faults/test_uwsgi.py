@@ -16,8 +16,6 @@ from sqlalchemy.engine import make_url
 from support.processes import Supervised, script_env
 from support.waiting import wait_until
 
-pytest.importorskip("pyuwsgi", reason="pyuwsgi has no wheel for this Python", exc_type=ImportError)
-
 REQUESTS = 300
 MODES = {
     "plain": [],

@@ -6,7 +6,10 @@ import json
 import sqlite3
 from contextlib import ExitStack, closing
 
+import flask_socketio
 import pytest
+import socketio
+import websocket
 from flask import Flask
 from sqlalchemy import text
 
@@ -15,8 +18,6 @@ import dbsession.flask
 from support.gunicorn import Gunicorn
 from support.waiting import wait_until
 
-socketio = pytest.importorskip("socketio")
-websocket = pytest.importorskip("websocket")
 CLIENTS = 5  # more than there are connections
 
 
@@ -124,7 +125,6 @@ def test_f37_app_context_in_a_request_is_its_own_scope_only_where_that_serves_a_
 
 def test_f37_flask_page_is_complete_behind_flask_socketio(tmp_path):
     """Which gives Flask a copy of the environ."""
-    flask_socketio = pytest.importorskip("flask_socketio")
     app = Flask(__name__)
     app.config["DBSESSION_DATABASES"] = {"default": f"sqlite:///{tmp_path}/a.db"}
     flask_socketio.SocketIO(app, async_mode="threading")

@@ -25,18 +25,18 @@ class MariaDBAdmin:
     def stored(self, token: str) -> int:
         """How often the row of `token` is there."""
         self._cursor.execute("SELECT COUNT(*) FROM unit WHERE token = %s", (token,))
-        return int(self._cursor.fetchone()[0])  # type: ignore[index]
+        return int(self._cursor.fetchone()[0])
 
     def open_transactions(self) -> int:
         self._cursor.execute(INNODB_STATUS)
-        return open_transactions(self._cursor.fetchone()[2])  # type: ignore[index]
+        return open_transactions(self._cursor.fetchone()[2])
 
     def connections(self) -> int:
         """How many there are of the database, ours aside."""
         self._cursor.execute(
             "SELECT COUNT(*) FROM information_schema.processlist WHERE db = %s AND user = 'app'", (self._database,)
         )
-        return int(self._cursor.fetchone()[0])  # type: ignore[index]
+        return int(self._cursor.fetchone()[0])
 
 
 class SQLiteAdmin:

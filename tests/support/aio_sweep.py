@@ -124,7 +124,7 @@ class Sweep:
         if holders:
             await until(lambda: world.in_use() == len(holders), 20)
             asyncio.get_running_loop().call_later(0.01, enough.set)
-        kind.victim = victim = asyncio.create_task(kind.around(stepped(work(), at)))  # type: ignore[arg-type]
+        kind.victim = victim = asyncio.create_task(kind.around(stepped(work(), at)))
         self._armed = True
         await asyncio.wait([victim], timeout=ENDED_WITHIN_S)
         self._armed = False
@@ -235,7 +235,7 @@ class Sweep:
         )
         if not self._variant.commit or self._variant.holders:  # whose units of work end so
             handler.addFilter(lambda record: record.name != "dbsession.unsaved")
-        handler.emit = lambda record: self._said.append(record.getMessage())  # type: ignore[method-assign]
+        handler.emit = lambda record: self._said.append(record.getMessage())
         logging.getLogger().addHandler(handler)
 
     def _give_the_victim_little(self) -> None:

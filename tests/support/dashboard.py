@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-import pytest
 from playwright.sync_api import Browser, sync_playwright
 
-from .processes import Supervised, script_env
+from .processes import Supervised, missing, script_env
 from .waiting import wait_until
 
 
@@ -72,7 +71,7 @@ def chromium() -> Iterator[Browser]:
     """Debian's Chromium, without a window."""
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:
-        pytest.skip("needs Chromium: tests/run installs it where it may (Debian: apt-get install chromium)")
+        missing("needs Chromium (Debian: apt-get install chromium)")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path)
         try:

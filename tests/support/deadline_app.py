@@ -37,14 +37,14 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
     session.execute(text("SELECT 1"))
     if path == "/late-sql":
         session.execute(text("SELECT SLEEP(60)"))
-    time.sleep(60)
+    time.sleep(60)  # the deadline ends it
     raise AssertionError(path)
 
 
 def late(first: bytes) -> Iterator[bytes]:
     session.execute(text("SELECT 1"))
     yield first
-    time.sleep(60)
+    time.sleep(60)  # the deadline ends it
 
 
 def flood() -> Iterator[bytes]:

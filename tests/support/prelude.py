@@ -11,6 +11,8 @@
 `DBSESSION_TEST_MODE` is read and removed, since dbsession reads DBSESSION_* itself.
 """
 
+# ruff: noqa: E402  # dbsession and what follows are imported before or after patch_all(), as the mode says
+
 from __future__ import annotations
 
 import os
@@ -23,7 +25,7 @@ if MODE == "patched":
 
     monkey.patch_all()
 
-import dbsession  # noqa: E402
+import dbsession
 
 if MODE == "late":
     from gevent import monkey
@@ -33,12 +35,12 @@ if MODE == "late":
         warnings.simplefilter("ignore", monkey.MonkeyPatchWarning)
         monkey.patch_all()
 
-import threading  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Sequence  # noqa: E402
-from typing import Any  # noqa: E402
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from support.waiting import wait_until  # noqa: E402
+from support.waiting import wait_until
 
 __all__ = ["MODE", "Task", "checked_out", "dbsession", "join", "sleep", "spawn", "wait_until"]
 

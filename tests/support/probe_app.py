@@ -72,7 +72,7 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         # Whoever reads uncommitted sees which worker and which connection are at it.
         row = {"n": int(query["n"]), "pid": os.getpid()}
         session.execute(text("INSERT INTO work VALUES (:n, :pid, CONNECTION_ID())"), row)
-        time.sleep(float(query.get("pause", 0)))
+        time.sleep(float(query.get("pause", 0)))  # as long as the test says
         while "until" in query and not os.path.exists(query["until"]):
             time.sleep(0.01)  # patched: the others run
         session.execute(text("SELECT SLEEP(:s)"), {"s": float(query.get("statement", 0))})
@@ -102,13 +102,13 @@ def reply(start_response: Any, answer: str) -> list[bytes]:
 
 def token(value: str, pause: float) -> str:
     first = session.scalar(text("SELECT :t"), {"t": value})
-    time.sleep(pause)
+    time.sleep(pause)  # as long as the test says
     return f"{first}/{session.scalar(text('SELECT :t'), {'t': value})}"
 
 
 def stream(rows: int, pause: float) -> Iterator[bytes]:
     for n in range(rows):
-        time.sleep(pause)
+        time.sleep(pause)  # as long as the test says
         yield b"%d %s\n" % (session.scalar(text("SELECT :n"), {"n": n}), b"x" * 20_000)
 
 

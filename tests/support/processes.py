@@ -5,17 +5,30 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
 from pathlib import Path
+from typing import NoReturn
 
 from .waiting import wait_until
 
 TESTS = Path(__file__).resolve().parents[1]
 MODES = ("patched", "late", "threads")
+
+
+def missing(what: str) -> NoReturn:
+    """Fail the test that needs it where tests/run may install Debian's packages; elsewhere skip it."""
+    import pytest  # not for the scripts that use this module
+
+    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    may = shutil.which("apt-get") and subprocess.run([*sudo, "true"], capture_output=True, check=False).returncode == 0
+    if may:
+        pytest.fail(f"{what}; tests/run installs it", pytrace=False)
+    pytest.skip(f"{what}; tests/run may not install it here")
 
 
 class Supervised:

@@ -178,7 +178,7 @@ class Connection:
                     while piece:
                         piece = piece[self._until_cut(sink.send, piece) :]
                     if size < FULL_SIZE:
-                        time.sleep(0.001)
+                        time.sleep(0.001)  # drop by drop, and not all in one packet
             self._until_cut(self._pass, gate)
             sink.shutdown(socket.SHUT_WR)
         except OSError:

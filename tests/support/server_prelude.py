@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import event, exc, text
 
-from support.prelude import *  # noqa: F403
+from support.prelude import *  # noqa: F403  # for the scripts, as `__all__` says
 from support.prelude import __all__ as _names
 from support.prelude import checked_out, dbsession, join, spawn, wait_until
 from support.steering import ServerControl

@@ -23,4 +23,4 @@ def wait_until(predicate: Callable[[], T], deadline_s: float = 30.0, what: str =
             return value
         if late:
             raise AssertionError(f"not within {deadline_s:g} s: {what or predicate!r} (last value: {value!r})")
-        time.sleep(0.005)
+        time.sleep(0.005)  # the one sleep of the tests that wait for something

@@ -362,8 +362,8 @@ def test_prometheus_histogram_keeps_one_value_for_each_bucket_and_the_sum():
     for bucket, count in zip(child._buckets, (5, 6, 7), strict=True):
         bucket.inc(count)
     child._sum.inc(100.0)
-    below = lambda le: registry.get_sample_value("h_bucket", {"database": "a", "le": le})  # noqa: E731
-    assert [below(le) for le in ("1.0", "2.0", "+Inf")] == [5, 12, 19]
+    below = [registry.get_sample_value("h_bucket", {"database": "a", "le": le}) for le in ("1.0", "2.0", "+Inf")]
+    assert below == [5, 12, 19]
     assert registry.get_sample_value("h_sum", {"database": "a"}) == 101.5
 
 

@@ -101,7 +101,7 @@ def test_supervised_command_dies_when_its_starter_is_killed(tmp_path: Path) -> N
         grandchild = "trap '' TERM; sleep 600 & echo $! >pid.new; mv pid.new pid; wait"
         process = Supervised(["sh", "-c", grandchild], log=Path("log"), remove=Path(sys.argv[1]))
         print(process.pid, flush=True)
-        time.sleep(600)
+        time.sleep(600)  # it is killed before
     """
     script = tmp_path / "script.py"
     script.write_text("\n".join(line.strip() for line in source.splitlines()))

@@ -101,7 +101,7 @@ def sticky_singleton_of(factory: Callable[..., AbstractAsyncContextManager[T, An
 
 def _evictable(get: Callable[..., T], factory: Callable[..., object], calls: Calls) -> Callable[..., T]:
     functools.update_wrapper(get, factory)
-    get._dbsession_calls = calls  # type: ignore[attr-defined]
+    get._dbsession_calls = calls  # type: ignore[attr-defined]  # a Callable has none
     return get
 
 

@@ -140,7 +140,7 @@ class AsyncMySQL(MySQL):
         a statement has failed where any of its results has: the drivers read the later ones as a cursor is closed."""
         backend = self
 
-        class Context(inner):  # type: ignore[misc]
+        class Context(inner):  # type: ignore[misc]  # of Any: the dialect's
             def post_exec(self) -> None:
                 super().post_exec()
                 if has_later_results(self.cursor):

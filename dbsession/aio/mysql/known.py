@@ -36,7 +36,7 @@ def known_class(driver: Any) -> Any:
     """Return the driver's class of connections with a note of what is sent, and with ends of transactions that rest on
     it and not on the server's word."""
 
-    class Connection(driver):  # type: ignore[misc]
+    class Connection(driver):  # type: ignore[misc]  # of Any: asyncmy's or aiomysql's
         sent: Sent
         first_database: str | None
         _cutting = "another statement was sent on its connection"

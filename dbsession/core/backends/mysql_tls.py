@@ -25,7 +25,7 @@ _LONGEST_SHOWN = 300  # characters; a key without its line ends has more
 _AT_MOST = 8  # a listener that names other files at each connect must not fill the memory
 
 # Reads the certificates, as PyMySQL understands `ssl`; its `self` is not used.
-_create: Any = pymysql.connections.Connection._create_ssl_ctx  # type: ignore[attr-defined]
+_create: Any = pymysql.connections.Connection._create_ssl_ctx  # type: ignore[attr-defined]  # not in the stubs
 
 TRUSTED_BY_THE_MACHINE: Mapping[str, Any] = MappingProxyType({"check_hostname": True, "verify_mode": "machine"})
 

@@ -61,7 +61,7 @@ class QueuedPool(QueuePool, Generic[WaiterT]):
         use_lifo: bool = False,
         **kw: Any,
     ) -> None:
-        super().__init__(creator, pool_size, max_overflow, timeout, use_lifo, **kw)  # type: ignore[arg-type]
+        super().__init__(creator, pool_size, max_overflow, timeout, use_lifo, **kw)  # type: ignore[arg-type]  # None: no bound
         self._size, self._lifo = pool_size, use_lifo
         self._most = float("inf") if pool_size == 0 or max_overflow < 0 else pool_size + max_overflow
         self._limit = self._most

@@ -93,7 +93,7 @@ class PyMySQL(MySQL):
         """Return the class of the dialect's execution contexts, in which a statement has failed where any of its
         results has: SQLAlchemy reads the later ones as it closes the cursor, and only logs what it meets there."""
 
-        class Context(inner):  # type: ignore[misc]
+        class Context(inner):  # type: ignore[misc]  # of Any: the dialect's
             def post_exec(self) -> None:
                 super().post_exec()
                 driver = getattr(self.cursor, "connection", None)

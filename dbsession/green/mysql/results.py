@@ -51,11 +51,11 @@ class LeavesUnread:
     __del__ = close
 
 
-class _SSCursor(LeavesUnread, _StockSSCursor):  # type: ignore[misc]
+class _SSCursor(LeavesUnread, _StockSSCursor):  # type: ignore[misc]  # of Any
     pass
 
 
-class _SSDictCursor(LeavesUnread, _StockSSDictCursor):  # type: ignore[misc]
+class _SSDictCursor(LeavesUnread, _StockSSDictCursor):  # type: ignore[misc]  # of Any
     pass
 
 
@@ -65,7 +65,7 @@ LAZY: dict[Any, Any] = {
 }
 
 
-class Result(_StockResult):  # type: ignore[misc]
+class Result(_StockResult):  # type: ignore[misc]  # of Any
     """The answer to one statement, whose last word is kept. Lives until the next one; of a server-side stream, as long
     as its cursor.
 
@@ -199,7 +199,7 @@ def _piece_within(wire: Any, seconds: float) -> bytes | None:
     return piece
 
 
-class _Field(_StockField):  # type: ignore[misc]
+class _Field(_StockField):  # type: ignore[misc]  # of Any
     def __init__(self, data: bytes, encoding: str) -> None:
         super().__init__(data, encoding)
         # Asked of each column of each answer: a function of C's, which gives the same tuple again and again.

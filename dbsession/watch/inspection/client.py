@@ -86,14 +86,15 @@ def collect(folder: str | os.PathLike[str], timeout_s: float = 1.0, text: Callab
             else:
                 if connection is not None:
                     silent.add(pid)  # until it has answered
-                    selector.register(connection, selectors.EVENT_READ, (pid, bytearray()))
+                    selector.register(connection, selectors.EVENT_READ, (pid, connection, bytearray()))
         try:
             while selector.get_map() and (left_s := deadline - time.monotonic()) > 0:
                 for key, _ in selector.select(left_s):
-                    pid, answer = key.data
-                    if _read(key.fileobj, answer):
+                    pid, connection, answer = key.data
+                    if _read(connection, answer):
                         continue
-                    selector.unregister(key.fileobj).fileobj.close()  # type: ignore[union-attr]
+                    selector.unregister(connection)
+                    connection.close()
                     if not answer:  # it ended just now
                         continue
                     silent.discard(pid)
@@ -103,7 +104,7 @@ def collect(folder: str | os.PathLike[str], timeout_s: float = 1.0, text: Callab
                         unreadable[pid] = f"gave an answer that cannot be read ({error})"
         finally:
             for key in list(selector.get_map().values()):
-                key.fileobj.close()  # type: ignore[union-attr]
+                key.data[1].close()
     return Collected(time.time(), [workers[pid] for pid in sorted(workers)], sorted(silent), unreadable)
 
 

@@ -297,7 +297,7 @@ def test_snapshots_are_whole_while_threads_change_everything(tmp_path):
             thread.start()
         deadline = time.monotonic() + 20
         while not over.is_set() and len(seen) < 400 and time.monotonic() < deadline:
-            time.sleep(0.01)
+            over.wait(0.01)
         over.set()
         for thread in threads:
             thread.join(20)

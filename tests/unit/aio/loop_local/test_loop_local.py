@@ -181,7 +181,7 @@ def test_4_singleton_tells_arguments_apart_by_type_and_value(run):
 
 def test_4_singleton_takes_calls_that_mean_the_same_for_the_same(run):
     @loop_local.singleton
-    def make(a=1, b=(), c=[], /, d=None, *, e=None, **more):  # noqa: B006
+    def make(a=1, b=(), c=[], /, d=None, *, e=None, **more):  # noqa: B006  # a default that cannot be hashed
         return object()
 
     @loop_local.singleton

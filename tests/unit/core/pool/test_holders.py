@@ -338,7 +338,9 @@ async def test_state_says_what_the_connection_is_busy_with(half, managed):
     engine = sync(manager.engine())
 
     def work():
-        see = lambda: seen.append(held_now())  # noqa: E731
+        def see():
+            seen.append(held_now())
+
         with engine.connect() as connection:
             see()
             connection.connection.dbapi_connection.create_function("look", 0, see)
@@ -357,7 +359,10 @@ async def test_state_says_what_the_connection_is_busy_with(half, managed):
             see()
 
     database = manager.database("default")
-    held_now = lambda: database.held.holders()[0]  # noqa: E731  # SQLite calls it in a thread of aiosqlite's
+
+    def held_now():  # SQLite calls it in a thread of aiosqlite's, which has no database of its own
+        return database.held.holders()[0]
+
     await half.call(Base.metadata.create_all, engine)
     await half.call(work)
     waits = "idle in transaction"

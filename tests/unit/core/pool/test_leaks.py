@@ -58,7 +58,10 @@ class Heard(logging.Handler):
 
     async def told(self, level, part):
         """The one such line, as soon as it is there."""
-        found = lambda: [said for heard, said in list(self.lines) if heard == level and part in said]  # noqa: E731
+
+        def found():
+            return [said for heard, said in list(self.lines) if heard == level and part in said]
+
         await self.half.until(found)
         (said,) = found()
         return said
