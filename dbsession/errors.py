@@ -235,8 +235,8 @@ MAYBE_COMMITTED = (
 
 
 def plain(value: object) -> str:
-    """One line of printable characters; others, such as those that forge a log line or command a terminal, as
-    escapes."""
+    """Return the text as one line of printable characters; others, such as those that forge a log line or command a
+    terminal, as escapes."""
     text = str(value)
     return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
@@ -254,15 +254,15 @@ _SECRETS = (
 
 
 def masked(text: str) -> str:
-    """`text` for whoever may read it: without what may be a password, if it is a URL or a connection string, or has one
-    in it."""
+    """Return `text` for whoever may read it: without what may be a password, if it is a URL or a connection string, or
+    has one in it."""
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
     return text
 
 
 def is_url(name: object) -> bool:
-    """Whether what was given as a name is a URL or a connection string."""
+    """Return whether what was given as a name is a URL or a connection string."""
     return isinstance(name, str) and ("://" in name or masked(name) != name)
 
 
@@ -275,13 +275,13 @@ def did_you_mean(word: object, known: Iterable[str], quote: str = "'", likeness:
 
 
 def raised_at(error: BaseException) -> str:
-    """`file:line` of where it was raised."""
+    """Return `file:line` of where an error was raised."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{place.filename}:{place.lineno}"
 
 
 def describe(error: BaseException) -> str:
-    """`error` for a log line: its type and, where the driver gave one, its number.
+    """Return `error` for a log line: its type and, where the driver gave one, its number.
 
     Never its text: that of a database error carries statements and parameter values.
     """

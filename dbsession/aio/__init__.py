@@ -91,7 +91,7 @@ def configure(databases: Databases | None = None) -> None:
 
 
 def get_dbsession(name: str = "default") -> AsyncScopedSession:
-    """The session of the database `name`, for the running task.
+    """Return the session of the database `name`, for the running task.
 
     What you get is a `sqlalchemy.ext.asyncio.async_scoped_session`, the same object for ever: keep it at module level,
     use it from any task of any loop. Every use goes to the AsyncSession of the task's current scope, opened at the
@@ -123,8 +123,8 @@ def clear_dbsession() -> Coroutine[Any, Any, None]:
 
 @awaited
 def release_dbsession(*names: str) -> Coroutine[Any, Any, None]:
-    """Before slow work that needs no database: end the transactions of the sessions of the caller's current scope (of
-    all, or of the named databases) and give their connections back.
+    """Give the connections of the caller's current scope (all, or those of the named databases) back before slow work
+    that needs no database: its transactions are ended.
 
     The sessions stay usable and their objects attached but expired: `await session.refresh(one)` before it is read,
     which checks a connection out again. Raises as `dbsession.release_dbsession`, such as UnsavedWork.
@@ -133,7 +133,7 @@ def release_dbsession(*names: str) -> Coroutine[Any, Any, None]:
 
 
 def get_engine(name: str = "default") -> AsyncEngine:
-    """The AsyncEngine of the database `name` in the running event loop: the same object there until the next
+    """Return the AsyncEngine of the database `name` in the running event loop: the same object there until the next
     `configure`. It connects on its first use, and is closed before the loop ends. Raises as `get_dbsession`, and
     LoopRequired where no event loop runs."""
     return manager.engine(name)
@@ -167,8 +167,8 @@ async def dispose() -> None:
 
 
 def running() -> AbstractAsyncContextManager[None]:
-    """`async with aio.running():` round a program's main work: at the end of the block the task's sessions are closed,
-    and the connections of the running loop's engines as by `dispose()`.
+    """Close the task's sessions, and the connections of the running loop's engines as by `dispose()`, at the end of the
+    block: `async with aio.running():` round a program's main work.
 
     Without it, they are closed when the loop ends (`asyncio.run` and others run the loop's `shutdown_asyncgens()`), or
     at the loop's `close()`.

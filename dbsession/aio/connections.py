@@ -59,13 +59,13 @@ class LoopConnections(EngineConnections):
         self.install(engine, FairPool)
 
     def on_connect(self, connection: Any, record: Any) -> None:
-        """A connection was opened."""
+        """Note a connection that was opened."""
         watch_leaks()
         self._records.add(record)
         super().on_connect(connection, record)
 
     def on_checkin(self, connection: Any, record: Any) -> None:
-        """A connection comes back: take back what its user has set on it."""
+        """Take back what its user has set on a connection that comes back."""
         super().on_checkin(connection, record)
         backend = self.backend
         if isinstance(backend, AsyncMySQL) and record.dbapi_connection is not None:
@@ -101,7 +101,7 @@ class LoopConnections(EngineConnections):
     # The ROLLBACK that is not needed.
 
     def on_do_execute(self, *_: Any) -> None:
-        """Something is sent."""
+        """Note that something is sent."""
         self._ended = None
 
     on_do_executemany = on_do_execute_no_params = on_do_execute

@@ -16,7 +16,7 @@ from dbsession.errors import ConfigError
 
 
 def twin(config: DatabaseConfig) -> DatabaseConfig:
-    """`config` with its driver replaced by the asyncio one; as it is if it has one already.
+    """Return `config` with its driver replaced by the asyncio one; unchanged if it has one already.
 
     Raises:
         ConfigError: [DBS-CONFIG] there is none, or an option has no asyncio counterpart.

@@ -49,13 +49,14 @@ class LoopDatabase(Database):
         self.loop = asyncio.get_running_loop()
 
     def successor(self) -> LoopDatabase:
-        """After a dispose(): the database that takes over the engine and the session factory, with their listeners."""
+        """Return the database that, after a dispose(), takes over the engine and the session factory, with their
+        listeners."""
         successor = LoopDatabase(self.owner, self.source, self._parts)
         successor.listeners = self.listeners
         return successor
 
     def retire(self) -> None:
-        """From now on what comes back is closed."""
+        """Have each connection that comes back from now on closed."""
         self.retired = self.connections.closing = self.listeners.closed = True
 
     async def dispose(self) -> None:
@@ -136,7 +137,7 @@ class LoopDatabases:
         return database
 
     def _succeed(self, source: Source) -> None:
-        """Another configuration: retire what there is. Its idle connections are closed by a task of ours."""
+        """Retire the databases of the configuration before. Their idle connections are closed by a task of ours."""
         self._source = source
         for database in self._built.values():
             database.retire()

@@ -84,12 +84,12 @@ class SessionManager(BaseSessionManager[AsyncScopedSession]):
         return self._proxy(ready, name)
 
     def database(self, name: str) -> LoopDatabase:
-        """The named database in the running loop, built on first use. Raises UnknownDatabase, ConfigError,
+        """Return the named database of the running loop, built on first use. Raises UnknownDatabase, ConfigError,
         LoopRequired."""
         return of_this_loop(self).get(name, self.present())
 
     def engine(self, name: str = "default") -> AsyncEngine:
-        """The engine of `name` in the running loop; the same object until the next configure()."""
+        """Return the engine of `name` in the running loop; the same object until the next configure()."""
         return self.database(name).engine
 
     @overload
@@ -97,7 +97,7 @@ class SessionManager(BaseSessionManager[AsyncScopedSession]):
     @overload
     def scope(self, label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope: ...
     def scope(self, label: Any = None, *, read_timeout_s: float | None = None) -> Any:
-        """See `dbsession.aio.session_scope`."""
+        """Open a new scope nested in the task's current one; see `dbsession.aio.session_scope`."""
         return scope.session_scope(label, read_timeout_s=read_timeout_s)
 
     @awaited
@@ -144,7 +144,8 @@ class SessionManager(BaseSessionManager[AsyncScopedSession]):
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """See `dbsession.aio.running`."""
+        """Close the task's sessions and the loop's engines at the end of an `async with` block; see
+        `dbsession.aio.running`."""
         try:
             yield
         finally:

@@ -185,7 +185,7 @@ class FairPool(QueuedPool[_Waiter], AsyncAdaptedQueuePool):
             waiter.set_result((record,))
 
     def _close(self, records: list[ConnectionPoolEntry]) -> None:
-        """Their slots are free once they are closed, so that there are never more open than may be."""
+        """Close connections, and only then free their slots, so that there are never more open than may be."""
         while records:
             record = records.pop()
             try:

@@ -52,7 +52,7 @@ class Scope(BaseScope):
         await teardown.close_all(self.sessions, self.label)
 
     def leave(self) -> Coroutine[Any, Any, None]:
-        """Take it off the stack on which it was opened, and return what ends it: see `end`."""
+        """Take the scope off the stack on which it was opened, and return what ends it: see `end`."""
         self._stack.unlink(self)
         return self.end()
 
@@ -64,7 +64,7 @@ class Scope(BaseScope):
             await teardown.close_all(self.sessions, self.label)
 
     def end_aside(self) -> None:
-        """End it without waiting: what is in a transaction is closed by a task of ours."""
+        """End the scope without waiting: what is in a transaction is closed by a task of ours."""
         self.ended = True
         if self.sessions:
             self.leave_word()

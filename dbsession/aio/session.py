@@ -66,8 +66,8 @@ class ManagedAsyncSession(AsyncSession):
             await asyncio.wait((self._commit_ended,))
 
     def close_at_once(self) -> bool:
-        """Close it if nothing has to be awaited for that: no connection is in use, and nobody commits. Returns whether
-        it did."""
+        """Close the session if nothing has to be awaited for that: no connection is in use, and nobody commits. Returns
+        whether it did."""
         if self.sync_session._open_connections or self._own_close:
             return False
         if self._committer is not None and self.commits_elsewhere():
@@ -76,15 +76,15 @@ class ManagedAsyncSession(AsyncSession):
         return True
 
     async def close(self) -> None:
-        """Close it and drop it from its scope, so that the proxy's next use gets a fresh one. If that fails or is
-        cancelled, its connections are discarded before the error goes on."""
+        """Close the session and drop it from its scope, so that the proxy's next use gets a fresh one. If that fails or
+        is cancelled, its connections are discarded before the error goes on."""
         if not self.close_at_once():
             self.sync_session._failing = sys.exception() is not None  # not seen in the greenlet that closes it
             await super().close()
 
     def discard(self) -> None:
-        """Throw its connections away, and close it. Waits for nobody, and never fails. A connection that somebody waits
-        for with it is given back as soon as it is there."""
+        """Throw the session's connections away, and close it. Waits for nobody, and never fails. A connection that
+        somebody waits for with it is given back as soon as it is there."""
         self.sync_session._given_up = True
         core_teardown.discard(self.sync_session._open_connections)
         try:

@@ -48,7 +48,7 @@ class AioSQLite(SQLite):
             await_(asyncio.sleep(random.uniform(*_RETRY_S)))
 
     def on_connect_first(self, connection: Any, record: Any) -> None:
-        """Know of the end of an aiosqlite connection's thread, and let its stop() be called again.
+        """Note the end of an aiosqlite connection's thread, and let its stop() be called again.
 
         Before SQLAlchemy's own listeners, which await and may be cancelled. SQLAlchemy calls stop() beside a close()
         whose wait was cancelled, and close() calls it itself at its end: what it then waits for would never come, since
@@ -107,7 +107,7 @@ class AioSQLite(SQLite):
         return do_terminate
 
     async def closed(self) -> None:
-        """Wait for those that are ending, for at most BOUND_S seconds. A thread that answers a loop that is closed by
-        then ends with an error on stderr."""
+        """Wait for the threads that are ending, for at most BOUND_S seconds. A thread that answers a loop that is
+        closed by then ends with an error on stderr."""
         if self._ending:
             await asyncio.wait(self._ending, timeout=BOUND_S)

@@ -45,7 +45,7 @@ async def _result(call: Callable[[], Any]) -> Any:
 
 
 def transactional(manager: Any, func: Callable[..., Any] | None, options: dict[str, Any]) -> Any:
-    """The decorator; see `dbsession.aio.transactional`."""
+    """Make the decorator of a manager; see `dbsession.aio.transactional`."""
 
     def wrap(func: Callable[..., Any]) -> Any:
         @functools.wraps(func)

@@ -74,26 +74,28 @@ class DatabaseConfig:
 
     @property
     def backend(self) -> str:
-        """`mysql`, `mariadb`, `sqlite`, `postgresql` ..."""
+        """The kind of database: `mysql`, `mariadb`, `sqlite`, `postgresql` ..."""
         return self.url.get_backend_name()
 
 
 def shown(word: object) -> str:
-    """`word` for an error's text, unless it may be a URL that stands in the wrong place, with a password in it."""
+    """Return `word` for an error's text, unless it may be a URL that stands in the wrong place, with a password in
+    it."""
     if isinstance(word, str):
         return repr(word) if re.fullmatch(r"[\w.+ -]*", word) else "(not shown: no plain word)"
     return repr(word) if word is None or isinstance(word, (int, float)) else f"a {type(word).__qualname__}"
 
 
 def seconds(name: str, key: str, value: object) -> float:
-    """`value` as a number of seconds, at most a year and not negative, or ConfigError."""
+    """Return `value` as a number of seconds, from 0 to a year; raise ConfigError for anything else."""
     if not _is_finite(value) or value < 0:
         raise ConfigError(f"Database {name!r}: `{key}` is {shown(value)}: give a number of seconds, from 0 to a year.")
     return float(value)
 
 
 def positive_seconds(value: object, what: str) -> float:
-    """`value` as a number of seconds, above 0 and at most a year, or ConfigError, where `what` says whose it is."""
+    """Return `value` as a number of seconds, above 0 and at most a year; raise ConfigError, in which `what` says whose
+    it is, for anything else."""
     if not _is_finite(value) or value <= 0:
         raise ConfigError(f"{what} is {shown(value)}: give a number of seconds above 0, at most a year.")
     return float(value)

@@ -31,7 +31,7 @@ _MADV_WIPEONFORK = 18
 
 
 class _ByPid:
-    """What `KNOWN` is where the kernel does not tell: it costs a system call."""
+    """Stands for `KNOWN` where the kernel does not tell of a fork: each look costs a system call."""
 
     def __init__(self) -> None:
         self._pid = os.getpid()
@@ -196,7 +196,7 @@ def _run_hooks() -> None:
 
 
 def wait_for_child() -> None:
-    """Before a fork: have the parent wait, for a second at most, until the child's hooks have run."""
+    """Have the parent of the fork that follows wait, for a second at most, until the child's hooks have run."""
     me = _thread.get_ident()
     if me not in _awaited:
         _awaited[me] = _socket.socketpair()

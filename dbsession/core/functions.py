@@ -17,7 +17,8 @@ Awaited = TypeVar("Awaited", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 
 def name_of(function: object) -> str:
-    """What reports call it: a function's qualified name, that of what a `partial` calls, or an object's class."""
+    """Return what reports call a callable: a function's qualified name, that of what a `partial` calls, or an object's
+    class."""
     function = _innermost(function)
     return plain(getattr(function, "__qualname__", None) or type(function).__qualname__)
 
@@ -31,12 +32,13 @@ def runs_later(function: Callable[..., Any], awaited: bool = False) -> bool:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether it is a coroutine function, or an object whose `__call__` is one."""
+    """Return whether `function` is a coroutine function, or an object whose `__call__` is one."""
     return any(map(inspect.iscoroutinefunction, _bodies(function)))
 
 
 def is_given(value: object) -> bool:
-    """Whether `value`, the first argument of something that may be used without parentheses, is what it decorates."""
+    """Return whether `value`, the first argument of something that may be used without parentheses, is what it
+    decorates."""
     return callable(value) or isinstance(value, (staticmethod, classmethod))
 
 

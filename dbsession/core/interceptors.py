@@ -186,7 +186,7 @@ class EngineConnections:
         return do_close
 
     def on_connect(self, connection: Any, record: Any) -> None:
-        """A connection was opened."""
+        """Note a connection that was opened."""
         self.stats.connects += 1
         self.backend.connected(connection, record.info)
         discards = self.backend.discards
@@ -195,7 +195,7 @@ class EngineConnections:
             discard_earlier(self.backend.config.url, record.starttime)
 
     def on_checkin(self, connection: Any, record: Any) -> None:
-        """A connection comes back: forget what was its user's."""
+        """Forget what was its user's of a connection that comes back."""
         if connection is None:
             return  # invalidated while it was out
         info = record.info
@@ -211,5 +211,5 @@ class EngineConnections:
         record.close()
 
     def on_invalidate(self, *_: object) -> None:
-        """A connection was thrown away."""
+        """Note a connection that was thrown away."""
         self.stats.invalidated += 1

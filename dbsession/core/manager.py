@@ -56,7 +56,7 @@ class BaseSessionManager(Generic[Proxy]):
         ]
 
     def _in_force(self, database: Any) -> bool:
-        """Whether it is of the present configuration, and was not disposed of."""
+        """Return whether a database is of the present configuration, and was not disposed of."""
         return not database.retired
 
     def _take(self, current: BaseScope) -> Sessions:

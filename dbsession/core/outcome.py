@@ -34,7 +34,7 @@ from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequ
 
 
 def is_autocommit(connection: Connection, backend: Backend) -> bool:
-    """Return whether each statement on it is a transaction of its own."""
+    """Return whether each statement on a connection is a transaction of its own."""
     known = backend.autocommits(connection.connection)
     if known is None:
         level = connection.get_execution_options().get("isolation_level") or backend.config.isolation_level

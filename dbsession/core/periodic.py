@@ -35,7 +35,8 @@ class PeriodicTask:
         self._started: dict[int, object] = {}
 
     def start(self) -> None:
-        """See to it that it runs in this process; where no thread can be had now, by the next call. Never waits."""
+        """Start the work in this process, unless it runs; where no thread can be had now, by the next call. Never
+        waits."""
         fork.look()
         epoch, token = fork.epoch, object()
         if epoch not in self._started and self._started.setdefault(epoch, token) is token:

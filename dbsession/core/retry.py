@@ -62,7 +62,7 @@ class Attempts:
 
     @contextmanager
     def part_of(self, outer: Any) -> Iterator[None]:
-        """Round the call of a unit of work that joins the one of the scope `outer`."""
+        """Return the context round the call of a unit of work that joins the one of the scope `outer`."""
         try:
             yield
         except BaseException as error:
@@ -72,7 +72,7 @@ class Attempts:
 
     @contextmanager
     def whole(self, own: BaseScope) -> Iterator[None]:
-        """Round the call and the commit in a scope of its own."""
+        """Return the context round the call and the commit in a scope of its own."""
         own.transactions = {self._key: None}
         try:
             yield

@@ -101,7 +101,7 @@ class BaseSessionScope:
 
     @classmethod
     def checked(cls, label: object, read_timeout_s: float | None) -> Self:
-        """What a caller's arguments of `session_scope()` ask for. Raises UnusableArgument, ConfigError."""
+        """Return what a caller's arguments of `session_scope()` ask for. Raises UnusableArgument, ConfigError."""
         if read_timeout_s is not None:
             read_timeout_s = positive_seconds(read_timeout_s, "read_timeout_s of a session_scope()")
         return cls(checked_label(label, "a session_scope()"), "block", read_timeout_s)
@@ -111,7 +111,7 @@ class BaseSessionScope:
         return self._label or "a session_scope()"
 
     def _another(self, function: Any) -> Self:
-        """One for a single call of the decorated function: each call has a scope of its own."""
+        """Return a SessionScope for a single call of the decorated function: each call has a scope of its own."""
         return type(self)(self._label or name_of(function), self._kind, self._read_timeout_s)
 
     def _refuse_second_use(self) -> None:

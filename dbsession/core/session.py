@@ -50,8 +50,8 @@ class ManagedSession(Session):
     _always_closes = False  # the user's class has a close() or an expunge_all() of its own
 
     def close(self) -> None:
-        """Close it and drop it from its scope, so that the proxy's next use gets a fresh one. If that fails, its
-        connections are discarded before the error goes on."""
+        """Close the session and drop it from its scope, so that the proxy's next use gets a fresh one. If that fails,
+        its connections are discarded before the error goes on."""
         self._leave_scope()
         if self._always_closes or self._open_connections or self.in_transaction() or len(self.identity_map):
             unsaved = not self._is_clean()
@@ -66,11 +66,12 @@ class ManagedSession(Session):
             self._close_state = _CLOSED
 
     def reset(self) -> None:
-        """Reset it as `Session.reset` does; if that fails, its connections are discarded before the error goes on."""
+        """Reset the session as `Session.reset` does; if that fails, its connections are discarded before the error goes
+        on."""
         self._close_or_discard(super().reset)
 
     def invalidate(self) -> None:
-        """Close it as `close()` does, and discard its connections."""
+        """Close the session as `close()` does, and discard its connections."""
         self._leave_scope()
         self._close_or_discard(super().invalidate)
 

@@ -86,7 +86,8 @@ class ScopeSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """This process at `time_s` (seconds since 1970). `holders` and `scopes` begin with the oldest."""
+    """The state of this process's pools and scopes at `time_s` (seconds since 1970). `holders` and `scopes` begin with
+    the oldest."""
 
     pid: int
     time_s: float

@@ -39,8 +39,8 @@ _PATTERNS = {"mysql": _MYSQL, "mariadb": _MYSQL, "sqlite": _DOUBLE_IS_TEXT, "mss
 
 
 def masked(statement: str, backend: str) -> str:
-    """`statement` on one line and cut at 120 characters, with `?` for each text and each number of more than one digit
-    that was written into it, without its comments.
+    """Return `statement` on one line and cut at 120 characters, with `?` for each text and each number of more than one
+    digit that was written into it, without its comments.
 
     Args:
         backend: whose SQL it is: "mysql", "sqlite", "postgresql" ...

@@ -32,7 +32,7 @@ whoever drops work, one step each: two threads at once may leave one out of the 
 
 
 def unsaved(session: Any) -> str:
-    """What of the session's work a rollback would throw away, in words; "" if nothing."""
+    """Return what of the session's work a rollback would throw away, in words; "" if nothing."""
     for what, objects in unsaved_objects(session).items():
         if objects:
             return f"{len(objects)} {what} object{'s' if len(objects) > 1 else ''}"
@@ -61,7 +61,8 @@ def unsaved_write(session: Any) -> str | None:
 
 
 def must_be_finished(session: Any, scope: BaseScope) -> str:
-    """Why the session's transaction has to go on where it began, in words; "" if it has only read, and may be ended."""
+    """Return why the session's transaction has to go on where it began, in words; "" if it has only read, and may be
+    ended."""
     session = getattr(session, "sync_session", session)
     transaction = session.get_transaction()
     if transaction is None:

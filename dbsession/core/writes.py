@@ -85,14 +85,14 @@ def _changes(statement: str) -> bool:
 
 
 def begin(connection: Connection) -> None:
-    """Note that a transaction begins on it, of whoever used it before."""
+    """Note that a transaction begins on a connection, whoever used it before."""
     by_itself.discard(connection)
     if wrote.pop(connection, None) is not None:  # as forget(), without its call
         _savepoints.pop(connection, None)
 
 
 def forget(connection: Connection) -> None:
-    """Note that a transaction has ended on it."""
+    """Note that a transaction has ended on a connection."""
     if wrote.pop(connection, None) is not None:
         _savepoints.pop(connection, None)
 

@@ -31,7 +31,7 @@ def configure(databases: Databases | None = None) -> None:
 
 
 def get_dbsession(name: str = "default") -> ScopedSession:
-    """The session of the database `name`, for the calling greenlet or thread.
+    """Return the session of the database `name`, for the calling greenlet or thread.
 
     What you get is a `sqlalchemy.orm.scoped_session`, the same object for ever: keep it at module level, use it from
     anywhere. Every use goes to the session of the caller's current scope, opened at the first use there and closed
@@ -63,8 +63,8 @@ def clear_dbsession() -> None:
 
 
 def release_dbsession(*names: str) -> None:
-    """Before slow work that needs no database: end the transactions of the current scope's sessions (of all, or of
-    the named databases) and give their connections back. May switch greenlets.
+    """Give the connections of the current scope (all, or those of the named databases) back before slow work that needs
+    no database: its transactions are ended. May switch greenlets.
 
     The sessions stay usable and their objects attached but expired: reading one checks a connection out again. (Not
     inside `with session.begin():`, whose block owns the transaction.) A write is seen by its statement's verb: one sent
@@ -79,7 +79,9 @@ def release_dbsession(*names: str) -> None:
 
 
 def get_engine(name: str = "default") -> Engine:
-    """The engine of the database `name`: the same object until the next `configure`. It connects on its first use.
+    """Return the engine of the database `name`: the same object until the next `configure`.
+
+    Nothing is sent: the engine connects on its first use. May switch greenlets, where another greenlet is building it.
 
     Raises:
         UnknownDatabase, ConfigError: as `get_dbsession`.
@@ -104,7 +106,7 @@ def on_engine_created(fn: L) -> L:
 
 def dispose() -> None:
     """Close the connections of every engine: the idle ones now, those in use when they are given back. The engines
-    stay usable, and connect anew."""
+    stay usable, and connect anew. May switch greenlets."""
     manager.dispose()
 
 

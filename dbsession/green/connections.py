@@ -53,7 +53,7 @@ class GreenConnections(EngineConnections):
                 engine.pool.cleaning = self.backend.cleaning
 
     def on_connect(self, connection: Any, record: Any) -> None:
-        """A connection was opened."""
+        """Note a connection that was opened, and set it up."""
         ident.refuse_eventlet()  # which may have patched after the import, as in a preloaded worker
         try:
             self._records[connection] = weakref.ref(record), fork.identity(connection)
@@ -66,7 +66,7 @@ class GreenConnections(EngineConnections):
         super().on_connect(connection, record)
 
     def abandon(self) -> None:
-        """In a forked child: give up the parent's connections. No I/O."""
+        """Give up, in a forked child, the parent's connections. No I/O."""
         inherited = [(connection, record(), opened_as) for connection, (record, opened_as) in self._records.items()]
         self._records = weakref.WeakKeyDictionary()
         self.backend.abandon([connection for connection, *_ in inherited])

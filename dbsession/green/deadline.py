@@ -55,7 +55,7 @@ class HubTimer:
         self._timer = start_timer(self._hub, min(seconds, TIMEOUT_MAX), fired, *arguments)
 
     def close(self) -> None:
-        """Stop it. Never waits. From another thread it takes effect with the next pass of the hub's loop: a loop
+        """Stop the timer. Never waits. From another thread it takes effect with the next pass of the hub's loop: a loop
         belongs to its thread."""
         if here() is self._hub:
             self._timer.close()

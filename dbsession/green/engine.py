@@ -53,14 +53,14 @@ class ProcessDatabase(Database):
         self.dispose()
 
     def successor(self) -> ProcessDatabase:
-        """In a forked child, and after a dispose(): the database that takes over the engine and the session factory,
-        with their listeners."""
+        """Return the database that, in a forked child and after a dispose(), takes over the engine and the session
+        factory, with their listeners."""
         successor = ProcessDatabase(self.config, self.owner, self.engine, self.factory, self._connections)
         successor.listeners = self.listeners
         return successor
 
     def abandon(self) -> None:
-        """In a forked child: give up the parent's connections, and give the engine a new pool. No I/O."""
+        """Give up, in a forked child, the parent's connections, and give the engine a new pool. No I/O."""
         self._connections.abandon()
         self.engine.dispose(close=False)
 
@@ -211,7 +211,7 @@ class EngineCache:
             database.retired = True  # last: whoever sees it finds the successor
 
     def succeed(self) -> None:
-        """In a forked child: put a successor in each Database's place; builds under way are forgotten with their
+        """Put, in a forked child, a successor in each Database's place; builds under way are forgotten with their
         builders."""
         self._flights = {}
         self._built = {name: database.successor() for name, database in self._built.items()}

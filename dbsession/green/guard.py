@@ -40,7 +40,7 @@ class Opened:
 
 
 def guarded(session_class: type[Any], database: str, mode: str) -> type[Any]:
-    """`session_class` with its sessions guarded; `mode` is "warn" or "raise"."""
+    """Return `session_class` with its sessions guarded; `mode` is "warn" or "raise"."""
     methods = {name: getattr(session_class, name, None) for name in GUARDED}
     checked = {name: _checked(method, database, mode) for name, method in methods.items() if method is not None}
     return type(session_class.__name__, (session_class,), checked)

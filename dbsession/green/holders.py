@@ -68,7 +68,7 @@ _leak_watch = PeriodicTask(leak_watches.look)
 
 
 def watch_leaks() -> None:
-    """See to it that this process has its leak watch. Called for each new connection, since a process without one has
+    """Start this process's leak watch, unless it runs. Called for each new connection, since a process without one has
     nothing to watch."""
     if leak_watches:
         _leak_watch.start()

@@ -69,8 +69,8 @@ def start_timer(hub: Any, seconds: float, function: Callable[..., object], *argu
 
 
 def watch_forks() -> None:
-    """See to it that the calling thread's hub looks for a fork as its loop goes on in a child: before it wakes a
-    greenlet of the parent's that waits for a socket which both have. It keeps no loop running."""
+    """Have the calling thread's hub look for a fork as its loop goes on in a child: before it wakes a greenlet of the
+    parent's that waits for a socket which both have. It keeps no loop running."""
     hub: Any = here()
     if hub is not None and getattr(hub, "_dbsession_fork_watcher", None) is None:
         hub._dbsession_fork_watcher = watcher = hub.loop.fork(ref=False)
@@ -78,7 +78,7 @@ def watch_forks() -> None:
 
 
 def _take_over() -> None:
-    """In a forked child: give the calling thread's hub, which was the parent's, a loop and helper threads of its own.
+    """Give, in a forked child, the calling thread's hub, which was the parent's, a loop and helper threads of its own.
     gevent's own os.fork() does so; a second time changes nothing."""
     if here() is not None:
         gevent.reinit()
@@ -105,8 +105,8 @@ class Waiter:
             self._parked: Any = gevent.hub.Waiter(self.hub)
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """True once woken, False after `timeout_s` seconds (None: never). Switches greenlets where the thread has a
-        hub, blocks the thread where it has none."""
+        """Wait until woken; return True then, False after `timeout_s` seconds (None: never). Switches greenlets where
+        the thread has a hub, blocks the thread where it has none."""
         if self.hub is None:
             return bool(self._lock.acquire(timeout=-1 if timeout_s is None else min(timeout_s, TIMEOUT_MAX)))
         # A timer in any case: a loop with nothing to wait for ends, though another thread may still wake us.

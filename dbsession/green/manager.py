@@ -97,11 +97,11 @@ class SessionManager(BaseSessionManager[ScopedSession]):
         return self._engines.known()
 
     def database(self, name: str) -> ProcessDatabase:
-        """The named database, built on first use. Raises UnknownDatabase, ConfigError."""
+        """Return the named database, built on first use. Raises UnknownDatabase, ConfigError."""
         return self._engines.get(name)
 
     def engine(self, name: str = "default") -> Engine:
-        """The engine of `name`, built on first use; the same object until the next configure()."""
+        """Return the engine of `name`, built on first use; the same object until the next configure()."""
         database = self.database(name)
         while database.retired:  # by a configure() during its build
             database = self.database(name)
@@ -112,7 +112,7 @@ class SessionManager(BaseSessionManager[ScopedSession]):
     @overload
     def scope(self, label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope: ...
     def scope(self, label: Any = None, *, read_timeout_s: float | None = None) -> Any:
-        """See `dbsession.session_scope`."""
+        """Open a new scope nested in the current one; see `dbsession.session_scope`."""
         return scope.session_scope(label, read_timeout_s=read_timeout_s)
 
     def clear(self) -> None:

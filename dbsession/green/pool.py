@@ -189,8 +189,8 @@ class FairPool(QueuedPool[_PoolWaiter]):
         self._give_back(record)
 
     def _clean_aside(self, record: ConnectionPoolEntry, work: Callable[[], None]) -> None:
-        """Clean it, and then give it back, in a greenlet of ours: its user need not wait, and no kill or timeout of its
-        user's can land in it, where SQLAlchemy would swallow it if it is an `Exception`."""
+        """Clean a record, and then give it back, in a greenlet of ours: its user need not wait, and no kill or timeout
+        of its user's can land in it, where SQLAlchemy would swallow it if it is an `Exception`."""
         owner = record.info.get(OWNER_HUB)
         if owner is not None and not (owner is here() and hub.lasts()):
             fork.give_up(record)  # a socket that this thread may not use, or a hub that stops with its job

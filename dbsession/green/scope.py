@@ -47,8 +47,8 @@ class Scope(BaseScope):
         self._parked_in: list[weakref.ref[Scope]] | None = None
 
     def resume(self) -> None:
-        """Make it current on the calling ident, together with the scopes that were opened inside it and not closed
-        yet. From here until `suspend()` or `leave()` it is nobody's abandoned request."""
+        """Make the scope current on the calling ident, together with the scopes that were opened inside it and not
+        closed yet. From here until `suspend()` or `leave()` it is nobody's abandoned request."""
         caller = ident.current()
         try:
             stack: list[Scope] = caller._dbsession_scopes
@@ -62,7 +62,7 @@ class Scope(BaseScope):
             self.above = ()
 
     def suspend(self, park: bool = False) -> None:
-        """Take it off the calling ident's stack, with what was opened inside it; `park` as by `park()`."""
+        """Take the scope off the calling ident's stack, with what was opened inside it; `park` as by `park()`."""
         stack = ident.current()._dbsession_scopes
         for index in range(len(stack) - 1, -1, -1):
             if stack[index] is self:
@@ -82,7 +82,7 @@ class Scope(BaseScope):
         self._parked_in.append(weakref.ref(self))
 
     def leave(self) -> None:
-        """Suspend it for good, and end it. May switch greenlets; a kill passes."""
+        """Suspend the scope for good, and end it. May switch greenlets; a kill passes."""
         self.suspend()
         self.end()
 
@@ -113,7 +113,7 @@ class Scope(BaseScope):
                 teardown.close_all(self.sessions, self.label)
 
     def end_aside(self, dying_thread: bool = False) -> None:
-        """End it in a greenlet or thread of ours. Never waits, so destructors and the Hub may call it."""
+        """End the scope in a greenlet or thread of ours. Never waits, so destructors and the Hub may call it."""
         self.ended = True
         self._stop_timer()
         if self.sessions:

@@ -93,7 +93,7 @@ class ScopeRegistry(BaseScopeRegistry):
         return self._store(current, database, database.factory())
 
     def _goes_on(self, current: scope.Scope, earlier: Database, session: Any) -> bool:
-        """After a dispose(): end what the session has read, and keep it for the successor of its database. Returns
+        """End what the session has read after a dispose(), and keep it for the successor of its database. Returns
         whether that is so. May switch greenlets."""
         database = self._current_database()
         if database.engine is not earlier.engine:

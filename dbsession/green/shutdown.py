@@ -75,5 +75,6 @@ def _end(note: Checkout, told: set[object]) -> bool:
 
 
 def _can_be_killed(taker: Any, note: Checkout) -> bool:
-    """Whether it is a greenlet of this thread's hub. The thread's own first one, which has no parent, ends with it."""
+    """Return whether an ident is a greenlet of this thread's hub. The thread's own first one, which has no parent, ends
+    with it."""
     return note.thread == ident.thread() and taker.parent is not None and not taker.dead

@@ -28,7 +28,7 @@ _WRITES = ("INSERT", "UPDATE", "DELETE", "REPLACE")
 
 
 def _until_free(connection: Connection, attempt: Callable[[], T], sql: str = "") -> T:
-    """`attempt()`, again while another connection holds the lock, for up to `busy_timeout_s`. Switches greenlets.
+    """Call `attempt()`, again while another connection holds the lock, for up to `busy_timeout_s`. Switches greenlets.
 
     Writers of one engine wait in a queue: only the first one asks, and a newcomer that would begin to write joins the
     end, so that nobody is overtaken. (A connection in the middle of its transaction may hold the lock that the others

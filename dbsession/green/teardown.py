@@ -68,7 +68,7 @@ def _give_up(database: Any, session: Any, label: str, failure: BaseException) ->
 
 
 def _say_what_the_program_drops() -> None:
-    """At the program's end: of the scope that lasts as long as its main thread nobody else says it."""
+    """Report, at the program's end, what the scope of its main thread drops: nobody else says it."""
     if getattr(sys, "last_value", None) is not None:
         return  # it ends by an exception
     try:

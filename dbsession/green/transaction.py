@@ -44,7 +44,7 @@ def run(manager: Any, fn: Callable[..., T], **options: Any) -> T:
 
 
 def transactional(manager: Any, func: Callable[..., Any] | None, options: dict[str, Any]) -> Any:
-    """The decorator; see `dbsession.transactional`."""
+    """Make the decorator of a manager; see `dbsession.transactional`."""
 
     def wrap(func: Callable[..., Any]) -> Any:
         @functools.wraps(func)

@@ -83,7 +83,7 @@ _METRICS = (CONNECTIONS, SIZE, LIMIT, WAITING, OLDEST, *COUNTERS.values(), WAITS
 
 
 def _numbers(stats: Stats) -> list[float]:
-    """What `_increments` takes, in its order."""
+    """Return the numbers that `_increments` takes, in its order."""
     counts = [getattr(stats, count) for count in COUNTERS]
     first, *others = stats.waits.counts
     return [*counts, first + stats.unwaited(), *others, stats.waits.sum_s, *stats.holds.counts, stats.holds.sum_s]
@@ -91,7 +91,7 @@ def _numbers(stats: Stats) -> list[float]:
 
 @cache
 def _increments(name: str) -> list[Callable[[float], object]]:
-    """Where the numbers of a database are added."""
+    """Return the functions that add a database's numbers to the metrics."""
     increments: list[Callable[[float], object]] = [counter.labels(name).inc for counter in COUNTERS.values()]
     for metric in (WAITS, HOLDS):
         # `_buckets` and `_sum` are private, and the only way to copy a bucket: `observe()` takes single values, in the
@@ -124,7 +124,8 @@ class Publisher:
         self._reserved: tuple[int, frozenset[str]] = 0, frozenset()  # in which process, and for which databases
 
     def publish(self) -> None:
-        """Copy. Never waits, and does no I/O but into the shared folder's mapped files.
+        """Copy the counts and the state to the metrics. Never waits, and does no I/O but into the shared folder's
+        mapped files.
 
         Raises:
             OSError: there is no room for them.
@@ -205,7 +206,7 @@ def _scraped() -> Any:
 
 
 def start() -> None:
-    """See to it that this process's metrics are in the shared folder, if there is one. Idempotent; never waits."""
+    """Keep this process's metrics in the shared folder, if there is one. Idempotent; never waits."""
     if metrics_folder.folder() is not None:
         _publisher.turn()
         _ticker.start()

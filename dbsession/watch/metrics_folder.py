@@ -50,7 +50,7 @@ def folder() -> str | None:
 
 
 def prepare() -> None:
-    """Before anything imports prometheus_client: make the folder, where metrics are on. What is wrong is logged, and
+    """Make the folder, where metrics are on, before anything imports prometheus_client. What is wrong is logged, and
     leaves them off: a server that answers and cannot be watched is better than none."""
     wrong = _make() if path() else None
     if wrong:
@@ -59,7 +59,7 @@ def prepare() -> None:
 
 
 def _make() -> str | None:
-    """Returns what is wrong."""
+    """Make the folder; return what is wrong, if anything is."""
     global _owner
     if not (path() or "").startswith("/"):
         return "it must be a path that begins with '/', such as /metrics."
@@ -81,7 +81,7 @@ def _make() -> str | None:
 
 
 def begin(master: Any) -> None:
-    """In gunicorn's master before its workers: empty the folder of what an earlier one has left. Not in the second
+    """Empty the folder, in gunicorn's master before its workers, of what an earlier one has left. Not in the second
     master of a SIGUSR2: if the environment names the folder, the first one's workers count on in it."""
     global _owner
     _owner = os.getpid()  # gunicorn's `daemon` has forked since prepare()
@@ -128,13 +128,13 @@ def _allocate(path: str, count: int) -> None:
 
 
 def forget(pid: int) -> None:
-    """In gunicorn's master: a worker has ended. Its counts stay, its gauges go."""
+    """Remove the gauges of a worker that has ended, in gunicorn's master. Its counts stay."""
     if path():
         multiprocess: Any = importlib.import_module("prometheus_client.multiprocess")
         multiprocess.mark_process_dead(pid)
 
 
 def _remove(made: str) -> None:
-    """At the end of the master, and not of its workers, which have inherited this."""
+    """Remove the folder at the end of the master, and not of its workers, which have inherited this."""
     if os.getpid() == _owner:
         shutil.rmtree(made, ignore_errors=True)

@@ -97,7 +97,8 @@ class _Pools:
         return RECORD_S
 
     def _recorded(self, _: CallbackOptions) -> Iterable[Observation]:
-        """A callback, so that what is collected is up to date, and that the ticker runs in a forked child, too."""
+        """Record the counts by a callback, so that what is collected is up to date, and that the ticker runs in a
+        forked child, too."""
         self._ticker.start()
         self._record()
         return ()
@@ -117,7 +118,7 @@ class _Pools:
                 del self._values[histogram]
 
     def _forget(self) -> None:
-        """In a forked child: what was put down is the parent's."""
+        """Forget, in a forked child, what was put down: it is the parent's."""
         for _, _, values in self._values.values():
             values.clear()
 

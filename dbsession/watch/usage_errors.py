@@ -2,4 +2,4 @@
 
 
 class WrongUsage(Exception):
-    """Its text says what is wrong and what to do. Ends the command with exit status 2."""
+    """Wrong usage of a command: the text says what is wrong and what to do. Ends the command with exit status 2."""

@@ -86,8 +86,8 @@ class RequestTimer:
             raise DeadlineExceeded(self.seconds, self.number)
 
     def covers(self, exceeded: DeadlineExceeded) -> bool:
-        """Whether `exceeded` began with this request or inside it. An older one belongs to somebody outside, such as
-        the request that called this one in-process."""
+        """Return whether `exceeded` began with this request or inside it. An older one belongs to somebody outside,
+        such as the request that called this one in-process."""
         return exceeded.number >= self.number
 
     def close(self) -> None:
@@ -198,7 +198,7 @@ def _prefers_json(accept: str) -> bool:
 
 
 class TimedRequest:
-    """What a request with a deadline consists of. Lives as long as it."""
+    """A request with a deadline: its scope, timer and reply. Lives as long as the request."""
 
     def __init__(self, scope: Scope, timer: RequestTimer, reply: Reply) -> None:
         self.scope = scope

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def test_python_blocks_are_each_run_by_a_test():
     for name in BLOCKS:
         stem = re.escape(name.removesuffix(".py"))
         assert re.search(rf"""["'\s.]{stem}(\.py)?\b""", sources), f"no test runs the block {name}"
+
+
+def test_docstrings_can_be_read_alone():
+    """An IDE shows the first sentence and nothing else."""
+    leans = re.compile(r"(The same|That of|It|Those|After that|As it says|See|From now on|In a \w+ \w+)\b", re.I)
+    for path in (ROOT / "dbsession").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+                assert not leans.match(ast.get_docstring(node) or ""), f"{path}: {getattr(node, 'name', '')}"
 
 
 @pytest.mark.parametrize("page", PAGES)

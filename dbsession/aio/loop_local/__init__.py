@@ -47,8 +47,8 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def storage() -> dict[Any, Any]:
-    """The running loop's own mapping, for anything; emptied when its resources are closed. It dies with the loop, also
-    when a value in it refers to the loop."""
+    """Return the running loop's own mapping, for anything; it is emptied when its resources are closed. It dies with
+    the loop, also when a value in it refers to the loop."""
     try:
         mapping: dict[Any, Any] = running_loop()._dbsession_loop_local.storage
         return mapping
@@ -113,12 +113,12 @@ def singleton(factory: Any = None, /) -> Any:
 
 
 def sticky_acm(acm: AbstractAsyncContextManager[T, Any]) -> Sticky[T]:
-    """`acm` as an object for `async with` and `await`, which enters it once per loop: see enter_once."""
+    """Returns an object for `async with` and `await` that enters `acm` once per loop: see enter_once."""
     return Sticky(key_of_acm(acm), label(acm), lambda: acm)
 
 
 def sticky_singleton_acm(factory: Callable[P, AbstractAsyncContextManager[T, Any]]) -> Callable[P, Sticky[T]]:
-    """`factory`, which makes asynchronous context managers, so that one is made and entered per loop and set of
+    """Decorates a factory of asynchronous context managers, so that one is made and entered per loop and set of
     arguments.
 
     Both `async with f(*args) as value` and `value = await f(*args)` give what it was entered with; the end of the

@@ -20,7 +20,7 @@ _EXACT = _PLAIN - {float}  # where equal ones of the same type can replace each 
 
 
 def label(what: object) -> str:
-    """How messages call it: never its repr, which may hold a password."""
+    """Return what messages call a factory, a manager or a callback: never its repr, which may hold a password."""
     named = getattr(what, "func", what)  # of @asynccontextmanager's objects and of functools.partial
     return str(getattr(named, "__qualname__", type(what).__qualname__))
 

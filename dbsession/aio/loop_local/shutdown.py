@@ -72,7 +72,7 @@ def spread(loop: asyncio.AbstractEventLoop, state: LoopState) -> None:
 
 
 def _run_to_its_end(loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
-    """A first interrupt, or an exit that stops the loop, does not keep the other exits from running."""
+    """Run all exits, also after a first interrupt or an exit that stops the loop."""
     try:
         loop.run_until_complete(task)
     finally:

@@ -24,12 +24,13 @@ _NOT_THERE = (*_NOT_SHORT, *ABSENT)
 
 
 def key_of_acm(acm: object) -> Hashable:
-    """Of that very object, equal ones have others. Valid while the acm lives, which its registered exit sees to."""
+    """Return the key of that very context manager; equal ones have others. Valid while the acm lives, which its
+    registered exit sees to."""
     return _ACM, id(acm)
 
 
 def singleton_of(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """`factory`, whose values the loop keeps."""
+    """Return `factory` with its values kept by the loop."""
     calls = Calls(factory)
     keys: dict[type, dict[Any, Hashable]] = {}
 
@@ -60,7 +61,7 @@ def singleton_of(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def async_singleton_of(factory: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
-    """`factory`, the values of whose awaitables the loop keeps."""
+    """Return the `async def` `factory` with the values of its awaitables kept by the loop."""
     calls = Calls(factory)
 
     def get(*args: Any, **kwargs: Any) -> Call[Any]:
@@ -71,7 +72,7 @@ def async_singleton_of(factory: Callable[..., Awaitable[Any]]) -> Callable[..., 
 
 
 def sticky_singleton_of(factory: Callable[..., AbstractAsyncContextManager[T, Any]]) -> Callable[..., Sticky[T]]:
-    """`factory`, whose context managers are entered once per loop."""
+    """Return `factory` with its context managers entered once per loop."""
     if inspect.iscoroutinefunction(factory) or inspect.isasyncgenfunction(factory):
         raise TypeError(
             f"sticky_singleton_acm cannot decorate {label(factory)}(), which gives no asynchronous context manager "

@@ -99,7 +99,8 @@ class Turn:
 
 
 class LoopState:
-    """Lives as long as its loop, which alone refers to it; emptied by `close()`."""
+    """What one event loop keeps: storage, singletons, exits. Lives as long as its loop, which alone refers to it;
+    emptied by `close()`."""
 
     def __init__(self) -> None:
         self.storage: dict[Any, Any] = {}
@@ -229,7 +230,7 @@ class LoopState:
 
 
 async def _ended(task: asyncio.Task[None], timeout_s: float | None) -> asyncio.CancelledError | None:
-    """When `task` is done or its time is over. A cancellation of the caller meanwhile is returned."""
+    """Wait until `task` is done or its time is over. Return a cancellation of the caller meanwhile."""
     loop = asyncio.get_running_loop()
     end = None if timeout_s is None else loop.time() + timeout_s
     cancelled = None
@@ -242,7 +243,7 @@ async def _ended(task: asyncio.Task[None], timeout_s: float | None) -> asyncio.C
 
 
 def _failure(task: asyncio.Task[None], label: str, timeout_s: float | None) -> BaseException | None:
-    """What became of an exit; `timeout_s` is the time it overran, if it did."""
+    """Return what an exit failed with, or None; `timeout_s` is the time it overran, if it did."""
     raised = None
     if not task.done():
         # It goes on after its cancellation. Its failure is reported now, so that asyncio need not do it again.
@@ -269,5 +270,5 @@ def _still_used(exits: dict[Exit, None]) -> errors.ExitUnfinished:
 
 
 def report(loop: asyncio.AbstractEventLoop, group: BaseException) -> None:
-    """To the loop's exception handler, for want of a caller."""
+    """Give an error to the loop's exception handler, for want of a caller."""
     loop.call_exception_handler({"message": "dbsession.aio.loop_local: exits failed", "exception": group})

@@ -81,8 +81,8 @@ class Wire:
         """That cursor, a `results.Stream`."""
 
     def expect(self, seconds: float) -> float | None:
-        """From now on, until `done()`: close the connection when the answer is not there in so many seconds. Returns
-        until when what this is a part of is expected."""
+        """Close the connection if, until `done()`, the answer is not there in so many seconds. Returns until when what
+        this is a part of is expected."""
         self._asked = now = self._loop.time()
         earlier, due = self._due, now + seconds
         if earlier is not None and earlier < due:
@@ -150,8 +150,8 @@ class Wire:
             self.cut_off(driver, why)
 
     def lives(self, seconds: float) -> bool:
-        """Whether it, which is not closed here, answered to something asked less than so many seconds ago, and is not
-        readable since: it would be, had the server closed it. Waits for nobody."""
+        """Return whether the connection, which is not closed here, answered to something asked less than so many
+        seconds ago, and is not readable since: it would be, had the server closed it. Waits for nobody."""
         if self._loop.time() - self._heard >= seconds:
             return False
         socket = self.transport.get_extra_info("socket")
@@ -162,7 +162,7 @@ class Wire:
         return not look.poll(0) and not _read_ahead(self._driver())
 
     def was_closed(self) -> bool:
-        """Whether the server has closed it, or we have, whatever of it is unread. Waits for nobody."""
+        """Return whether the server or we have closed the connection, whatever of it is unread. Waits for nobody."""
         if self.transport.is_closing():
             return True
         socket = self.transport.get_extra_info("socket")

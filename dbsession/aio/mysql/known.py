@@ -63,12 +63,12 @@ def known_class(driver: Any) -> Any:
 
         @property
         def told_autocommit(self) -> bool:
-            """Whether it is in autocommit, by the server's last answer."""
+            """Whether the connection is in autocommit, by the server's last answer."""
             return bool(self.server_status & SERVER_STATUS.SERVER_STATUS_AUTOCOMMIT)
 
         @property
         def autocommits(self) -> bool:
-            """Whether each statement commits itself."""
+            """Whether each statement on the connection commits itself."""
             return self.sent.autocommits(self.told_autocommit)
 
         @property
@@ -99,8 +99,8 @@ def known_class(driver: Any) -> Any:
                 self.sent.autocommit_set(self.autocommit_mode, before, self.told_autocommit)
 
         async def reset(self) -> bool:
-            """Take back what its user has set, and set again what was set as it was opened. Return whether that is
-            enough."""
+            """Take back what the connection's user has set, and set again what was set as it was opened. Return whether
+            that is enough."""
             sent = self.sent
             if sent.unsettable or sent.settings is None or (sent.moved and not self.first_database):
                 return False

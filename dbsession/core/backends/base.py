@@ -110,7 +110,7 @@ class Backend:
         return False
 
     def abandon(self, inherited: list[Any]) -> None:
-        """In a forked child: forget whoever waited in the parent, whose connections are `inherited`. Never waits."""
+        """Forget, in a forked child, whoever waited in the parent, whose connections are `inherited`. Never waits."""
 
     def still_open(self, connection: Any) -> bool:
         """Return whether the server says that a transaction is open, after a COMMIT or ROLLBACK on this DBAPI

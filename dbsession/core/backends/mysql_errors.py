@@ -97,8 +97,8 @@ def commit_may_have_happened(error: BaseException) -> bool:
 
 
 def _is_of_mysql(error: BaseException) -> bool:
-    """Whether its number is of the table: an error of PyMySQL, whose errors aiomysql raises, too, or of asyncmy, which
-    has its own."""
+    """Return whether the number of an error is of the table: one of PyMySQL, whose errors aiomysql raises, too, or of
+    asyncmy, which has its own."""
     return isinstance(error, MySQLError) or any(each.__module__ == "asyncmy.errors" for each in type(error).__mro__)
 
 

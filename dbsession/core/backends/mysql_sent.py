@@ -210,17 +210,17 @@ class Sent:
     # The connection's user.
 
     def taken(self, driver: Any) -> None:
-        """Note that from now on its user sends; `driver` is the connection."""
+        """Note that from now on the connection's user sends; `driver` is the connection."""
         if self.told_at_first is None:
             self.told_at_first, self.mode_at_first = driver.told_autocommit, self._mode
         self.phase, self.kept = USED, False
 
     def is_changed(self, told: bool) -> bool:
-        """Return whether its user has changed the session, by a text or by the server's word."""
+        """Return whether the connection's user has changed the session, by a text or by the server's word."""
         return self.changed or (self.phase is USED and told is not self.told_at_first and not self.level_changed)
 
     def returned(self) -> None:
-        """Note that it is as at first, and will be somebody else's."""
+        """Note that the connection is as at first, and will be somebody else's."""
         self.changed = self.moved = self.unsettable = self.level_changed = self.kept = False
         self.phase = OPENING
 

@@ -102,8 +102,8 @@ def with_option_file(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hashable(value: Any) -> Any:
-    """What stands for an option's value in a key. The drivers ignore options that they do not know, whatever these
-    are."""
+    """Return what stands for an option's value in a key. The drivers ignore options that they do not know, whatever
+    these are."""
     if isinstance(value, bytearray):
         return bytes(value)  # a key's password
     try:

@@ -26,7 +26,7 @@ _NOT_THE_USERS = sys.stdlib_module_names | {
 
 
 def outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    """`frame` and its callers, innermost first."""
+    """Yield `frame` and its callers, innermost first."""
     while frame is not None:
         yield frame
         frame = frame.f_back

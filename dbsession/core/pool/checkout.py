@@ -52,7 +52,7 @@ class Checkout:
     reported_since: float
 
     def state(self) -> str:
-        """What it is busy with: see `Holder`."""
+        """What the connection is busy with: see `Holder`."""
         if self.executing is not None:
             return "executing"
         record = self.record()

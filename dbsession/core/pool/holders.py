@@ -89,7 +89,8 @@ class HeldConnections:
         """Called with the note of a connection that comes back after it was reported. Must not wait."""
 
     def taken(self, record: ConnectionPoolEntry) -> None:
-        """A connection was taken out of the pool. Called for each: all that may be found out later is left out."""
+        """Note that a connection was taken out of the pool. Called for each: all that may be found out later is left
+        out."""
         raise NotImplementedError
 
     def name_of(self, note: Checkout) -> str:
@@ -157,13 +158,13 @@ class HeldConnections:
         self.taken(record)
 
     def waited(self, seconds: float, in_vain: bool) -> None:
-        """Somebody has waited for a connection."""
+        """Count that somebody has waited for a connection."""
         self.stats.waits.add(seconds)
         if in_vain:
             self.stats.timeouts += 1
 
     def not_connected(self, waited: bool) -> None:
-        """Somebody's connection, for whose slot they had perhaps waited, could not be opened."""
+        """Count a connection that could not be opened, for whose slot somebody had perhaps waited."""
         self.stats.unserved += waited
 
     def timeout(self, pool: QueuePool, waiting: int, waited_s: float, refusal: str = "") -> PoolTimeout:
@@ -185,20 +186,20 @@ class HeldConnections:
         return found
 
     def forget(self) -> None:
-        """In a forked child: what was in use belongs to the parent."""
+        """Forget, in a forked child, what was in use: it belongs to the parent."""
         for note in list(self._notes):
             note.in_use = False
         self._notes = weakref.WeakSet()
         self._told = (0.0, ())
 
     def notes(self) -> list[Checkout]:
-        """The notes of the connections in use now, longest first."""
+        """Return the notes of the connections in use now, longest first."""
         while True:
             with suppress(RuntimeError):  # another thread opened a connection meanwhile
                 return sorted((note for note in list(self._notes) if note.in_use), key=lambda note: note.since)
 
     def holders(self) -> tuple[Holder, ...]:
-        """What people and programs are shown of the connections in use, the longest held first."""
+        """Return what people and programs are shown of the connections in use, the longest held first."""
         now, found = monotonic(), []
         for note in self.notes():
             since = None
@@ -210,7 +211,7 @@ class HeldConnections:
         return tuple(found)
 
     def holder_of(self, note: Checkout, now: float) -> Holder:
-        """`note` for people and programs, at `now` by time.monotonic()."""
+        """Return what people and programs are shown of a `note`, at `now` by time.monotonic()."""
         taker = self.name_of(note)
         stack = self.stack_of(note)
         sites = () if isinstance(stack, str) else callsites.written(stack) or (callsites.UNKNOWN,)

@@ -110,7 +110,7 @@ class LeakWatch:
         )
 
     def _returned(self, note: Checkout) -> None:
-        """A connection that was reported came back. Never waits: it is called in the middle of the return, where a
-        kill would cost the connection's slot."""
+        """Log that a connection that was reported came back. Never waits: it is called in the middle of the return,
+        where a kill would cost the connection's slot."""
         said = partial(logger.info, "Database %r: the connection of %s was returned after %.1f s.", self._held.name)
         self._aside(partial(said, note.reported_as, time.monotonic() - note.since))

@@ -93,12 +93,12 @@ class Connection(Opening, KnownConnection):
 
     @property
     def told_autocommit(self) -> bool:
-        """Whether it is in autocommit, by the server's last answer."""
+        """Whether the connection is in autocommit, by the server's last answer."""
         return self.server_status & SERVER_STATUS.SERVER_STATUS_AUTOCOMMIT != 0
 
     @property
     def autocommits(self) -> bool:
-        """Whether each statement commits itself."""
+        """Whether each statement on the connection commits itself."""
         return self.sent.autocommits(self.told_autocommit)
 
     @property
@@ -245,7 +245,7 @@ class Connection(Opening, KnownConnection):
         return super().cursor(results.LAZY.get(cursor or self.cursorclass, cursor))
 
     def _abandon(self) -> None:
-        """Nobody waits for the answer any more: close the socket, and have the statement ended at the server."""
+        """Close the socket, as nobody waits for the answer any more, and have the statement ended at the server."""
         self.gave_up = True
         self._cut(self._given_up_by)
         self._result = None

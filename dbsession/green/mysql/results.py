@@ -83,7 +83,7 @@ class Result(_StockResult):  # type: ignore[misc]  # of Any
     """What has kept rows of a stream from whoever may still fetch them."""
 
     def end_early(self, why: str) -> None:
-        """Nobody gets the rest of this stream, because of `why`."""
+        """Note that nobody gets the rest of this stream, because of `why`."""
         self.unbuffered_active = False
         self.connection = None
         call = callsites.call()

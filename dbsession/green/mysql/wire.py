@@ -76,8 +76,8 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
         raise NotImplementedError
 
     def _take_over_timeouts(self) -> None:
-        """The socket is connected. A gevent socket's own timeout makes a gevent.Timeout for each wait; one timer of
-        the loop does the same for a fifth of that."""
+        """Bound the waits of the connected socket ourselves. A gevent socket's own timeout makes a gevent.Timeout for
+        each wait; one timer of the loop does the same for a fifth of that."""
         self._cooperative = isinstance(self._sock, gevent.socket.socket)
         self._sock.settimeout(None if self._cooperative else self._read_timeout)
         self._current_timeout = self._read_timeout
@@ -116,7 +116,7 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
         super()._execute_command(command, sql)
 
     def _cut(self, why: str) -> None:
-        """Nobody gets the rest of the server-side stream under way, if there is one."""
+        """Note that nobody gets the rest of the server-side stream under way, if there is one."""
         result = self._result
         if result is not None and result.unbuffered_active:
             result.end_early(why)
@@ -240,7 +240,7 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
         return data
 
     def _read_ahead(self, num_bytes: int) -> bytes:
-        """So many bytes, or less at the end. What came with them is kept for the next packets."""
+        """Return so many bytes, or less at the end. What came with them is kept for the next packets."""
         data = self._ahead[self._at :]
         if len(data) < num_bytes:
             pieces, missing = [data], num_bytes - len(data)
@@ -256,7 +256,7 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
         return data[:num_bytes]
 
     def _read_piece(self, size: int) -> bytes:
-        """What has come, at most `size` bytes; wait until something has."""
+        """Return what has come, at most `size` bytes; wait until something has."""
         read: Callable[[int], bytes] = self._rfile.read1
         self._reading = True
         try:

@@ -33,7 +33,7 @@ class Workers:
 
     @classmethod
     def of_gunicorn(cls, cfg: Any) -> Workers:
-        """From gunicorn's configuration, that of `server.cfg` and `worker.cfg`."""
+        """Return the workers that gunicorn's configuration asks for, that of `server.cfg` and `worker.cfg`."""
         kind = cfg.worker_class_str
         if kind in _ONE_AT_A_TIME:
             return cls(cfg.workers, 1, "the sync worker")
@@ -43,7 +43,8 @@ class Workers:
 
     @classmethod
     def of_environment(cls, workers: int | None = None, worker_connections: int | None = None) -> Workers:
-        """From the command line, else GUNICORN_CMD_ARGS, else (as gunicorn does) WEB_CONCURRENCY, else one worker."""
+        """Return the workers that are asked for by the command line, else GUNICORN_CMD_ARGS, else (as gunicorn does)
+        WEB_CONCURRENCY, else one worker."""
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("-w", "--workers", type=int)
         parser.add_argument("--worker-connections", type=int)

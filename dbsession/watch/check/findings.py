@@ -30,7 +30,7 @@ class Finding:
 
 
 def worst(findings: Iterable[Finding]) -> str:
-    """`error`, `warning`, or `ok` for everything below."""
+    """Return the worst level of the findings: `error`, `warning`, or `ok` for everything below."""
     rank = max((LEVELS.index(finding.level) for finding in findings), default=0)
     return LEVELS[rank] if rank >= LEVELS.index("warning") else "ok"
 

@@ -48,7 +48,8 @@ class PoolFacts:
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What MySQL and MariaDB say. `host` and `port` are by their own account, the same for every way to the server."""
+    """What a MySQL or MariaDB server says of itself. `host` and `port` are by their own account, the same for every way
+    to the server."""
 
     host: str
     port: int
@@ -66,7 +67,8 @@ class ServerFacts:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What SQLite says. `writable`: None if the database is configured as read-only, or somebody holds its lock."""
+    """What SQLite says of its file. `writable`: None if the database is configured as read-only, or somebody holds its
+    lock."""
 
     journal_mode: str
     writable: bool | None
@@ -96,7 +98,7 @@ class Facts:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a file, and no server."""
+        """Whether the database is a file, and no server."""
         return KINDS.get(self.driver.partition("+")[0], Backend).IS_FILE
 
 
@@ -240,8 +242,8 @@ def _patched() -> bool:
 
 
 def _cooperates(connection: Connection) -> bool | None:
-    """Measured, since no list of drivers knows what was patched. A greenlet just spawned runs first thing when anybody
-    switches to the hub, however long the wait is then."""
+    """Measure whether greenlets run while the driver waits, since no list of drivers knows what was patched. A greenlet
+    just spawned runs first thing when anybody switches to the hub, however long the wait is then."""
     pause = kind_of(connection.engine.url).PAUSES.get(connection.dialect.name)
     if pause is None or not _patched():
         return None

@@ -76,7 +76,7 @@ class History:
         self._looks.append(now)
 
     def answer(self, cursor: str, now_s: float) -> dict[str, Any]:
-        """What a page shows that has everything up to `cursor`, the one of the answer before ("": nothing yet).
+        """Return what a page shows that has everything up to `cursor`, the one of the answer before ("": nothing yet).
 
         Args:
             now_s: seconds since 1970.

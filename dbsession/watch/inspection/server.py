@@ -136,7 +136,7 @@ class _Server:
             pass
 
     def abandon(self) -> None:
-        """In a forked child, which has no part in the parent's sockets."""
+        """Give up, in a forked child, the parent's sockets, in which it has no part."""
         self._over = True
         for inherited, opened_as in (self._listens_as, *self._clients.items()):
             if fork.identity(inherited) == opened_as:

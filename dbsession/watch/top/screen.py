@@ -89,7 +89,8 @@ class Top(App[None]):
             self.set_interval(0.5, self._leave_if_alone)
 
     def _leave_if_alone(self) -> None:
-        """End with the terminal. Not everybody whose terminal goes is sent a SIGHUP, and its end is no input."""
+        """End the screen when its terminal has gone. Not everybody whose terminal goes is sent a SIGHUP, and its end is
+        no input."""
         if not os.isatty(sys.__stdin__.fileno() if sys.__stdin__ is not None else -1):
             self.exit()
 
@@ -260,7 +261,7 @@ def _cells(holder: dict[str, Any]) -> list[Text]:
 
 
 def _fill(table: DataTable[Text], names: list[str], rows: list[list[Text]]) -> None:
-    """Show these in place of what the table has shown."""
+    """Show these rows in place of what the table has shown."""
     table.clear(columns=True)
     for index, name in enumerate(names):
         # Left to itself the table finds its widths out when it is idle; what it has drawn before stays cut off.
