@@ -535,6 +535,16 @@ def test_log_table_has_every_line_with_its_logger_and_level_and_no_other():
     assert told == set(log_lines.of_package())
 
 
+def test_runbook_says_what_to_do_about_every_logger_and_every_line_of_the_order_desk():
+    page = "deploy/README.md"
+    named = [name.strip("`") for row in rows(page, "logger") for name in row[0].split(", ")]
+    assert sorted(named) == sorted({name for name, _, _ in log_lines.of_package()})
+    lines = log_lines.of_files(ROOT / "deploy" / "app.py", ROOT / "deploy" / "asgi.py")
+    found = [row[0] for row in rows(page, "line of `orderdesk`")]
+    assert sorted(found) == sorted(f"{level} `{line}`" for name, level, line in lines if name == "orderdesk")
+    assert {name for name, _, _ in lines} == {"orderdesk"}
+
+
 def test_hand_written_pattern_moves_over(folder):
     engine_of = "engine_of = lambda: {}\n"
     run(
