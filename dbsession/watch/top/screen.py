@@ -13,12 +13,13 @@ from typing import Any, ClassVar
 from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
-from textual.widgets import DataTable, Footer, Input, Static
+from textual.events import Resize
+from textual.widgets import DataTable, Input, Static
 
 from dbsession.errors import ConfigError, plain
 from dbsession.watch.inspection.client import Collected, Workers, none_answers, summary
 from dbsession.watch.inspection.usage import Usage, holders, usage
-from dbsession.watch.top.text import duration, short_call_site
+from dbsession.watch.top.text import duration, key_lines, short_call_site
 
 WINDOW_S = 5.0  # that rates and waits are of
 BAR = 20
@@ -33,6 +34,19 @@ SORTED_BY: dict[str, tuple[Any, bool]] = {
 }
 
 
+# Key, what it does, its action. In one line of 80 columns; textual's Footer would cut off what does not fit.
+KEYS = (
+    ("h", "by held", "sort('held')"),
+    ("t", "state", "sort('state')"),
+    ("s", "scope", "sort('scope')"),
+    ("d", "database", "sort('database')"),
+    ("/", "filter", "filter"),
+    ("w", "per worker", "per_worker"),
+    ("p", "pause", "pause"),
+    ("q", "quit", "quit"),
+)
+
+
 class Top(App[None]):
     """Lives until `q`. Asks the folder in a thread, so that a silent worker does not stop the keys."""
 
@@ -45,17 +59,11 @@ class Top(App[None]):
     #holders { height: 1fr; min-height: 3; }
     #details { height: auto; max-height: 12; padding: 0 1; border-top: solid $panel; }
     #filter { display: none; height: 3; }
+    #keys { height: auto; dock: bottom; background: $footer-background; color: $footer-foreground; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("h", "sort('held')", "by held"),
-        Binding("t", "sort('state')", "by state"),
-        Binding("s", "sort('scope')", "by scope"),
-        Binding("d", "sort('database')", "by database"),
-        Binding("slash", "filter", "filter", key_display="/"),
-        Binding("w", "per_worker", "per worker"),
-        Binding("p", "pause", "pause"),
-        Binding("escape", "no_filter", "no filter", show=False),
-        Binding("q", "quit", "quit"),
+        *(Binding("slash" if key == "/" else key, action) for key, _, action in KEYS),
+        Binding("escape", "no_filter"),
     ]
 
     def __init__(self, folder: str, interval_s: float = 1.0) -> None:
@@ -78,7 +86,10 @@ class Top(App[None]):
         yield DataTable(id="holders", cursor_type="row")
         yield Static(id="details")
         yield Input(id="filter", placeholder="a part of any column; Enter keeps it, Escape drops it")
-        yield Footer()
+        yield Static(id="keys")
+
+    def on_resize(self, event: Resize) -> None:
+        self.query_one("#keys", Static).update(key_lines(KEYS, event.size.width))
 
     def on_mount(self) -> None:
         self.query_one("#databases").can_focus = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def duration(seconds: float | None) -> str:
@@ -34,3 +34,19 @@ def table(rows: Sequence[Sequence[str]], right: str) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def key_lines(keys: Iterable[tuple[str, str, str]], width: int) -> str:
+    """Write what the keys do, as markup that can be clicked, in as many lines of that width as it takes."""
+    lines: list[str] = []
+    used = width
+    for key, what, action in keys:
+        cell = f"[@click=app.{action}][b $footer-key-foreground]{key}[/] {what}[/]"
+        needed = len(f"{key} {what}")
+        if used + 2 + needed > width:
+            lines.append(cell)
+            used = needed
+        else:
+            lines[-1] += f"  {cell}"
+            used += 2 + needed
+    return "\n".join(lines)

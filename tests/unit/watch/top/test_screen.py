@@ -258,3 +258,34 @@ def test_screen_says_when_nobody_answers_and_who_is_silent(workers, tmp_path):
 def test_screen_fits_a_small_terminal(workers):
     folder = workers(snapshot(1, *[holder(f"GET /{n}") for n in range(60)])).folder
     drive(folder, *["down"] * 3, "w", "end", size=(40, 12))
+
+
+KEY_LINE = ["h by held", "t state", "s scope", "d database", "/ filter", "w per worker", "p pause", "q quit"]
+
+
+@pytest.mark.parametrize(("width", "height"), [(30, 3), (60, 2), (79, 2), (80, 1), (120, 1)])
+def test_every_key_is_shown_whole_in_a_terminal_of_any_width(workers, width, height):
+    def whole(screen):
+        line = screen.query_one("#keys")
+        region = line.region
+        assert (region.height, region.bottom, region.width) == (height, 24, width)
+        found = [re.split(" {2,}", line.render_line(y).text.rstrip()) for y in range(height)]
+        assert [key for keys in found for key in keys] == KEY_LINE
+
+    drive(workers(snapshot(1)).folder, shown(whole), size=(width, 24))
+
+
+def test_key_that_is_clicked_acts_as_if_it_were_pressed(workers):
+    async def run():
+        screen = Top(str(workers(snapshot(1)).folder), 3600.0)
+        async with screen.run_test(size=(60, 24)) as pilot:
+            await screen.look()
+            await pilot.pause()
+            await pilot.click("#keys", offset=(14, 1))  # "p pause", in the second line
+            await pilot.pause()
+            await shown(_assert_paused)(screen)
+
+    def _assert_paused(screen):
+        assert said(screen, "state").endswith("PAUSED")
+
+    asyncio.run(asyncio.wait_for(run(), 60))
