@@ -161,7 +161,7 @@ def _where(config: DatabaseConfig) -> object:
 
 
 class _Wrapper(DBSessionMiddleware):
-    """Round an app's `wsgi_app`; lives as long as it. Refuses a request whose sessions would lead elsewhere before
+    """Wraps an app's `wsgi_app`; lives as long as it. Refuses a request whose sessions would lead elsewhere before
     anything of it runs: Flask's own request context would be left half pushed."""
 
     def __init__(self, app: Any, given: _Given) -> None:

@@ -75,7 +75,7 @@ def refuse_pool_job() -> None:
 
 
 class _ThreadEnd:
-    """Held by one thread's own local storage; deleted by that thread as it ends. Lives as long as the thread."""
+    """Tells that a thread has ended: its own local storage holds it, and drops it then. Lives as long as the thread."""
 
     def __init__(self, ended: Callable[[object | None], None]) -> None:
         self._ended = ended

@@ -41,7 +41,7 @@ Cleaning = Callable[[ConnectionPoolEntry], Callable[[], None] | None]
 
 
 class _PoolWaiter(hub.Waiter):
-    """Somebody's place in the queue. `granted` and `record` are written once, under the pool's lock."""
+    """A waiter in the pool's queue. `granted` and `record` are written once, under the pool's lock."""
 
     __slots__ = ("granted", "record")
 

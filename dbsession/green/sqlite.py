@@ -73,7 +73,7 @@ def _is_busy(error: sqlite3.OperationalError) -> bool:
 
 
 class Cursor(sqlite3.Cursor):
-    """Lives as long as its result is read."""
+    """A cursor whose statements wait for the write lock. Lives as long as its result is read."""
 
     connection: Connection
 

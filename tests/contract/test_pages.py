@@ -60,6 +60,13 @@ def test_docstrings_can_be_read_alone():
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_cells_can_be_read_alone(page):
+    """Without the row above."""
+    leans = re.compile(r"\| (The same|That of|It is|Those|After that|As it says)\b.*", re.I)
+    assert not leans.findall(PAGES[page])
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_are_there(page):
     for name in set(re.findall(r"(?<![\w/.])(?:deploy|tests)/[\w./-]*\w", PAGES[page])):
         here = (ROOT / page).parent

@@ -48,7 +48,7 @@ KEYS = (
 
 
 class Top(App[None]):
-    """Lives until `q`. Asks the folder in a thread, so that a silent worker does not stop the keys."""
+    """The screen of `dbsession top`. Lives until `q`. Asks the folder in a thread, so that a silent worker does not stop the keys."""
 
     TITLE = "dbsession top"
     ENABLE_COMMAND_PALETTE = False
