@@ -48,7 +48,10 @@ KEYS = (
 
 
 class Top(App[None]):
-    """The screen of `dbsession top`. Lives until `q`. Asks the folder in a thread, so that a silent worker does not stop the keys."""
+    """The screen of `dbsession top`. Lives until `q`.
+
+    Asks the folder in a thread, so that a silent worker does not stop the keys.
+    """
 
     TITLE = "dbsession top"
     ENABLE_COMMAND_PALETTE = False
