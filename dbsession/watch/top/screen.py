@@ -48,10 +48,7 @@ KEYS = (
 
 
 class Top(App[None]):
-    """The screen of `dbsession top`. Lives until `q`.
-
-    Asks the folder in a thread, so that a silent worker does not stop the keys.
-    """
+    """The screen; lives until `q`. Asks the folder in a thread, so that a silent worker does not stop the keys."""
 
     TITLE = "dbsession top"
     ENABLE_COMMAND_PALETTE = False
