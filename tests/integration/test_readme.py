@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import httpx
@@ -23,6 +24,10 @@ from dbsession.core.backends.sqlite import SQLite
 from dbsession.core.keys import COMMON_KEYS, KEYS
 from dbsession.core.pool.stats import Stats
 from dbsession.green.mysql.backend import PyMySQL
+from dbsession.watch.check.budget import Workers
+from dbsession.watch.check.findings import Finding
+from dbsession.watch.check.probe import Facts
+from dbsession.watch.check.report import Report
 from dbsession.watch.inspection.client import collect
 from support import log_lines
 from support.gunicorn import Gunicorn
@@ -278,6 +283,14 @@ def test_metrics_table_has_every_metric():
     source = (ROOT / "dbsession" / "watch" / "metrics.py").read_text()
     for kind, name in re.findall(r'(_gauge|_counter|_histogram)\(\s*"(dbsession_\w+)"', source):
         assert f"`{name}{'_total' if kind == '_counter' else ''}`" in metrics, name
+
+
+def test_check_page_lists_the_keys_of_its_json():
+    said = (
+        PAGES["dbsession/watch/README.md"].partition("- **`--json`** has the keys")[2].partition("These keys stay")[0]
+    )
+    keys = [*Report(Workers(), (), ()).as_json(), *(f.name for each in (Facts, Finding) for f in fields(each))]
+    assert set(re.findall(r"`(\w+)`", said)) == {*keys, "ok", "info", "warning"}
 
 
 def test_flask_export_streams_inside_its_session(shop):
