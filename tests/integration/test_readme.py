@@ -558,6 +558,15 @@ def test_runbook_says_what_to_do_about_every_logger_and_every_line_of_the_order_
     assert {name for name, _, _ in lines} == {"orderdesk"}
 
 
+def test_runbook_tells_the_variables_and_their_defaults():
+    told = {row[0].strip("`"): re.match(r"`?([^`:, ]*)", row[1])[1] for row in rows("deploy/README.md", "variable")}
+    config = (ROOT / "deploy" / "gunicorn.conf.py").read_text()
+    numbers = dict(re.findall(r'number\("(\w+)", (\d+),', config))
+    assert numbers.items() <= told.items()
+    read = set(re.findall(r'(?:environ\.get\(|number\(|switch\(|check_url\()"(\w+)"', config))
+    assert read <= set(told) and {"DBSESSION_INSPECT", "DBSESSION_METRICS", "ORDER_DESK_TROUBLE"} <= set(told)
+
+
 def test_hand_written_pattern_moves_over(folder):
     engine_of = "engine_of = lambda: {}\n"
     run(
