@@ -4,34 +4,60 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dbsession.errors import DBSessionError, masked
+from dbsession.errors import DBSessionError, did_you_mean, masked
 from dbsession.watch.check import command
 from dbsession.watch.dashboard import command as dashboard
 from dbsession.watch.top import command as top
 from dbsession.watch.usage_errors import WrongUsage
 from dbsession.watch.versions import Version
 
+COMMANDS = ("check", "top", "dashboard")
+
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors show no password. Without state of its own."""
+    """An ArgumentParser whose help ends in examples, and whose errors show no password."""
+
+    examples: tuple[str, ...] = ()
+
+    def format_help(self) -> str:
+        # Not its `epilog`, whose lines argparse would fill.
+        return "\n  ".join([f"{super().format_help()}\nexamples:", *self.examples]) + "\n"
 
     def error(self, message: str) -> NoReturn:
-        super().error(masked(message))  # a URL, say, where a command or a name belongs
+        wrong = re.search(r"^argument command: invalid choice: '(.*?)'", message)
+        meant = did_you_mean(wrong[1], COMMANDS) if wrong else ""
+        super().error(masked(message) + meant)  # a URL, say, where a command or a name belongs
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Say which arguments this parser does not know, and what they may be misspellings of."""
+        known = re.findall(r"--[\w-]+", self.format_usage())
+        meant = "".join(did_you_mean(each.partition("=")[0], known) for each in unknown if each.startswith("-"))
+        self.error(f"unrecognized arguments: {' '.join(unknown)}.{meant}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 0 all well, 1 it found an error, 2 wrong usage."""
     parser = _Parser(prog="dbsession", description="Looks after the databases of an application.")
+    parser.examples = (
+        "DBSESSION_URL=sqlite:///shop.db dbsession check",
+        "dbsession top --folder /run/shop",
+        "dbsession dashboard --folder /run/shop",
+    )
     parser.add_argument("--version", action=Version, help="print the versions that a bug report should name")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
     command.add_check(commands)
     top.add_top(commands)
     dashboard.add_dashboard(commands)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands.choices.get(options.command, parser).refuse(unknown)
+    if options.command is None:
+        parser.error(f"no command is given: choose from {', '.join(COMMANDS)}")
     try:
         status: int = options.run(options)
     except (WrongUsage, DBSessionError) as error:

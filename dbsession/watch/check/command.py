@@ -16,6 +16,7 @@ from typing import Any
 from gevent import monkey
 from sqlalchemy.engine import Engine
 
+from dbsession.core import sources
 from dbsession.errors import DBSessionError, UnknownDatabase, describe, masked, plain, raised_at
 from dbsession.green import api
 from dbsession.green.manager import SessionManager
@@ -56,6 +57,11 @@ def add_check(commands: Any) -> None:
         help="of each worker (default: those of GUNICORN_CMD_ARGS, else not looked at)",
     )
     parser.add_argument("--json", action="store_true", help="the report as JSON")
+    parser.examples = (
+        "DBSESSION_URL=sqlite:///shop.db dbsession check",
+        "dbsession check --config shop:DATABASES --workers 8 --worker-connections 100",
+        "dbsession check --config shop:DATABASES --json default",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -75,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
     if not names:
         raise WrongUsage(
             "No database is known: set DBSESSION_URL or DBSESSION_<NAME>_URL, or give --config (and, where that is a "
-            "callable, the names)."
+            f"callable, the names).{sources.unread()}"
         )
     workers = Workers.of_environment(options.workers, options.worker_connections)
     report = check.examine(names, engine_of, workers)
@@ -110,6 +116,7 @@ def _databases(target: str | None) -> tuple[list[str], EngineOf]:
         what = f"{shown_attribute!r} of {shown!r} failed with {describe(error)} at {raised_at(error)}"
         raise WrongUsage(f"--config: reading {what}. Correct it.") from None
     if isinstance(value, Mapping):
+        sources.refuse_one_entry(value)
         return list(value), lambda name: _engine_of_mapping(value, name)
     return [], SessionManager(value).engine
 

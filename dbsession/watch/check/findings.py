@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from dbsession.core.sources import misspelt_variables
 from dbsession.watch.check.probe import Facts, FileFacts, PoolFacts, ServerFacts
 
 LEVELS = ("ok", "info", "warning", "error")
@@ -17,7 +18,7 @@ class Finding:
     Attributes:
         level: one of LEVELS.
         check: what was looked at; stable, for scripts.
-        databases: the names that it is about.
+        databases: the names that it is about; none: all of them.
         found: what is, with its values.
         change: what to do about it; empty when there is nothing to do.
     """
@@ -67,6 +68,13 @@ def of(facts: Facts) -> Iterator[Finding]:
         yield from _of_file(name, facts.file)
     if facts.cooperative is not None:
         yield _of_driver(name, facts)
+
+
+def of_environment() -> Iterator[Finding]:
+    """The findings on the environment: variables that nothing reads, and are like one of ours. No value is shown."""
+    for variable, meant in misspelt_variables():
+        found = f"the environment has {variable}, which nothing reads"
+        yield Finding("warning", "environment", (), found, f"Did you mean {meant}? Rename it, or remove it.")
 
 
 def _how_to_connect(facts: Facts) -> str:

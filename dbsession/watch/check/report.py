@@ -26,7 +26,7 @@ class Report:
     Attributes:
         workers: what the budget was reckoned for.
         facts: of each database whose configuration can be used.
-        findings: in the order of the databases; the budget last.
+        findings: in the order of the databases; the environment and the budget last.
     """
 
     workers: Workers
@@ -71,6 +71,7 @@ def examine(names: Iterable[str], engine_of: Callable[[str], Engine], workers: W
     seen = tuple(probe.gather_all(engines))
     for each in seen:
         found.extend(findings.of(each))
+    found.extend(findings.of_environment())
     found.extend(budget.of(workers, seen))
     return Report(workers, seen, tuple(found))
 
@@ -98,6 +99,6 @@ def _log(workers: Workers) -> None:
             # In one line, whatever a server or a configuration wrote into it.
             text = plain(" ".join(f"{finding.found}. {finding.change}".split()))
             level = logging.ERROR if finding.level == "error" else logging.WARNING
-            logger.log(level, "dbsession check: %s: %s", ", ".join(finding.databases), text)
+            logger.log(level, "dbsession check: %s: %s", ", ".join(finding.databases) or finding.check, text)
     if names and report.status == "ok":
         logger.info("dbsession check: nothing is wrong with %s.", ", ".join(names))

@@ -49,6 +49,11 @@ def add_dashboard(commands: Any) -> None:
         help=f"instead of a port listen on the Unix socket {folders.DASHBOARD} in the folder, where no other user of "
         "this machine gets in",
     )
+    parser.examples = (
+        "dbsession dashboard --folder /run/shop",
+        "dbsession dashboard --folder /run/shop --port 0",
+        "dbsession dashboard --folder /run/shop --socket",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -140,6 +145,7 @@ def _serve(listener: socket.socket, path: Path | None, history: History, workers
     listener.setblocking(False)  # whoever knocked may have gone when gevent takes the connection
     # No access log: one line for each poll of each page says nothing.
     server = WSGIServer(listener, app, spawn=Pool(CLIENTS), log=None)
+    server.start()  # it looks up its host's name, and close() in the midst of that would be an AttributeError
     for signum in (signal.SIGINT, signal.SIGTERM):
         gevent.signal_handler(signum, server.close)
     poller = gevent.spawn(_poll, history, workers)

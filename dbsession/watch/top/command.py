@@ -29,6 +29,11 @@ def add_top(commands: Any) -> None:
     parser.add_argument(
         "--interval", type=_interval, default=1.0, metavar="S", help="seconds between looks (default: 1)"
     )
+    parser.examples = (
+        "dbsession top --folder /run/shop",
+        "DBSESSION_INSPECT=/run/shop dbsession top --once",
+        "dbsession top --folder /run/shop --json",
+    )
     parser.set_defaults(run=_run)
 
 

@@ -59,7 +59,8 @@ class Top(App[None]):
     #holders { height: 1fr; min-height: 3; }
     #details { height: auto; max-height: 12; padding: 0 1; border-top: solid $panel; }
     #filter { display: none; height: 3; }
-    #keys { height: auto; dock: bottom; background: $footer-background; color: $footer-foreground; }
+    #keys { height: auto; dock: bottom; background: $footer-background; }
+    #keys { link-style: none; link-color: $footer-foreground; link-background: $footer-background; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         *(Binding("slash" if key == "/" else key, action) for key, _, action in KEYS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from dbsession.watch import cli
 from dbsession.watch.check.findings import LEVELS
 from support.processes import script_env
+from support.snapshots import Served, database, worker
 
 SECRET = "s3cret"
 
@@ -109,6 +111,80 @@ def test_wrong_usage_ends_with_2(capsys):
         said = capsys.readouterr().err
         assert f"{wrong!r} is no number" in said and "_" not in said
     assert status("--help") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["chekc"], "Did you mean 'check'?"),
+        (["Dashbord"], "Did you mean 'dashboard'?"),
+        (["--versoin"], "unrecognized arguments: --versoin. Did you mean '--version'?"),
+        (["check", "--wrokers=3"], "unrecognized arguments: --wrokers=3. Did you mean '--workers'?"),
+        (["top", "--onse"], "dbsession top: error: unrecognized arguments: --onse. Did you mean '--once'?"),
+        (["dashboard", "--prot", "1"], "unrecognized arguments: --prot 1. Did you mean '--port'?"),
+        (["top", f"mysql://u:{SECRET}@h/d"], "unrecognized arguments:"),
+        ([], "no command is given: choose from check, top, dashboard"),
+    ],
+)
+def test_unknown_command_or_option_ends_with_2_and_what_was_meant(arguments, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and said in told and SECRET not in told
+
+
+def examples(capsys):
+    """The examples at the end of each command's help, each once."""
+    found = {}
+    for command in ([], ["check"], ["top"], ["dashboard"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command, "--help"])
+        lines = capsys.readouterr().out.partition("\nexamples:\n")[2].splitlines()
+        assert end.value.code == 0 and lines, command
+        found.update(dict.fromkeys(line.strip() for line in lines))
+    return found
+
+
+def in_shell(line, folder, sockets):
+    """How to start an example as it stands, but with another folder of sockets."""
+    command = line.replace("/run/shop", str(sockets)).replace("dbsession ", f"{sys.executable} -m dbsession ", 1)
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(f"exec env {command}", shell=True, cwd=folder, env=script_env({}), **both)
+
+
+@pytest.mark.slow  # nine processes
+def test_examples_of_the_help_work_as_they_stand(tmp_path, capsys):
+    (tmp_path / "shop.py").write_text("DATABASES = {'default': 'sqlite:///shop.db'}\n")
+    for line in examples(capsys):
+        with Served(tmp_path / "sockets", worker(1, database())) as served:
+            live = " top " in line and "--once" not in line and "--json" not in line
+            serves = " dashboard " in line
+            if serves and "--port" not in line and "--socket" not in line:
+                line += " --port 0"  # its own may be taken
+            with in_shell(line, tmp_path, served.folder) as process:
+                if serves:
+                    assert process.stdout.readline().startswith("The dashboard of ")
+                    process.terminate()
+                out, err = process.communicate(timeout=60)
+            assert process.returncode == (2 if live else 0), (line, out, err)
+            assert not live or "This is no terminal" in err  # test_top.py has one
+
+
+def test_check_warns_of_variables_that_nothing_reads(tmp_path):
+    env = {"DBSESSION_URL": f"sqlite:///{tmp_path}/a.db", "DBSESSION_METRIC": SECRET, "DB_SESSION_URL": SECRET}
+    done = run("check", **env)
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "0 errors, 2 warnings" in said and SECRET not in said
+    assert "the environment has DBSESSION_METRIC, which nothing reads -> Did you mean DBSESSION_METRICS?" in said
+    told = json.loads(run("check", "--json", **env).stdout)
+    assert told["status"] == "warning"
+    assert [each["databases"] for each in told["findings"] if each["check"] == "environment"] == [[], []]
+
+
+def test_check_says_what_the_environment_has_when_nothing_is_configured():
+    done = run("check", DATABASE_URL=f"mysql://u:{SECRET}@h/d", DBSESION_URL=SECRET)
+    assert done.returncode == 2 and SECRET not in done.stderr
+    assert "DATABASE_URL, which dbsession does not read" in done.stderr and "Did you mean DBSESSION_URL?" in done.stderr
 
 
 def test_command_ends_without_a_traceback_when_nobody_reads_its_output(tmp_path):
