@@ -156,11 +156,16 @@ def made(
     connect_args = {**defaults.pop("connect_args", {}), **options.pop("connect_args", {})}
     try:
         engine = create(config.url, **{**defaults, **options, "connect_args": connect_args})
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ConfigError(
             f"Database {name!r}: the driver of {config.url.drivername!r} is not installed (no module {error.name!r}). "
             f"{install}"
         ) from None
+    except ImportError as error:
+        raise ConfigError(
+            f"Database {name!r}: the driver of {config.url.drivername!r} is there, but cannot be imported: {error}. "
+            "Install a version of it that fits the other libraries."
+        ) from error
     except Exception as error:  # each option has its own way to refuse a value
         raise refused_option(name, error, create.__name__, hint) from None
     refuse_misspelt(config, engine.dialect, engine.url)

@@ -43,12 +43,24 @@ def test_example_of_the_index_page_answers(tmp_path: Path) -> None:
     )
 
 
+OTHER_PROJECT = re.compile(r"\binstall (-\S+ )*'?\"?dbsession\b")
+
+
+def test_every_dependency_has_a_lowest_version() -> None:
+    """Which `tests/run --lowest` installs: of one without it would take the newest."""
+    lists = [SETUP["options"]["install_requires"], *SETUP["options.extras_require"].values()]
+    named = [line.strip() for each in lists for line in each.splitlines() if line.strip()]
+    assert len(named) > 20
+    for requirement in named:
+        assert ">=" in requirement or requirement.startswith("gevent-dbsession["), requirement
+
+
 def test_no_text_installs_the_other_project_called_dbsession() -> None:
     for folder in ("dbsession", "deploy", "tests", ".ci"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix not in (".png", ".pyc") and path.is_file() and "data" not in path.parts:
-                assert not re.search(r"install '?\"?dbsession\b", path.read_text(errors="replace")), path
-    assert not re.search(r"install '?\"?dbsession\b", (ROOT / "README.md").read_text())
+                assert not OTHER_PROJECT.search(path.read_text(errors="replace")), path
+    assert not OTHER_PROJECT.search((ROOT / "README.md").read_text())
     assert SETUP["metadata"]["name"] == "gevent-dbsession"
 
 

@@ -128,6 +128,13 @@ def test_missing_driver_is_named_with_the_fix():
     assert "not installed" in text and "mysql+pymysql" in text and SECRET not in text
 
 
+def test_driver_that_cannot_be_imported_is_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / "MySQLdb.py").write_text("from pymysql import gone_since\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = refused({"orders": f"mysql+mysqldb://u:{SECRET}@h/db"})
+    assert "is there, but cannot be imported: cannot import name 'gone_since'" in text and SECRET not in text
+
+
 def test_option_that_create_engine_refuses_is_named():
     text = refused({"orders": {"url": FILE, "options": {"pool_sise": 5}}})
     assert "'orders'" in text and "`pool_sise`" in text
