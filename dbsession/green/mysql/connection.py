@@ -242,7 +242,7 @@ class Connection(Opening, KnownConnection):
             super().close()
 
     def cursor(self, cursor: Any = None) -> Any:
-        return super().cursor(results.LAZY.get(cursor or self.cursorclass, cursor))
+        return super().cursor(results.OURS.get(cursor or self.cursorclass, cursor))
 
     def _abandon(self) -> None:
         """Close the socket, as nobody waits for the answer any more, and have the statement ended at the server."""

@@ -22,6 +22,7 @@ from pymysql.protocol import FieldDescriptorPacket
 from dbsession.core.backends.mysql_errors import is_from_socket
 from dbsession.core.pool import callsites
 from dbsession.errors import ResultCut, describe
+from dbsession.green.mysql.parameters import WritesLiterals
 
 _EOF = struct.Struct("<xHH")  # an EOF packet's count of warnings, and status
 _HEAD = struct.Struct("<IB")  # a packet's length (3 bytes) and number, and the first byte of what is in it
@@ -32,11 +33,13 @@ _AT_HAND_S = 0.05
 # Their stubs leave the private names out.
 _StockResult: Any = pymysql.connections.MySQLResult
 _StockField: Any = FieldDescriptorPacket
+_StockCursor: Any = pymysql.cursors.Cursor
+_StockDictCursor: Any = pymysql.cursors.DictCursor
 _StockSSCursor: Any = pymysql.cursors.SSCursor
 _StockSSDictCursor: Any = pymysql.cursors.SSDictCursor
 
 
-class LeavesUnread:
+class LeavesUnread(WritesLiterals):
     """A cursor over a server-side stream whose close() reads nothing: the next statement on the connection reads what
     is left, and a rollback gives the connection up instead."""
 
@@ -51,6 +54,14 @@ class LeavesUnread:
     __del__ = close
 
 
+class _Cursor(WritesLiterals, _StockCursor):  # type: ignore[misc]  # of Any
+    pass
+
+
+class _DictCursor(WritesLiterals, _StockDictCursor):  # type: ignore[misc]  # of Any
+    pass
+
+
 class _SSCursor(LeavesUnread, _StockSSCursor):  # type: ignore[misc]  # of Any
     pass
 
@@ -59,7 +70,9 @@ class _SSDictCursor(LeavesUnread, _StockSSDictCursor):  # type: ignore[misc]  # 
     pass
 
 
-LAZY: dict[Any, Any] = {
+OURS: dict[Any, Any] = {
+    pymysql.cursors.Cursor: _Cursor,
+    pymysql.cursors.DictCursor: _DictCursor,
     pymysql.cursors.SSCursor: _SSCursor,
     pymysql.cursors.SSDictCursor: _SSDictCursor,
 }
