@@ -11,6 +11,8 @@ import ssl
 import types
 
 import gevent
+import gevent.socket
+import gevent.ssl
 import gevent.threadpool
 import pymysql
 import pytest
@@ -43,6 +45,14 @@ def test_gevent_runs_threadpool_jobs_in_a_greenlet_class_of_its_threadpool_modul
     assert gevent.get_hub() is hub.here()
     job = gevent.get_hub().threadpool.apply(lambda: type(gevent.getcurrent()).__module__)
     assert job == "gevent.threadpool"
+
+
+def test_gevents_sockets_wait_for_their_read_event(mariadb):
+    with gevent.socket.create_connection(("127.0.0.1", mariadb.port)) as plain:
+        plain._wait(plain._read_event)
+        assert plain.send(b"", 0, 0.0) == 0 and not hasattr(plain, "pending")
+        assert plain.recv(4)
+    assert gevent.ssl.SSLSocket._wait is gevent.socket.socket._wait and hasattr(gevent.ssl.SSLSocket, "pending")
 
 
 def test_socket_gives_a_clients_descriptor_without_making_a_socket_of_it():

@@ -11,13 +11,9 @@ import socket
 import struct
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import gevent
-import gevent.socket
-import pymysql.connections
 from pymysql import err
 from pymysql.constants import CR
 from pymysql.protocol import FieldDescriptorPacket, MysqlPacket
@@ -27,28 +23,20 @@ from dbsession.core.backends.mysql_errors import is_from_socket, is_loss
 from dbsession.core.backends.mysql_sent import Sent
 from dbsession.core.fork import KNOWN
 from dbsession.errors import describe
-from dbsession.green import hub
 from dbsession.green.mysql.results import Result, field
+from dbsession.green.mysql.waits import Waits
 
 _HEAD = struct.Struct("<IB")  # a packet's length (3 bytes) and number, and the first byte of what is in it
 _ERROR = 0xFF
 _AHEAD, _PIECE = 2**13, 2**18  # bytes asked for at once: what the socket's reader has a buffer for; of large packets
 
-# Their stubs leave the private names out.
-_Connection: Any = pymysql.connections.Connection
 
-
-class Wire(_Connection):  # type: ignore[misc]  # of Any
+class Wire(Waits):
     """The bytes of one connection. Lives as it does."""
 
     # PyMySQL's own, whose first values say too little of their types.
-    _read_timeout: Any
-    _write_timeout: Any
-    _current_timeout: Any
     _next_seq_id: Any
     _result: Any
-    _sock: Any
-    _rfile: Any
 
     # Class attributes, so that they are there while PyMySQL's __init__ connects.
     gave_up = False
@@ -64,10 +52,6 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
     _settled = False  # everything sent was answered, and the last answer was no error
     _answering = False
     _killed_by: BaseException | None = None
-    _connect_by: float | None = None
-    _cooperative = False  # its socket is gevent's, and its timeouts are kept here
-    _reading = False  # somebody waits for what comes from the socket
-    _left_open: tuple[Any, ...] = ()  # its file and socket, closed by another one than whoever waits for it
     # What was read from the socket with an earlier packet, and where in it the next one begins.
     _ahead = b""
     _at = 0
@@ -75,29 +59,11 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
     def _abandon(self) -> None:
         raise NotImplementedError
 
-    def _take_over_timeouts(self) -> None:
-        """Bound the waits of the connected socket ourselves. A gevent socket's own timeout makes a gevent.Timeout for
-        each wait; one timer of the loop does the same for a fifth of that."""
-        self._cooperative = isinstance(self._sock, gevent.socket.socket)
-        self._sock.settimeout(None if self._cooperative else self._read_timeout)
-        self._current_timeout = self._read_timeout
-
-    def _in_time(self, seconds: float | None, operation: Callable[[Any], Any], argument: Any) -> Any:
-        """Return what `operation(argument)` on the gevent socket does. Raises TimeoutError after `seconds`."""
-        here: Any = hub.here()
-        if seconds is None or here is None:  # without a hub it cannot wait; a last COM_QUIT is sent all the same
-            return operation(argument)
-        timer = here.loop.timer(seconds, priority=-1)  # as hub.start_timer() has it, without its call
-        timer.start(gevent.getcurrent().throw, TimeoutError, "timed out", update=True)
-        try:
-            return operation(argument)
-        finally:
-            timer.close()
-
     def _force_close(self) -> None:
         self._cut("its connection was closed or lost")
         self._ahead = b""
         self._at = 0
+        self._close_timer()
         if self._reading and self._rfile is not None:
             # Somebody else waits for it, which keeps it from being closed; whoever that is closes it as the wait ends.
             self._left_open, self._sock, self._rfile = (self._rfile, self._sock), None, None
@@ -174,13 +140,14 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
             raise err.OperationalError(CR.CR_SERVER_LOST, "Lost connection to MySQL server: it said what nobody asked")
         try:
             if self._cooperative:
-                self._in_time(self._write_timeout, self._send, data)
+                self._send_cooperatively(data)
             else:
                 timeout_s = self._seconds_left() if self._connect_by else self._write_timeout
                 if self._connect_by or self._current_timeout != timeout_s:
                     self._sock.settimeout(timeout_s)
                     self._current_timeout = timeout_s
                 self._send(data)
+            self._asked = True
         except BaseException as error:
             # Half a packet: the server waits for the rest, so it ends what it has as soon as the socket closes.
             self.gave_up = self.gave_up or not is_loss(error)
@@ -192,12 +159,6 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
                     CR.CR_SERVER_GONE_ERROR, f"MySQL server has gone away ({error!r})"
                 ) from error
             raise
-
-    def _send(self, data: Any) -> None:
-        # Nearly always all of it at once; gevent's sendall() takes twice the time for that.
-        sent = self._sock.send(data)
-        if sent < len(data):
-            self._sock.sendall(memoryview(data)[sent:])
 
     def _read_packet(self, packet_type: Any = MysqlPacket) -> Any:
         """Read a packet. One that came whole with the packet before it is taken without further ado."""
@@ -254,36 +215,6 @@ class Wire(_Connection):  # type: ignore[misc]  # of Any
             data = b"".join(pieces)
         self._ahead, self._at = data[num_bytes:], 0
         return data[:num_bytes]
-
-    def _read_piece(self, size: int) -> bytes:
-        """Return what has come, at most `size` bytes; wait until something has."""
-        read: Callable[[int], bytes] = self._rfile.read1
-        self._reading = True
-        try:
-            if self._cooperative:
-                piece: bytes = self._in_time(self._read_timeout, read, size)
-                return piece
-            if self._connect_by:
-                # The handshake's time is counted as a whole, however small the pieces are in which it comes.
-                self._current_timeout = None
-                self._sock.settimeout(self._seconds_left())
-            return read(size)
-        finally:
-            self._reading = False
-            if self._left_open:
-                self._close_what_was_left_open()
-
-    def _close_what_was_left_open(self) -> None:
-        files, self._left_open = self._left_open, ()
-        for each in files:
-            with suppress(OSError):
-                each.close()
-
-    def _seconds_left(self) -> float:
-        left = (self._connect_by or 0.0) - time.monotonic()
-        if left <= 0:
-            raise TimeoutError(f"timed out: no connection within {self.connect_timeout} s, the handshake included")
-        return left
 
     def _note_kill(self, error: BaseException) -> None:
         if self._answering and self._killed_by is None and not is_from_socket(error):

@@ -171,6 +171,59 @@ def test_timers_end_what_waits_too_long_and_nothing_else(mariadb_url):
     )
 
 
+def test_a_statement_makes_no_timer_and_looks_for_its_answer_once(mariadb_url):
+    run_python(
+        """
+        from gevent import monkey; monkey.patch_all()
+        import sys, gevent, gevent.socket
+        from sqlalchemy.engine import make_url
+        from dbsession.green.mysql.connection import Connection
+        url = make_url(sys.argv[1])
+        connection = Connection(host=url.host, port=url.port, user=url.username, password=url.password)
+        other = Connection(host=url.host, port=url.port, user=url.username, password=url.password, read_timeout=5)
+        def one(connection):
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT SLEEP(0.01)")
+                return connection._timer
+        assert one(connection) is None and connection._read_timeout is None      # waits as long as it takes
+        kept = one(other)
+        assert kept is not None and not kept.active
+        assert [one(other) for _ in range(3)] == [kept] * 3 and not kept.active
+        other._read_timeout = 4
+        assert one(other) is not kept
+        kept, waiting = other._timer, gevent.spawn(one, other)
+        while not kept.active:
+            gevent.sleep(0)
+        other._force_close()                      # by somebody else than whoever waits
+        waiting.join()
+        assert waiting.exception is not None and not kept.active and other._timer is None
+        other = Connection(host=url.host, port=url.port, user=url.username, password=url.password, read_timeout=5)
+        kept = one(other)
+        other.close()
+        assert other._timer is None
+        # The look that finds nothing, and its exception, are left out.
+        looks, failed = [], []
+        class Raw:
+            def __init__(self, raw):
+                self.raw = raw
+            def recv_into(self, *arguments):
+                looks.append(1)
+                try:
+                    return self.raw.recv_into(*arguments)
+                except BlockingIOError:
+                    failed.append(1)
+                    raise
+            def __getattr__(self, name):
+                return getattr(self.raw, name)
+        connection._sock._sock = Raw(connection._sock._sock)
+        for _ in range(5):
+            one(connection)
+        assert looks and not failed, failed
+        """,
+        mariadb_url,
+    )
+
+
 def test_write_that_nobody_takes_is_ended(mariadb, mariadb_url):
     run_python(
         """
