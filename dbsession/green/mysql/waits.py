@@ -16,6 +16,8 @@ import pymysql.connections
 
 from dbsession.green import hub
 
+_TIMERS = 4  # lengths of time that are kept: a read's, a write's, a cleaning's, and one that a scope has set
+
 # Their stubs leave the private names out.
 _Connection: Any = pymysql.connections.Connection
 
@@ -34,9 +36,8 @@ class Waits(_Connection):  # type: ignore[misc]  # of Any
     _connect_by: float | None = None
     _cooperative = False  # its socket is gevent's, and its timeouts are kept here
     _encrypted = False
-    _timer: Any = None  # the last one, of `_timer_loop` and so many seconds, to be started again
+    _timers: dict[float, Any] | None = None  # {seconds: one of `_timer_loop`, to be started again}
     _timer_loop: Any = None
-    _timer_s: float | None = None
     _asked = False  # everything was sent, and no piece of the answer has come yet
     _reading = False  # somebody waits for what comes from the socket
     _left_open: tuple[Any, ...] = ()  # its file and socket, closed by another one than whoever waits for it
@@ -54,25 +55,31 @@ class Waits(_Connection):  # type: ignore[misc]  # of Any
         here: Any = hub.here()
         if seconds is None or here is None:  # without a hub it cannot wait; a last COM_QUIT is sent all the same
             return operation(*arguments)
-        timer = self._timer
-        if timer is None or self._timer_loop is not here.loop or self._timer_s != seconds or timer.active:
-            self._close_timer()  # unless somebody waits with it, and closes it then
-            timer = self._timer = here.loop.timer(seconds, seconds, priority=-1)  # as hub.start_timer() has it
-            self._timer_loop, self._timer_s = here.loop, seconds
+        timers = self._timers
+        if timers is None or self._timer_loop is not here.loop or len(timers) > _TIMERS:
+            self._close_timers()
+            timers = self._timers = {}
+            self._timer_loop = here.loop
+        timer = timers.pop(seconds, None)  # nobody else has it meanwhile
+        if timer is None:
+            timer = here.loop.timer(seconds, seconds, priority=-1)  # as hub.start_timer() has it
         # again(): started once more, a stopped timer would run for what was left of its time
         timer.again(gevent.getcurrent().throw, TimeoutError, "timed out", update=True)
         try:
             return operation(*arguments)
         finally:
             timer.stop()
-            if timer is not self._timer:  # the connection was closed meanwhile, or used by two at once
+            if timers is self._timers and seconds not in timers:
+                timers[seconds] = timer
+            else:  # the connection was closed meanwhile
                 timer.close()
 
-    def _close_timer(self) -> None:
-        timer, self._timer = self._timer, None
-        if timer is not None and not timer.active:
-            with suppress(ValueError):  # its loop was destroyed, with its thread
-                timer.close()
+    def _close_timers(self) -> None:
+        timers, self._timers = self._timers, None
+        if timers:
+            for timer in timers.values():
+                with suppress(ValueError):  # its loop was destroyed, with its thread
+                    timer.close()
 
     def _send_cooperatively(self, data: Any) -> None:
         if not self._encrypted:  # gevent's TLS socket takes no timeout of one call

@@ -63,7 +63,7 @@ class Wire(Waits):
         self._cut("its connection was closed or lost")
         self._ahead = b""
         self._at = 0
-        self._close_timer()
+        self._close_timers()
         if self._reading and self._rfile is not None:
             # Somebody else waits for it, which keeps it from being closed; whoever that is closes it as the wait ends.
             self._left_open, self._sock, self._rfile = (self._rfile, self._sock), None, None

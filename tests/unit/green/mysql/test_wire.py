@@ -184,23 +184,30 @@ def test_a_statement_makes_no_timer_and_looks_for_its_answer_once(mariadb_url):
         def one(connection):
             with connection.cursor() as cursor:
                 cursor.execute("SELECT SLEEP(0.01)")
-                return connection._timer
-        assert one(connection) is None and connection._read_timeout is None      # waits as long as it takes
+                return list((connection._timers or {}).values())
+        assert one(connection) == [] and connection._read_timeout is None      # waits as long as it takes
+        one(other)
         kept = one(other)
-        assert kept is not None and not kept.active
-        assert [one(other) for _ in range(3)] == [kept] * 3 and not kept.active
-        other._read_timeout = 4
-        assert one(other) is not kept
-        kept, waiting = other._timer, gevent.spawn(one, other)
+        assert len(kept) == 1 and not kept[0].active
+        assert [one(other) for _ in range(3)] == [kept] * 3 and not kept[0].active
+        for other._read_timeout in (4, 3, 5):
+            one(other)
+        assert len(other._timers) == 3 and other._timers[5] is kept[0]
+        for other._read_timeout in range(20, 40):
+            one(other)
+        assert len(other._timers) < 8
+        other._read_timeout = 21
+        one(other)
+        kept, waiting = other._timers[21], gevent.spawn(one, other)
         while not kept.active:
             gevent.sleep(0)
         other._force_close()                      # by somebody else than whoever waits
         waiting.join()
-        assert waiting.exception is not None and not kept.active and other._timer is None
+        assert waiting.exception is not None and not kept.active and other._timers is None
         other = Connection(host=url.host, port=url.port, user=url.username, password=url.password, read_timeout=5)
-        kept = one(other)
+        one(other)
         other.close()
-        assert other._timer is None
+        assert other._timers is None
         # The look that finds nothing, and its exception, are left out.
         looks, failed = [], []
         class Raw:
