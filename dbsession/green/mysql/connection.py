@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gevent import monkey
 from pymysql import err
 from pymysql.constants import CR, SERVER_STATUS
 
 from dbsession.core import fork
-from dbsession.core.backends.mysql_errors import CLOSED_BEFORE_COMMIT, HUNG_UP
+from dbsession.core.backends.mysql_errors import CLOSED_BEFORE_COMMIT
 from dbsession.core.backends.mysql_sent import MULTI_STATEMENTS, Sent
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.connection_info import KnownConnection
@@ -26,7 +25,6 @@ from dbsession.green.mysql.opening import Opening
 
 logger = logging.getLogger("dbsession.mysql")
 
-_poll: Callable[[], Any] = monkey.get_original("select", "poll")  # which, with 0, never waits
 _BUSY = SERVER_STATUS.SERVER_STATUS_IN_TRANS | SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 
 
@@ -150,12 +148,9 @@ class Connection(Opening, KnownConnection):
                 if self.open:  # SQLAlchemy sends no ROLLBACK after a commit() that failed
                     self._roll_back()
                 raise
-            if self._sock is not None:
-                look = _poll()
-                look.register(self._sock.fileno(), HUNG_UP)
-                if look.poll(0):
-                    self._force_close()
-                    raise err.OperationalError(*CLOSED_BEFORE_COMMIT)
+            if self._sock is not None and self._happened() & ~select.POLLIN:
+                self._force_close()
+                raise err.OperationalError(*CLOSED_BEFORE_COMMIT)
             self.commit_sent = True
             self.unsent = False
             before = self.sent.count
@@ -212,9 +207,7 @@ class Connection(Opening, KnownConnection):
             finally:
                 self.pinging = False
             return
-        look = _poll()
-        look.register(self._sock.fileno(), select.POLLIN)
-        if self._at < len(self._ahead) or look.poll(0):
+        if self._at < len(self._ahead) or self._happened():
             self._force_close()
             raise err.OperationalError(CR.CR_SERVER_GONE_ERROR, "MySQL server has closed the connection")
 

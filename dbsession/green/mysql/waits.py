@@ -5,6 +5,7 @@ Who may write: whoever sends or reads on the connection, one at a time; `_left_o
 
 from __future__ import annotations
 
+import select
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,9 +14,12 @@ from typing import Any
 import gevent
 import gevent.socket
 import pymysql.connections
+from gevent import monkey
 
+from dbsession.core.backends.mysql_errors import HUNG_UP
 from dbsession.green import hub
 
+_poll: Callable[[], Any] = monkey.get_original("select", "poll")  # which, with 0, never waits
 _TIMERS = 4  # lengths of time that are kept: a read's, a write's, a cleaning's, and one that a scope has set
 
 # Their stubs leave the private names out.
@@ -38,6 +42,7 @@ class Waits(_Connection):  # type: ignore[misc]  # of Any
     _encrypted = False
     _timers: dict[float, Any] | None = None  # {seconds: one of `_timer_loop`, to be started again}
     _timer_loop: Any = None
+    _look: Any = None  # a poll object that knows the socket
     _asked = False  # everything was sent, and no piece of the answer has come yet
     _reading = False  # somebody waits for what comes from the socket
     _left_open: tuple[Any, ...] = ()  # its file and socket, closed by another one than whoever waits for it
@@ -47,6 +52,7 @@ class Waits(_Connection):  # type: ignore[misc]  # of Any
         the loop, kept for the next wait, does the same for a tenth of that."""
         self._cooperative = isinstance(self._sock, gevent.socket.socket)
         self._encrypted = hasattr(self._sock, "pending")
+        self._look = None
         self._sock.settimeout(None if self._cooperative else self._read_timeout)
         self._current_timeout = self._read_timeout
 
@@ -73,6 +79,15 @@ class Waits(_Connection):  # type: ignore[misc]  # of Any
                 timers[seconds] = timer
             else:  # the connection was closed meanwhile
                 timer.close()
+
+    def _happened(self) -> int:
+        """What poll() knows of the socket, of POLLIN and HUNG_UP: 0 if nothing has come and it is open. Never waits."""
+        look = self._look
+        if look is None:
+            look = self._look = _poll()
+            look.register(self._sock.fileno(), select.POLLIN | HUNG_UP)
+        found = look.poll(0)
+        return found[0][1] if found else 0
 
     def _close_timers(self) -> None:
         timers, self._timers = self._timers, None

@@ -64,6 +64,7 @@ class Wire(Waits):
         self._ahead = b""
         self._at = 0
         self._close_timers()
+        self._look = None
         if self._reading and self._rfile is not None:
             # Somebody else waits for it, which keeps it from being closed; whoever that is closes it as the wait ends.
             self._left_open, self._sock, self._rfile = (self._rfile, self._sock), None, None
@@ -162,6 +163,11 @@ class Wire(Waits):
 
     def _read_packet(self, packet_type: Any = MysqlPacket) -> Any:
         """Read a packet. One that came whole with the packet before it is taken without further ado."""
+        if self._cooperative and self._at >= len(
+            self._ahead
+        ):  # the first of an answer: its head, and what comes with it
+            self._read_bytes(4)
+            self._at -= 4
         ahead, at = self._ahead, self._at
         if len(ahead) > at + 4:
             head, first = _HEAD.unpack_from(ahead, at)
@@ -213,7 +219,10 @@ class Wire(Waits):
                 pieces.append(piece)
                 missing -= len(piece)
             data = b"".join(pieces)
-        self._ahead, self._at = data[num_bytes:], 0
+        if num_bytes > _AHEAD:
+            self._ahead, self._at = data[num_bytes:], 0
+        else:
+            self._ahead, self._at = data, num_bytes
         return data[:num_bytes]
 
     def _note_kill(self, error: BaseException) -> None:
