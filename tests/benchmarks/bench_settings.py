@@ -20,6 +20,7 @@ from typing import Any
 
 from sqlalchemy import create_engine, select
 from sqlalchemy.orm import Session
+
 from support.gunicorn import Gunicorn
 
 from .apps import Item
