@@ -48,8 +48,8 @@ class Waits(_Connection):  # type: ignore[misc]  # of Any
     _left_open: tuple[Any, ...] = ()  # its file and socket, closed by another one than whoever waits for it
 
     def _take_over_timeouts(self) -> None:
-        """Bound the waits of the connected socket ourselves. A gevent socket's own timeout makes a gevent.Timeout for each wait; one timer of
-        the loop, kept for the next wait, does the same for a tenth of that."""
+        """Bound the waits of the connected socket ourselves. A gevent socket's own timeout makes a gevent.Timeout for
+        each wait; a timer of the loop that is kept for the next wait does the same for a tenth of that."""
         self._cooperative = isinstance(self._sock, gevent.socket.socket)
         self._encrypted = hasattr(self._sock, "pending")
         self._look = None
