@@ -150,6 +150,25 @@ def test_f13_requests_end_with_an_error_when_the_server_is_silent(mode, with_ser
     )
 
 
+@MODES
+def test_f13_an_idle_connection_is_asked_as_long_as_a_new_one_may_take(mode, with_server):
+    """The ping at a checkout: not as long as a statement may take."""
+    with_server(
+        """
+        configure(read_timeout_s=300, ping_idle_s=0, connect_timeout_s=3)
+        request()
+        server.pause()
+        (error,) = concurrently(failure, count=1, timeout_s=40)
+        assert isinstance(error, exc.OperationalError), error
+        nothing_in_use()
+        server.resume()
+        connect_within(60)
+        assert request() == 1
+        """,
+        mode=mode,
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["to_client", pytest.param("to_server", marks=pytest.mark.slow)])
 def test_f13_requests_end_with_an_error_when_the_network_is_silent(direction, mariadb, mariadb_url, with_server):

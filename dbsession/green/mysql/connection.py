@@ -202,10 +202,12 @@ class Connection(Opening, KnownConnection):
         nothing was asked means that the server has closed it. By poll, since under TLS a peek sees nothing of use."""
         if reconnect or not self._settled or time.monotonic() - self._heard >= self._ping_idle_s or self._sock is None:
             self.pinging = True
+            before = self.read_within_at_most(self.connect_timeout)  # as long as a server may take to greet a new one
             try:
                 super().ping(reconnect)
             finally:
                 self.pinging = False
+                self.read_within(before)
             return
         if self._at < len(self._ahead) or self._happened():
             self._force_close()
