@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine, async_scoped_session, async_sessionmaker
 
-from .apps import ROWS, Item
+from .work import MANY, Item
 
 Unit = Callable[[], Awaitable[Any]]
 Times = Callable[[int], Awaitable[float]]
@@ -239,16 +239,14 @@ async def loop_local() -> dict[str, Times]:
     return cases
 
 
-async def queries(theirs: AsyncEngine, name: str) -> dict[str, Times]:
-    """A task that reads one row by its primary key, of the database `name`; `theirs` is an engine with the same options
-    as dbsession's."""
-    from dbsession.aio import get_dbsession, get_engine, session_scope
-
-    ours = get_dbsession(name)
+async def queries(theirs: AsyncEngine, name: str | None, reads: int = 1, kind: Any = Item) -> dict[str, Times]:
+    """A task that reads rows by their primary keys: by an AsyncSession passed, by one of SQLAlchemy's registry, and, if
+    `name` is not None, by ours of that database. `theirs` is an engine with the options of dbsession's."""
     by_task = scoped(theirs)
 
     async def read(session: Any) -> None:
-        await session.get(Item, random.randint(1, ROWS))
+        for _ in range(reads):
+            await session.get(kind, random.randint(1, MANY))
 
     def passed(engine: AsyncEngine) -> Unit:
         make = async_sessionmaker(engine, autoflush=False, expire_on_commit=False)
@@ -268,14 +266,22 @@ async def queries(theirs: AsyncEngine, name: str) -> dict[str, Times]:
         finally:
             await by_task.remove()
 
+    found = {
+        PASSED: tasks(passed(theirs)),
+        f"{PASSED} {AGAIN}": tasks(passed(theirs)),
+        "async_scoped_session, and remove()": tasks(removed),
+    }
+    if name is None:
+        return found
+    from dbsession.aio import get_dbsession, get_engine, session_scope
+
+    ours = get_dbsession(name)
+
     async def in_a_scope() -> None:
         async with session_scope():
             await read(ours)
 
-    return {
-        PASSED: tasks(passed(theirs)),
-        f"{PASSED} {AGAIN}": tasks(passed(theirs)),
-        "async_scoped_session, and remove()": tasks(removed),
+    return found | {
         "an AsyncSession passed, on dbsession's engine": tasks(passed(get_engine(name))),
         QUERY_OURS: tasks(lambda: read(ours)),
         QUERY_IN_SCOPE: tasks(in_a_scope),

@@ -1,10 +1,11 @@
-"""The WSGI applications of the HTTP and the round-trip benchmark: the same three requests over each peer.
+"""The WSGI applications of the benchmarks that serve requests: each peer serves the same ones, of `work`.
 
     /select    one row by its primary key
     /insert    one row, committed
     /nothing   a session is asked for (where the peer has such a thing), and no query sent
 
-For gunicorn this module's `app` is the one named by BENCH_APP, on the database BENCH_URL (see SCHEMA).
+Those that have no session but a cursor, or a block of their own, serve a part of them. For gunicorn this module's `app`
+is the one named by BENCH_APP, on the database BENCH_URL (see work.SCHEMA).
 """
 
 from __future__ import annotations
@@ -18,14 +19,10 @@ from typing import Any
 
 from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-ROWS = 10_000
-SCHEMA = [
-    "CREATE TABLE item (id INT PRIMARY KEY, name VARCHAR(40) NOT NULL)",
-    f"INSERT INTO item SELECT seq, CONCAT('item ', seq) FROM seq_1_to_{ROWS}",
-    "CREATE TABLE entry (id INT PRIMARY KEY AUTO_INCREMENT, text VARCHAR(40) NOT NULL)",
-]
+from .work import RAW, ROWS, WORK, WRITES, Entry, Item
+
 POOL = {"pool_size": 20, "max_overflow": 0, "pool_recycle": 3600}
 """What the pattern gives its engines, and dbsession by default; the peers get the same."""
 
@@ -33,35 +30,11 @@ WSGI = Callable[[dict[str, Any], Any], list[bytes]]
 Answer = Callable[[str], str]
 
 
-class Base(DeclarativeBase):
-    pass
-
-
-class Item(Base):
-    __tablename__ = "item"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
-
-
-class Entry(Base):
-    __tablename__ = "entry"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    text: Mapped[str]
-
-
 def by_orm(session: Callable[[], Any]) -> Answer:
     """The application's own code, the same for every peer; `session` is how it gets one."""
 
     def answer(path: str) -> str:
-        if path == "/select":
-            return session().get(Item, random.randint(1, ROWS)).name
-        if path == "/insert":
-            here = session()
-            here.add(Entry(text="entry"))
-            here.commit()
-        if path == "/nothing":
-            session()
-        return "done"
+        return str(WORK[path](session()))
 
     return answer
 
@@ -88,7 +61,7 @@ def flask(answer: Answer, **config: Any) -> Any:
 
     app = Flask(__name__)
     app.config.update(config)
-    for path in ("/select", "/insert", "/nothing"):
+    for path in WORK:
         app.add_url_rule(path, path, lambda path=path: answer(path))
     return app
 
@@ -200,16 +173,13 @@ def oslo_db(url: str) -> WSGI:
 
 def by_cursor(connection: Callable[[], contextlib.AbstractContextManager[Any]], commit: bool) -> Answer:
     def answer(path: str) -> str:
-        if path == "/select":
-            with connection() as held, held.cursor() as cursor:
-                cursor.execute("SELECT name FROM item WHERE id = %s", (random.randint(1, ROWS),))
-                return cursor.fetchone()[0]
-        if path == "/insert":
-            with connection() as held, held.cursor() as cursor:
-                cursor.execute("INSERT INTO entry (text) VALUES (%s)", ("entry",))
-                if commit:
-                    held.commit()
-        return "done"
+        if path == "/nothing":
+            return "done"
+        with connection() as held:
+            found = RAW[path](held)
+            if commit and path in WRITES:
+                held.commit()
+        return str(found)
 
     return answer
 
@@ -306,6 +276,28 @@ APPS: dict[str, Callable[[str], Any]] = {
     "DBUtils": dbutils,
     "raw PyMySQL": raw_pymysql,
 }
+
+
+def request(app: Any, path: str) -> None:
+    """One request of `app`, as a server makes it."""
+    environ = {
+        "REQUEST_METHOD": "GET",
+        "PATH_INFO": path,
+        "SCRIPT_NAME": "",
+        "QUERY_STRING": "",
+        "SERVER_NAME": "localhost",
+        "SERVER_PORT": "80",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "wsgi.url_scheme": "http",
+    }
+    status: list[str] = []
+    body = app(environ, lambda line, headers, exc_info=None: status.append(line))
+    for _ in body:
+        pass
+    if hasattr(body, "close"):
+        body.close()
+    assert status == ["200 OK"], status
+
 
 if "BENCH_APP" in os.environ:
     app = APPS[os.environ["BENCH_APP"]](os.environ["BENCH_URL"])

@@ -27,9 +27,10 @@ from dbsession import aio
 from . import aio_peers as peers
 from . import plots
 from .aio_peers import AGAIN, ALONE, OURS, SCOPED, TASKS, Times
-from .apps import POOL, ROWS, Base, Item
+from .apps import POOL
 from .common import Metrics, Report, Samples, interleave, options
 from .database import database
+from .work import ROWS, Base, Item
 
 PACKAGES = ("sqlalchemy", "greenlet", "uvloop", "aiosqlite", "asyncmy", "aiomysql", "asyncio-loop-local")
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
@@ -155,7 +156,7 @@ def sqlite_file(folder: str) -> str:
     """The URL of one with the table of `apps`."""
     url = f"sqlite:///{folder}/rows.db"
     engine = create_engine(url)
-    Base.metadata.create_all(engine)
+    Base.metadata.create_all(engine, [Item.__table__])
     with engine.begin() as connection:
         connection.execute(insert(Item), [{"id": key, "name": f"item {key}"} for key in range(1, ROWS + 1)])
     engine.dispose()

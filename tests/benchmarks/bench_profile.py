@@ -23,8 +23,7 @@ from typing import Any
 
 import gevent
 
-from .apps import APPS
-from .bench_round_trips import request
+from .apps import APPS, request
 from .common import RESULTS, Metrics, Report, interleave, options
 from .database import database
 

@@ -16,7 +16,7 @@ import warnings
 from typing import Any
 
 from . import plots
-from .apps import APPS
+from .apps import APPS, request
 from .common import Metrics, Report, Samples, options
 from .database import database
 
@@ -51,26 +51,6 @@ class Counters:
         before = self._read()
         work()
         return {name: value - self._own[name] for name, value in self._since(before).items()}
-
-
-def request(app: Any, path: str) -> None:
-    environ = {
-        "REQUEST_METHOD": "GET",
-        "PATH_INFO": path,
-        "SCRIPT_NAME": "",
-        "QUERY_STRING": "",
-        "SERVER_NAME": "localhost",
-        "SERVER_PORT": "80",
-        "SERVER_PROTOCOL": "HTTP/1.1",
-        "wsgi.url_scheme": "http",
-    }
-    status: list[str] = []
-    body = app(environ, lambda line, headers, exc_info=None: status.append(line))
-    for _ in body:
-        pass
-    if hasattr(body, "close"):
-        body.close()
-    assert status == ["200 OK"], status
 
 
 def measure(app: Any, path: str, counters: Counters, times: int) -> Metrics:

@@ -32,6 +32,8 @@ class Ratio(NamedTuple):
     high: float
 
     def __str__(self) -> str:
+        if self.low == self.high:  # one round, or an exact count
+            return f"{figure(self.value)}x"
         return f"{figure(self.value)}x (rounds {figure(self.low)}..{figure(self.high)})"
 
 
@@ -146,6 +148,7 @@ class Report:
         self.packages = packages
         self.options = options
         self.tables: dict[str, Any] = {}
+        self.shown: list[Sequence[Sequence[str]]] = []
         self.goals: list[Goal] = []
         self.noise: dict[str, str] = {}
         self.load_before = os.getloadavg()
@@ -170,6 +173,11 @@ class Report:
             rows.append(row)
         self.text(heads, rows)
         self.tables[title] = samples.values
+
+    def matrix(self, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table of the benchmark's own making, which is shown in results/README.md as well."""
+        self.text(heads, rows)
+        self.shown.append([heads, *rows])
 
     def text(self, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
@@ -211,6 +219,7 @@ class Report:
             "machine": machine(self.packages),
             "load": load,
             "noise": self.noise,
+            "shown": self.shown,
             "goals": [goal._asdict() for goal in self.goals],
             "samples": self.tables,
         }

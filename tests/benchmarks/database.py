@@ -8,7 +8,7 @@ from typing import Any
 
 from support.mariadb import MariaDBServer
 
-from .apps import SCHEMA
+from .work import SCHEMA
 
 
 @contextlib.contextmanager

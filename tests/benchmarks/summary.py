@@ -14,7 +14,7 @@ from typing import Any
 from .common import figure
 
 RESULTS = Path(__file__).with_name("results")
-NAMES = ("round_trips", "pool", "http", "profile", "micro", "memory", "aio")
+NAMES = ("requests", "round_trips", "checkout", "pool", "connect", "http", "profile", "micro", "memory", "aio")
 
 
 def found() -> list[dict[str, Any]]:
@@ -47,6 +47,8 @@ def all_goals() -> str:
             f"## {report['benchmark']}\n\n`{report['command']}`, {report['when']}, {report['rounds']} rounds.\n"
             f"{machine}; load before/after {report['load']}.\n"
         )
+        for heads, *rows in report.get("shown", []):
+            parts.append("\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)) + "\n")
         if report["goals"]:
             parts.append(f"{table(report['goals'])}\n")
         else:
