@@ -2,6 +2,7 @@
 
 held    per session held in one of 10,000 greenlets, net of the greenlet (the same greenlets with no session)
 grown   per cycle of get + clear, over 1,000,000 of them
+kept    by an idle connection of MariaDB, after an answer of 5,000 rows instead of one row: what Python has allocated
 left    per greenlet that asked for a session, never cleared it, and ended; net of the greenlet
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 from . import plots
 from .common import Metrics, Report, Samples, interleave, options
+from .database import database
 from .peers import BUILDERS, PATTERN
 
 AGAIN = f"{PATTERN} (again, control)"
@@ -21,10 +23,10 @@ SLOW = ("Flask-SQLAlchemy-Lite", "oslo.db")  # half a millisecond a cycle, and 5
 CLEARED_BY_HAND = ("dbsession", PATTERN, "scoped_session (gevent.local)", "scoped_session (getcurrent)")
 
 
-def child(what: str, name: str, count: int) -> Callable[[], Metrics]:
+def child(what: str, name: str, count: int, *more: str) -> Callable[[], Metrics]:
     def measure() -> Metrics:
         peer = PATTERN if name == AGAIN else name
-        command = [sys.executable, "-m", "benchmarks.memory_child", what, peer, str(count)]
+        command = [sys.executable, "-m", "benchmarks.memory_child", what, peer, str(count), *more]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -38,6 +40,18 @@ def net(samples: Samples) -> Samples:
         bare = samples.values[NONE]["bytes"]
         measured["net"] = [value - alone for value, alone in zip(measured["bytes"], bare, strict=True)]
     return samples
+
+
+def kept(report: Report) -> None:
+    names = ("dbsession", "dbsession read-only", PATTERN)
+    with database() as (url, _):
+        paths = {"rows of a table": "/rows/5000", "rows of no transaction": "/sequence/5000"}
+        cases = {f"{name}: {text}": child("kept", name, 5, url, path) for name in names for text, path in paths.items()}
+        samples = interleave(cases, 1)
+    report.table("kept by an idle connection after 5,000 rows", samples, {"bytes": "B"})
+    for name in names[:2]:
+        most = max(samples.median(f"{name}: {text}", "bytes") for text in paths)
+        report.goal(f"kept by an idle connection after 5,000 rows, {name}", most / 1024, "<=", 10, " KB")
 
 
 def main() -> None:
@@ -54,7 +68,7 @@ def main() -> None:
         "memory per held session, net of the greenlet / the pattern",
         held.ratio("dbsession", PATTERN, "net"),
         "<=",
-        0.75,
+        0.80,
     )
     report.control("the pattern's memory per session", held.ratio(AGAIN, PATTERN, "net"))
     names = [name for name in held.values if name not in (NONE, AGAIN)]
@@ -73,6 +87,7 @@ def main() -> None:
 
     left = net(interleave({name: child("left", name, ended) for name in (NONE, *CLEARED_BY_HAND)}, given.rounds))
     report.table(f"left by {ended:,} greenlets, never cleared", left, {"net": "B a greenlet"})
+    kept(report)
     report.finish()
 
 

@@ -1,7 +1,5 @@
-"""The pool under load, on connections that cost nothing: who waits how long, and what a checkout costs.
+"""The pool under load, on connections that cost nothing: who waits how long. What a checkout costs: bench_checkout.
 
-    uncontended   connect and close, nobody else there
-    notes         the same by an engine and by a session, with the notes of who holds it and without
     closed loop   20/100/1,000/5,000 greenlets on 20 connections, each held 1 ms, again and again
     burst         1,000 and 5,000 greenlets at once, one checkout each
     open          arrivals at random times, at 75 and 125 % of what QueuePool serves of the burst of 5,000
@@ -25,17 +23,10 @@ from gevent import monkey
 monkey.patch_all()
 
 import functools
-import gc
 import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from typing import Any
 
-from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+from sqlalchemy.pool import QueuePool
 
-from dbsession import SessionManager
-from dbsession.core.pool.holders import HeldConnections
 from dbsession.green.pool import FairPool
 
 from . import plots, pool_loads
@@ -43,74 +34,7 @@ from .common import Report, Samples, interleave, options
 from .pool_loads import FAIR, POOLS, QUEUE
 
 AGAIN = f"{QUEUE} (again, control)"
-BARE = f"{FAIR}, without notes"
 BOTH = {FAIR: FairPool, QUEUE: QueuePool}
-
-
-def bare() -> Any:
-    pool: Any = POOLS[FAIR]()
-    pool.held = Unnoted()
-    return pool
-
-
-def uncontended(report: Report, count: int) -> None:
-    makes = POOLS | {AGAIN: POOLS[QUEUE], BARE: bare}
-    cases = {name: functools.partial(pool_loads.uncontended, make, count) for name, make in makes.items()}
-    samples = interleave(cases, max(5, report.options.rounds))
-    report.table("uncontended checkout + checkin", samples, {"us": "us"}, base=QUEUE)
-    report.goal("uncontended checkout + checkin / QueuePool", samples.ratio(FAIR, QUEUE, "us"), "<=", 0.65)
-    without = samples.ratio(BARE, QUEUE, "us")
-    report.goal("checkout + checkin without the notes of who holds a connection / QueuePool", without, "<=", 0.65)
-    report.control("QueuePool, uncontended", samples.ratio(AGAIN, QUEUE, "us"))
-
-
-class Unnoted(HeldConnections):
-    """Takes no note of anybody."""
-
-    def taken(self, record: ConnectionPoolEntry) -> None:
-        pass
-
-    def returned(self, record: ConnectionPoolEntry) -> None:
-        pass
-
-
-def notes(report: Report, count: int) -> None:
-    with tempfile.TemporaryDirectory(prefix="dbs-") as folder:
-        manager = SessionManager({"default": f"sqlite:///{folder}/notes.db"})
-        engine, session = manager.engine(), manager.get()
-        pool: Any = engine.pool
-
-        def by_session() -> None:
-            session.connection()
-            session.rollback()
-
-        def measured(held: HeldConnections, use: Callable[[], object]) -> dict[str, float]:
-            pool.held = held
-            gc.disable()  # a collection in one and not in the other would be most of the difference
-            began = time.process_time()
-            for _ in range(count):
-                use()
-            took = time.process_time() - began
-            gc.enable()
-            return {"us": took / count * 1e6}
-
-        ways = {"engine.connect()": lambda: engine.connect().close(), "a session": by_session}
-        kinds = {"with notes": pool.held, "without": Unnoted(), "without (again, control)": Unnoted()}
-        cases = {
-            f"{way}, {kind}": functools.partial(measured, held, use)
-            for way, use in ways.items()
-            for kind, held in kinds.items()
-        }
-        samples = interleave(cases, max(9, report.options.rounds))
-        manager.clear()
-        manager.dispose()
-    report.table("who holds a connection: CPU of one checkout + checkin", samples, {"us": "us"})
-    for way in ways:
-        cost = samples.median(f"{way}, with notes", "us") - samples.median(f"{way}, without", "us")
-        report.goal(f"the notes of who holds a connection, by {way}", cost, "<=", 3, " us")
-        report.control(
-            f"{way}, without notes", samples.ratio(f"{way}, without (again, control)", f"{way}, without", "us")
-        )
 
 
 def closed_loop(report: Report, seconds: float) -> None:
@@ -130,7 +54,6 @@ def closed_loop(report: Report, seconds: float) -> None:
         report.goal(f"{at} Jain's index, worst round", samples.worst(FAIR, "jain", max), ">=", 0.98)
         report.goal(f"{at} longest wait / (n / throughput)", samples.median(FAIR, "wait"), "<=", 1.3)
         report.goal(f"{at} throughput / QueuePool", samples.ratio(FAIR, QUEUE, "ops"), ">=", 1.0)
-        report.goal(f"{at} CPU per checkout / QueuePool", samples.ratio(FAIR, QUEUE, "cpu"), "<=", 0.8)
         if AGAIN in samples:
             report.control("QueuePool, closed loop, throughput", samples.ratio(AGAIN, QUEUE, "ops"))
             report.control("QueuePool, closed loop, CPU", samples.ratio(AGAIN, QUEUE, "cpu"))
@@ -193,8 +116,6 @@ def kills(report: Report, quick: bool) -> None:
 def main() -> None:
     given = options(__doc__)
     report = Report("pool", __doc__, given)
-    uncontended(report, 3000 if given.quick else 30_000)
-    notes(report, 1000 if given.quick else 10_000)
     closed_loop(report, 0.6 if given.quick else 2.0)
     open_loads(report, 0.7 if given.quick else 3.0)
     kills(report, given.quick)

@@ -1,8 +1,9 @@
-"""One figure of bench_memory, in a process of its own:  python -m benchmarks.memory_child WHAT PEER N
+"""One figure of bench_memory, in a process of its own:  python -m benchmarks.memory_child WHAT PEER N [URL PATH]
 
 held    bytes of Private_Dirty for each of N greenlets in which a session is held
 grown   bytes for each of N cycles of get + clear in one greenlet, which were over
 left    bytes for each of N greenlets that asked for a session, never cleared it, and ended
+kept    bytes allocated since one row was read, after N times the request PATH of the app PEER on the database URL
 """
 
 # ruff: noqa: E402  # patched first, as in a gunicorn worker
@@ -12,9 +13,11 @@ from gevent import monkey
 
 monkey.patch_all()
 
+import gc
 import os
 import sys
 import tempfile
+import tracemalloc
 
 import gevent
 
@@ -66,8 +69,28 @@ def left(peer: Peer, count: int) -> float:
     return (private_bytes() - before) / count
 
 
+def kept(name: str, count: int, url: str, path: str) -> float:
+    from .apps import APPS, request
+
+    app = APPS[name](url)
+    for warming in ("/line", path, "/line"):
+        request(app, warming)
+    tracemalloc.start()
+    for _ in range(2):
+        request(app, "/line")
+    gc.collect()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(count):
+        request(app, path)
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0] - before
+
+
 def main() -> None:
-    what, name, count = sys.argv[1:]
+    what, name, count, *more = sys.argv[1:]
+    if what == "kept":
+        print(kept(name, int(count), *more))
+        return
     with tempfile.TemporaryDirectory(prefix="dbs-") as folder:
         peer = BUILDERS[name](f"sqlite:///{folder}/never.db")
         print({"held": held, "grown": grown, "left": left}[what](peer, int(count)))

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Numeric, String, Text, insert, select
+from sqlalchemy import JSON, BigInteger, Numeric, String, Text, insert, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 ROWS = 10_000
@@ -128,6 +128,11 @@ def _rows(count: int) -> Callable[[Any], None]:
     return read
 
 
+def _sequence(session: Any) -> None:
+    """Rows of no table of InnoDB's: the server begins no transaction."""
+    assert len(session.execute(text(f"SELECT seq FROM seq_1_to_{MANY}")).all()) == MANY
+
+
 def _streamed(*what: Any) -> Callable[[Any], None]:
     def read(session: Any) -> None:
         statement = select(*what).limit(MANY).execution_options(yield_per=500)
@@ -159,6 +164,7 @@ WORK: dict[str, Callable[[Any], object]] = {
     "/rows/50": _rows(50),
     "/rows/500": _rows(500),
     "/rows/5000": _rows(MANY),
+    "/sequence/5000": _sequence,
     "/streamed/objects": _streamed(Line),
     "/streamed/rows": _streamed(*Line.__table__.c),
     "/add/objects": _add_objects,
