@@ -76,12 +76,9 @@ class SessionManager(BaseSessionManager[AsyncScopedSession]):
         # `retired` once its loop has asked for a session.
         return not database.retired and database.source is self.present()
 
-    def get(self, name: str = "default") -> AsyncScopedSession:
-        """The scoped session of `name`; see `dbsession.aio.get_dbsession`."""
-        ready = self.ready
+    def _look_up(self, name: str) -> None:
         if self._source is not None:
-            self._source.lookup(name)  # raises UnknownDatabase
-        return self._proxy(ready, name)
+            self._source.lookup(name)
 
     def database(self, name: str) -> LoopDatabase:
         """Return the named database of the running loop, built on first use. Raises UnknownDatabase, ConfigError,

@@ -28,6 +28,20 @@ class BaseSessionManager(Generic[Proxy]):
         self.ready: dict[str, Proxy] = {}
         """The proxies, of `_proxies`, whose names were found right under the present configuration."""
 
+    def get(self, name: str = "default") -> Proxy:
+        """Return the scoped session of `name`; see the half's `get_dbsession`."""
+        try:
+            return self.ready[name]
+        except (KeyError, TypeError):
+            pass  # and not from here: a KeyError shows the name, which may be a URL
+        ready = self.ready
+        self._look_up(name)
+        return self._proxy(ready, name)
+
+    def _look_up(self, name: str) -> None:
+        """Raise UnknownDatabase for a name that the present configuration does not have, if there is one."""
+        raise NotImplementedError
+
     def _proxy(self, ready: dict[str, Proxy], name: str) -> Proxy:
         """The proxy of `name`, which was found right; `ready` is the dict of the configuration that knew it.
 

@@ -84,12 +84,9 @@ class SessionManager(BaseSessionManager[ScopedSession]):
         """Where the present configuration comes from."""
         return self._engines.source
 
-    def get(self, name: str = "default") -> ScopedSession:
-        """The scoped session of `name`; see `dbsession.get_dbsession`."""
-        ready = self.ready
+    def _look_up(self, name: str) -> None:
         if self._configured:
-            self._engines.get(name)  # raises UnknownDatabase
-        return self._proxy(ready, name)
+            self._engines.get(name)
 
     def known(self) -> list[str]:
         """The names that are known to exist, sorted: of a mapping or the environment all, of a callable those that it

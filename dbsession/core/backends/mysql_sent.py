@@ -126,7 +126,11 @@ class Sent:
                 if text == "COMMIT" or text == "ROLLBACK":
                     return
                 text = text.encode()
-            one = not (self._several and b";" in text) and not (b"/*" in text and _CONTENT_IS_EXECUTED.search(text))
+            # In a str a look for one character takes a tenth of what one for two bytes takes: those come first.
+            seen = text.decode("latin-1")
+            one = not (self._several and ";" in seen) and not (
+                "*" in seen and "/*" in seen and _CONTENT_IS_EXECUTED.search(text)
+            )
             whole = _WHOLE.match(text)
             if whole is None or not one:
                 self._note_other(text, one)
@@ -134,9 +138,12 @@ class Sent:
                 if still_ended and self.autocommit:
                     self.ended_at = self.count
                 if whole.lastindex is None and not self.changed:
-                    lower = text.lower()
                     # A statement that reads may leave a lock or a variable behind.
-                    if b"get_lock" in lower or b":=" in text or (b"into" in lower and _INTO_VARIABLE.search(text)):
+                    if (
+                        ("(" in seen and "get_lock" in seen.lower())
+                        or (":" in seen and ":=" in seen)
+                        or ("@" in seen and "into" in seen.lower() and _INTO_VARIABLE.search(text))
+                    ):
                         self._note_change(text)
         elif number == PING:
             if still_ended:
