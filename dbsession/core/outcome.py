@@ -161,7 +161,7 @@ class TransactionWatch:
             info.pop(COMMITTING, None)
             info.pop(DOOMED, None)
             if self._backend.may_have_kept(dbapi_connection) and (user := _user_of(dbapi_connection)) is not None:
-                writes.by_itself.add(user)
+                writes.note_by_itself(user)
             driver = dbapi_connection.dbapi_connection
             if isinstance(driver, KnownConnection) and driver.unread and not driver.finish_at_hand():
                 reader = _user_of(dbapi_connection)

@@ -22,7 +22,7 @@ from dbsession.core.connection_info import READ_TIMEOUT, SCOPE, KnownConnection
 from dbsession.core.engine import Database
 from dbsession.core.keys import refused_session
 from dbsession.core.unsaved import report_dropped
-from dbsession.core.writes import begin, by_itself, wrote
+from dbsession.core.writes import begin, committed_by_itself, wrote
 from dbsession.errors import ConfigError
 
 # The connections of the transactions under way in scopes. SQLAlchemy's own finalizer would roll one back wherever the
@@ -56,7 +56,7 @@ class ManagedSession(Session):
         if self._always_closes or self._open_connections or self.in_transaction() or len(self.identity_map):
             unsaved = not self._is_clean()
             for held in self._open_connections:
-                unsaved = unsaved or held in wrote
+                unsaved = unsaved or wrote(held) is not None
             if unsaved:
                 report_dropped(self, self._failing or sys.exception() is not None)
             self._close_or_discard(super().close)
@@ -176,10 +176,10 @@ def _note_outcome(session: ManagedSession, outcome: str) -> None:
     lasting = False
     level = session._database.config.isolation_level
     for held in session._open_connections:
-        written = held in wrote
+        written = wrote(held) is not None
         if not written and (held.get_execution_options().get("isolation_level") or level) == "AUTOCOMMIT":
             return
-        if outcome == "rolled back" and held in by_itself:
+        if outcome == "rolled back" and committed_by_itself(held):
             return
         lasting = lasting or written
     if scope.outcomes:

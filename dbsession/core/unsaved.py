@@ -52,7 +52,7 @@ def unsaved_write(session: Any) -> str | None:
     if not session.is_active and not session.in_nested_transaction():
         return None  # a flush that failed has rolled it back, and raised
     for held in session._open_connections:
-        statement = wrote.get(held)
+        statement = wrote(held)
         if statement is None or held.closed or held.invalidated:
             continue
         if kind_of(session._database.config.url).in_transaction(held.connection.dbapi_connection):

@@ -1,8 +1,11 @@
 """What a transaction has written and not committed yet, as the verbs of its statements tell.
 
-    wrote        {Connection: its last statement that wrote}    none: nothing to lose
-    by_itself    Connections on which something was committed without a commit()
-    _savepoints  {Connection: {name: what `wrote` had for it}}  for ROLLBACK TO
+They are attributes of SQLAlchemy's Connection, which lives as long as a transaction at least: a weak dictionary of them
+would take eight calls for each transaction that writes.
+
+    _dbsession_wrote        its last statement that wrote; None: nothing to lose
+    _dbsession_by_itself    something was committed without a commit(): in autocommit, or by DDL, say
+    _dbsession_savepoints   {name: what the first had then}, for ROLLBACK TO
 
 All are written by an engine's events, one operation at a time, and only by whoever uses the connection.
 """
@@ -10,20 +13,10 @@ All are written by an engine's events, one operation at a time, and only by whoe
 from __future__ import annotations
 
 import re
-import weakref
 from functools import lru_cache
-
-from sqlalchemy.engine import Connection
+from typing import Any
 
 from dbsession.core.backends.base import Backend
-
-wrote: weakref.WeakKeyDictionary[Connection, str] = weakref.WeakKeyDictionary()
-"""Connections on which something was written in their last transaction, and the last statement that did it."""
-
-by_itself: weakref.WeakSet[Connection] = weakref.WeakSet()
-"""Connections on which something was committed by itself in their last transaction: in autocommit, or by DDL, say."""
-
-_savepoints: weakref.WeakKeyDictionary[Connection, dict[str, str | None]] = weakref.WeakKeyDictionary()
 
 READS, WRITES, WITH, ENDS, SAVEPOINT = "", "writes", "with", "ends", "savepoint"
 """Kinds of statements: READS changes no row, ENDS the transaction, WITH may be either; SAVEPOINT sets one, releases it
@@ -65,18 +58,34 @@ def kind_of(beginning: str, rules: type[Backend]) -> str:
     return WRITES
 
 
-def note(connection: Connection, statement: str, kind: str, autocommit: bool) -> None:
+def wrote(connection: Any) -> str | None:
+    """Return the last statement that wrote something in the connection's last transaction; None if none has."""
+    statement: str | None = getattr(connection, "_dbsession_wrote", None)
+    return statement
+
+
+def committed_by_itself(connection: Any) -> bool:
+    """Return whether something was committed by itself in the connection's last transaction."""
+    return getattr(connection, "_dbsession_by_itself", False)
+
+
+def note_by_itself(connection: Any) -> None:
+    """Note that something was committed by itself on a connection."""
+    connection._dbsession_by_itself = True
+
+
+def note(connection: Any, statement: str, kind: str, autocommit: bool) -> None:
     """Note a statement that is about to be sent, of any kind but READS."""
     if kind == SAVEPOINT:
         _note_savepoint(connection, statement)
     elif kind == ENDS:
-        by_itself.add(connection)
+        note_by_itself(connection)
         forget(connection)
     elif kind == WRITES or _changes(statement):
         if autocommit:
-            by_itself.add(connection)
+            note_by_itself(connection)
         else:
-            wrote[connection] = statement
+            connection._dbsession_wrote = statement
 
 
 def _changes(statement: str) -> bool:
@@ -84,29 +93,26 @@ def _changes(statement: str) -> bool:
     return any(found["changes"] is not None for found in _CHANGES.finditer(statement))
 
 
-def begin(connection: Connection) -> None:
+def begin(connection: Any) -> None:
     """Note that a transaction begins on a connection, whoever used it before."""
-    by_itself.discard(connection)
-    if wrote.pop(connection, None) is not None:  # as forget(), without its call
-        _savepoints.pop(connection, None)
+    if committed_by_itself(connection):
+        connection._dbsession_by_itself = False
+    forget(connection)
 
 
-def forget(connection: Connection) -> None:
+def forget(connection: Any) -> None:
     """Note that a transaction has ended on a connection."""
-    if wrote.pop(connection, None) is not None:
-        _savepoints.pop(connection, None)
+    if wrote(connection) is not None:
+        connection._dbsession_wrote = connection._dbsession_savepoints = None
 
 
-def _note_savepoint(connection: Connection, statement: str) -> None:
+def _note_savepoint(connection: Any, statement: str) -> None:
     name = _LAST_WORD.search(statement)
     match = _VERB.match(statement)
     if name is None or match is None:
         return
+    known = getattr(connection, "_dbsession_savepoints", None) or {}
     if match["verb"].lower() == "savepoint":
-        _savepoints.setdefault(connection, {})[name[1]] = wrote.get(connection)
+        connection._dbsession_savepoints = {**known, name[1]: wrote(connection)}
     elif match["verb"].lower() == "rollback":
-        before = _savepoints.get(connection, {}).get(name[1], wrote.get(connection))
-        if before is None:
-            wrote.pop(connection, None)
-        else:
-            wrote[connection] = before
+        connection._dbsession_wrote = known.get(name[1], wrote(connection))

@@ -137,14 +137,9 @@ class Sent:
             else:
                 if still_ended and self.autocommit:
                     self.ended_at = self.count
-                if whole.lastindex is None and not self.changed:
-                    # A statement that reads may leave a lock or a variable behind.
-                    if (
-                        ("(" in seen and "get_lock" in seen.lower())
-                        or (":" in seen and ":=" in seen)
-                        or ("@" in seen and "into" in seen.lower() and _INTO_VARIABLE.search(text))
-                    ):
-                        self._note_change(text)
+                # A statement that reads may leave a lock or a variable behind.
+                if whole.lastindex is None and not self.changed and _leaves_something(seen, text):
+                    self._note_change(text)
         elif number == PING:
             if still_ended:
                 self.ended_at = self.count
@@ -238,6 +233,15 @@ def sets_autocommit_on(statement: str) -> bool:
         return False
     found = _SETS_AUTOCOMMIT.match(statement.encode())
     return found is not None and found[1] is not None
+
+
+def _leaves_something(seen: str, text: bytes) -> bool:
+    """Return whether a text that reads may change the session: by GET_LOCK(), or by setting a variable."""
+    return (
+        ("(" in seen and "get_lock" in seen.lower())
+        or (":" in seen and ":=" in seen)
+        or ("@" in seen and "into" in seen.lower() and _INTO_VARIABLE.search(text) is not None)
+    )
 
 
 def _changes_within(sql: bytes) -> bool:
