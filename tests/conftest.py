@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -59,3 +60,18 @@ def mariadb_url(mariadb: MariaDBServer) -> Iterator[str]:
 def mode(request: pytest.FixtureRequest) -> str:
     """Runs the test in each of the three modes of `support.processes.run_script`."""
     return str(request.param)
+
+
+@pytest.fixture(params=["compiled", "python"])
+def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Who reads rows for PyMySQL: asyncmy's compiled parser, and what there is where asyncmy is not installed."""
+    from dbsession.green.mysql import columns, parser
+
+    if request.param == "python":
+        monkeypatch.setitem(sys.modules, "asyncmy.protocol", None)
+    parser.compiled.cache_clear()
+    columns._known.clear()
+    assert (parser.compiled() is not None) is (request.param == "compiled")
+    yield request.param
+    parser.compiled.cache_clear()
+    columns._known.clear()

@@ -1,4 +1,4 @@
-"""What a statement gets: cursors that leave a stream unread, and columns that are taken apart once.
+"""What a statement gets: the answer's last word, its rows, and cursors that leave a stream unread.
 
 Stock PyMySQL reads a server-side stream to its end, which may take minutes, when the cursor is closed or collected; and
 whoever reads on in a stream that something else has ended gets no row more, as at its end.
@@ -6,33 +6,31 @@ whoever reads on in a stream that something else has ended gets no row more, as 
 
 from __future__ import annotations
 
-import itertools
 import ssl
 import struct
 import time
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 import pymysql.connections
 import pymysql.cursors
 from pymysql import err
 from pymysql.constants import ER, SERVER_STATUS
-from pymysql.protocol import FieldDescriptorPacket
 
 from dbsession.core.backends.mysql_errors import is_from_socket
 from dbsession.core.pool import callsites
 from dbsession.errors import ResultCut, describe
+from dbsession.green.mysql.columns import Columns, columns
 from dbsession.green.mysql.parameters import WritesLiterals
+from dbsession.green.mysql.rows import HEAD
 
 _EOF = struct.Struct("<xHH")  # an EOF packet's count of warnings, and status
-_HEAD = struct.Struct("<IB")  # a packet's length (3 bytes) and number, and the first byte of what is in it
 ROLLED_BACK = "its transaction was rolled back"
 _AT_HAND = 2**16  # bytes of a stream's rest that are worth reading to keep its connection
 _AT_HAND_S = 0.05
 
 # Their stubs leave the private names out.
 _StockResult: Any = pymysql.connections.MySQLResult
-_StockField: Any = FieldDescriptorPacket
 _StockCursor: Any = pymysql.cursors.Cursor
 _StockDictCursor: Any = pymysql.cursors.DictCursor
 _StockSSCursor: Any = pymysql.cursors.SSCursor
@@ -63,7 +61,13 @@ class _DictCursor(WritesLiterals, _StockDictCursor):  # type: ignore[misc]  # of
 
 
 class _SSCursor(LeavesUnread, _StockSSCursor):  # type: ignore[misc]  # of Any
-    pass
+    def fetchmany(self, size: int | None = None) -> Any:
+        self._check_executed()
+        result = self._result
+        rows = result.read_rows(self.arraysize if size is None else size)
+        self.rownumber += len(rows)
+        self.warning_count = result.warning_count
+        return rows or ()  # as PyMySQL's
 
 
 class _SSDictCursor(LeavesUnread, _StockSSDictCursor):  # type: ignore[misc]  # of Any
@@ -94,17 +98,43 @@ class Result(_StockResult):  # type: ignore[misc]  # of Any
     """Its cursor was closed before its end."""
     cut: str | None = None
     """What has kept rows of a stream from whoever may still fetch them."""
+    columns: Columns
+    _taken: Sequence[Any] = ()  # rows of a stream that came with one that was fetched
+    _given = 0  # how many of them have been fetched, too
+
+    def _get_descriptions(self) -> None:
+        self.columns = found = columns(self.connection, self.field_count, self._read_descriptions)
+        self.fields, self.description, self.converters = found.fields, found.description, found.converters
+
+    def _read_descriptions(self) -> Columns:
+        super()._get_descriptions()
+        return Columns(self.fields, self.description, self.converters)
+
+    def _read_rowdata_packet(self) -> None:
+        wire, take = self.connection, self.columns.take
+        rows: list[Any] = []
+        while True:
+            take(wire, rows)
+            packet = wire._read_packet()
+            if self._check_packet_is_eof(packet):
+                break
+            rows.append(self._read_row_from_packet(packet))
+        self.connection = None
+        self.affected_rows = len(rows)
+        self.rows = tuple(rows)
 
     def end_early(self, why: str) -> None:
         """Note that nobody gets the rest of this stream, because of `why`."""
         self.unbuffered_active = False
         self.connection = None
+        self._taken = ()
         call = callsites.call()
         self.cut = why if call is None else f"{why} ({call})"
 
     def read_away(self, why: str) -> None:
         """Read a stream to its end, and drop the rows because of `why`."""
-        dropped = False
+        dropped = self._given < len(self._taken)
+        self._taken = ()
         while self.unbuffered_active:
             try:
                 packet = self.connection._read_packet()
@@ -126,8 +156,19 @@ class Result(_StockResult):  # type: ignore[misc]  # of Any
         self.read_away("its cursor was closed")
 
     def _read_rowdata_packet_unbuffered(self) -> Any:
+        """Return a stream's next row; None at its end. Those that came with it are kept for the next calls."""
+        given = self._given
+        if given < len(self._taken):
+            self._given = given + 1
+            return self._taken[given]
         if self.cut is not None:
             raise ResultCut.because(self.cut)
+        if self.unbuffered_active and not self.columns.foreign:
+            rows: list[Any] = []
+            self.columns.take(self.connection, rows)
+            if rows:
+                self._taken, self._given = rows, 1
+                return rows[0]
         try:
             return super()._read_rowdata_packet_unbuffered()
         except err.MySQLError as error:
@@ -136,6 +177,21 @@ class Result(_StockResult):  # type: ignore[misc]  # of Any
             raise
         except StopIteration as error:  # whoever iterates would take it for the end (PEP 479)
             raise RuntimeError("A converter of this result's columns raised StopIteration.") from error
+
+    def read_rows(self, count: int) -> list[Any]:
+        """Return the next rows of a stream, at most so many; fewer at its end."""
+        rows: list[Any] = []
+        while (missing := count - len(rows)) > 0:
+            given = self._given
+            if given < len(self._taken):
+                rows += self._taken[given : given + missing]
+                self._given = given + missing
+                continue
+            row = self._read_rowdata_packet_unbuffered()
+            if row is None:
+                break
+            rows.append(row)
+        return rows
 
     def _check_packet_is_eof(self, packet: Any) -> bool:
         if not packet.is_eof_packet():
@@ -181,7 +237,7 @@ def finish_at_hand(wire: Any) -> bool:
 def _has_last_packet(data: bytes, at: int) -> bool:
     """Whether `data`, packets of rows from the position `at`, has the one that ends them: EOF, or an error."""
     while len(data) > at + 4:
-        head, first = _HEAD.unpack_from(data, at)
+        head, first = HEAD.unpack_from(data, at)
         size = head & 0xFFFFFF
         at += 4 + size
         if at > len(data):
@@ -210,16 +266,3 @@ def _piece_within(wire: Any, seconds: float) -> bytes | None:
             sock.settimeout(None if wire._cooperative else wire._read_timeout)
             wire._current_timeout = wire._read_timeout
     return piece
-
-
-class _Field(_StockField):  # type: ignore[misc]  # of Any
-    def __init__(self, data: bytes, encoding: str) -> None:
-        super().__init__(data, encoding)
-        # Asked of each column of each answer: a function of C's, which gives the same tuple again and again.
-        self.description = itertools.repeat(super().description()).__next__
-
-
-@lru_cache(maxsize=1024)
-def field(data: bytes, encoding: str) -> Any:
-    """A column's description. Each answer to a statement brings the same bytes: they are taken apart once."""
-    return _Field(data, encoding)

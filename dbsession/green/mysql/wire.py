@@ -8,7 +8,6 @@ fails loudly when one of these names goes.
 from __future__ import annotations
 
 import socket
-import struct
 import time
 import warnings
 from contextlib import suppress
@@ -23,12 +22,13 @@ from dbsession.core.backends.mysql_errors import is_from_socket, is_loss
 from dbsession.core.backends.mysql_sent import Sent
 from dbsession.core.fork import KNOWN
 from dbsession.errors import describe
-from dbsession.green.mysql.results import Result, field
+from dbsession.green.mysql.columns import field
+from dbsession.green.mysql.results import Result
+from dbsession.green.mysql.rows import HEAD
 from dbsession.green.mysql.waits import Waits
 
-_HEAD = struct.Struct("<IB")  # a packet's length (3 bytes) and number, and the first byte of what is in it
 _ERROR = 0xFF
-_AHEAD, _PIECE = 2**13, 2**18  # bytes asked for at once: what the socket's reader has a buffer for; of large packets
+_AHEAD, _PIECE = 2**16, 2**18  # bytes asked for at once; of large packets
 
 
 class Wire(Waits):
@@ -163,14 +163,12 @@ class Wire(Waits):
 
     def _read_packet(self, packet_type: Any = MysqlPacket) -> Any:
         """Read a packet. One that came whole with the packet before it is taken without further ado."""
-        if self._cooperative and self._at >= len(
-            self._ahead
-        ):  # the first of an answer: its head, and what comes with it
-            self._read_bytes(4)
+        if self._cooperative and self._at >= len(self._ahead):
+            self._read_bytes(4)  # the head of the first packet, and what comes with it
             self._at -= 4
         ahead, at = self._ahead, self._at
         if len(ahead) > at + 4:
-            head, first = _HEAD.unpack_from(ahead, at)
+            head, first = HEAD.unpack_from(ahead, at)
             end = at + 4 + (head & 0xFFFFFF)
             if end <= len(ahead) and head >> 24 == self._next_seq_id and first != _ERROR and self._epoch == fork.epoch:
                 self._at = end
