@@ -124,6 +124,7 @@ class PyMySQL(MySQL):
         elif sent.level_changed:
             how = self._reset_level
         elif connection.settled:
+            connection.forget_answer()
             sent.phase = OPENING
             return None
         else:
@@ -152,6 +153,8 @@ class PyMySQL(MySQL):
         if self._is_to_be_reset(connection):
             connection.sent.phase = ASIDE
             self._clean(connection, self._reset)
+        elif connection.settled:
+            connection.forget_answer()
 
     def around_reset_isolation_level(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
         self._take_level_back = inner

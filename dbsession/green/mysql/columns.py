@@ -16,6 +16,7 @@ from dbsession.green.mysql.parser import compiled
 from dbsession.green.mysql.rows import HEAD, Read, generated
 
 _EOF = 0xFE
+WORTH_IT = 50  # rows, read by PyMySQL; then a function is made for them, which takes as long as reading a hundred
 _SEVERAL = 0xFFFFFF  # bytes in a packet that another one continues
 
 # What PyMySQL's own converters raise of a value that they cannot take, and a reader of a row that is none.
@@ -61,19 +62,25 @@ class Columns:
         self.converters = found
         self.foreign = any(converter not in _STOCK for _, converter in found)
         """A converter is the user's own: whatever it raises is raised at once, and it runs when its row is fetched."""
-        types = [each.type_code for each in fields]
+        self.types = [each.type_code for each in fields]
         parser = compiled()
-        self.read: Read = generated(types, found) if parser is None else parser(types, found)
+        self._read: Read | None = None if parser is None else parser(self.types, found)
+        self._had = 0  # rows, while it has no reader
 
     def take(self, wire: Any, rows: list[Any]) -> None:
         """Append the rows that the connection `wire` has received as a whole."""
         data, at, number = wire._ahead, wire._at, wire._next_seq_id
         if at >= len(data) or wire._epoch != fork.epoch:
             return
-        before = len(rows)
+        read, before = self._read, len(rows)
+        if read is None:
+            self._had += 1
+            if self._had < WORTH_IT:
+                return
+            self._read = read = generated(self.types, self.converters)
         try:
             # A packet of the longest kind is never in it as a whole.
-            at, number = self.read(data, at, min(len(data), at + _SEVERAL), number, rows)
+            at, number = read(data, at, min(len(data), at + _SEVERAL), number, rows)
         except BaseException as error:
             for _ in range(len(rows) - before):
                 at += 4 + int.from_bytes(data[at : at + 3], "little")

@@ -189,6 +189,11 @@ class Connection(Opening, KnownConnection):
         self._affected_rows = self._result.affected_rows
         return self._affected_rows
 
+    def forget_answer(self) -> None:
+        """Let go of the last answer, which was read to its end: an idle connection keeps nobody's rows."""
+        self._result = None
+        self._later = []
+
     def autocommit(self, value: Any) -> None:
         """Set the autocommit mode, unless it is known to be that."""
         self.autocommit_mode = bool(value)

@@ -172,3 +172,168 @@ def test_rows_are_those_of_stock_pymysql(table, parser, how):
             for _ in range(2):  # the second time its columns are known
                 assert everything(ours, statement) == wanted
             assert everything(ours, statement, SSCursor) == streamed
+
+
+@pytest.mark.parametrize("cursorclass", [DictCursor, SSDictCursor])
+def test_rows_of_dict_cursors_are_those_of_stock_pymysql(table, parser, cursorclass):
+    with connected(pymysql.connect, table) as stock, connected(Connection, table) as ours:
+        for statement in STATEMENTS[:2] * 2:
+            assert everything(ours, statement, cursorclass) == everything(stock, statement, cursorclass)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 999, 3000, 5000])
+def test_streams_rows_are_those_of_stock_pymysql_in_whatever_numbers_they_are_fetched(mariadb_url, parser, size):
+    statement = "SELECT seq, REPEAT('x', seq MOD 100) FROM seq_1_to_3000"
+    with connected(pymysql.connect, mariadb_url) as stock, connected(Connection, mariadb_url) as ours:
+        for _ in range(2):
+            assert everything(ours, statement, SSCursor, size) == everything(stock, statement, SSCursor, size)
+        for connection in (stock, ours):
+            with connection.cursor(SSCursor) as cursor:
+                cursor.execute(statement)
+                got = [cursor.fetchone(), cursor.fetchmany(2), cursor.fetchmany(0), cursor.fetchmany()]
+                cursor.scroll(10)
+                got += [cursor.fetchone(), len(cursor.fetchall()), cursor.fetchone(), cursor.fetchmany(3)]
+                wanted = got if connection is stock else wanted
+                assert got == wanted
+
+
+def test_nearly_all_rows_are_read_without_a_packet(mariadb_url, parser, monkeypatch):
+    """Else the tests above would compare PyMySQL with itself."""
+    read_by_pymysql = []
+    stock = pymysql.connections.MySQLResult._read_row_from_packet
+
+    def noted(result, packet):
+        read_by_pymysql.append(packet)
+        return stock(result, packet)
+
+    monkeypatch.setattr(pymysql.connections.MySQLResult, "_read_row_from_packet", noted)
+    with connected(Connection, mariadb_url) as connection:
+        for cursorclass in (Cursor, SSCursor):
+            everything(connection, "SELECT seq, NOW(), 'text' FROM seq_1_to_3000", cursorclass)
+    assert len(read_by_pymysql) < columns.WORTH_IT + 20
+
+
+# -- in whatever pieces they come ----------------------------------------------------------------------------
+
+
+class Pieces:
+    """A connection's file, which gives what was received in two pieces: up to `border`, and the rest."""
+
+    def __init__(self, data, border):
+        self._pieces = [data[:border], data[border:]]
+
+    def read1(self, size):
+        piece = next((each for each in self._pieces if each), b"")
+        self._pieces = [piece[size:], *self._pieces[self._pieces.index(piece) + 1 :]] if piece else []
+        return piece[:size]
+
+    def close(self):
+        pass
+
+
+def replayed(data, border, cursorclass):
+    """Return what a cursor makes of `data`, which comes in answer to a statement that nobody gets."""
+    connection = Connection(host="127.0.0.1", defer_connect=True)
+    connection._epoch = columns.fork.epoch
+    connection._sock, connection._rfile = types.SimpleNamespace(close=lambda: None), Pieces(data, border)
+    connection._current_timeout, connection.server_status = None, 0
+    connection._write_bytes = lambda sent: None
+    got = []
+    with connection.cursor(cursorclass) as cursor:
+        try:
+            cursor.execute("SELECT")
+            got.append(cursor.description)
+            while (row := cursor.fetchone()) is not None:
+                got.append(row)
+            got += [cursor.warning_count, connection.server_status, connection._result.has_next]
+        except pymysql.MySQLError as error:
+            got.append(repr(error))
+    got.append(connection.open)
+    connection._sock = connection._rfile = None
+    return got
+
+
+def packets(*payloads):
+    return b"".join(len(each).to_bytes(3, "little") + bytes([n % 256]) + each for n, each in enumerate(payloads, 1))
+
+
+def column(name, kind, charset=45):
+    names = b"".join(bytes([len(each)]) + each for each in (b"def", b"", b"", b"", name, b""))
+    return names + b"\x0c" + charset.to_bytes(2, "little") + b"\xff\0\0\0" + bytes([kind]) + b"\0\0\0\0\0"
+
+
+DESCRIBED = [
+    b"\x03",
+    column(b"n", FIELD_TYPE.LONG, 63),
+    column(b"s", FIELD_TYPE.VAR_STRING),
+    column(b"d", FIELD_TYPE.DATETIME, 63),
+    b"\xfe\0\0\x02\0",
+]
+ROWS = [b"\x011\x02\xc3\xa9\x132024-01-02 03:04:05", b"\xfb\xfb\xfb", b"\x02-7\0\x130000-00-00 00:00:00"]
+ENDS = {
+    "eof": b"\xfe\x02\0\x23\0",
+    "error": b"\xff" + (1317).to_bytes(2, "little") + b"#70100Query execution was interrupted",
+}
+# What no server sends, but in the middle of other rows: PyMySQL decides what it is.
+ODD_ROWS = {
+    "short": b"\x011",
+    "long": b"\x011\x01a\xfb\x01b",
+    "cut": b"\x011\x09a",
+    "no length": b"\xfa",
+    "no number": b"\x01x\x01a\xfb",
+    "no text": b"\x011\x01\xff\xfb",
+    "no marker": b"\x011\xff\xfb",
+    "wide": b"\x011\xfe\x01\0\0\0\0\0\0\0a\xfb",
+    "empty": b"",
+}
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """The reader in Python is made for the first row."""
+    monkeypatch.setattr(columns, "WORTH_IT", 0)
+
+
+@pytest.mark.parametrize("cursorclass", [Cursor, SSCursor])
+@pytest.mark.parametrize("end", ENDS)
+def test_answers_are_the_same_wherever_they_are_cut_in_two(parser, at_once, end, cursorclass):
+    data = packets(*DESCRIBED, *ROWS * 90, ENDS[end])  # the packets' numbers begin anew
+    whole = replayed(data, len(data), cursorclass)
+    assert len(whole) == {"eof": 275, "error": 273 if cursorclass is SSCursor else 2}[end]
+    few = packets(*DESCRIBED, *ROWS, ENDS[end])
+    wanted = replayed(few, len(few), cursorclass)
+    for border in range(len(few) + 1):
+        assert replayed(few, border, cursorclass) == wanted, border
+    for border in range(0, len(data), 71):
+        assert replayed(data, border, cursorclass) == whole, border
+
+
+@pytest.mark.parametrize("cursorclass", [Cursor, SSCursor])
+@pytest.mark.parametrize("what", ODD_ROWS)
+def test_rows_that_no_server_sends_are_what_they_are_to_stock_pymysql(parser, at_once, monkeypatch, what, cursorclass):
+    data = packets(*DESCRIBED, *ROWS, ODD_ROWS[what], *ROWS, ENDS["eof"])
+
+    def read():
+        try:
+            return replayed(data, len(data), cursorclass)
+        except Exception as error:
+            return repr(error)
+
+    ours = [read(), read()]
+    monkeypatch.setattr(columns.Columns, "take", lambda *_: None)
+    assert ours == [read()] * 2
+
+
+def test_answer_that_ends_early_is_an_error(parser, at_once):
+    data = packets(*DESCRIBED, *ROWS)
+    for border in (1, len(data) - 1, len(data)):
+        for cursorclass in (Cursor, SSCursor):
+            *_, error, still_open = replayed(data, border, cursorclass)
+            assert "Lost connection" in error and not still_open
+
+
+def test_packet_out_of_turn_in_the_middle_of_rows_is_an_error(parser, at_once):
+    for wrong in (packets(*DESCRIBED, *ROWS), packets(*DESCRIBED, *ROWS)[:-3] + b"\0\0\0"):
+        data = wrong + packets(ENDS["eof"])
+        *_, error, still_open = replayed(data, len(data), Cursor)
+        assert "sequence number wrong" in error and not still_open
