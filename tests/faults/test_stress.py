@@ -11,8 +11,14 @@ from support.processes import run_script
 from support.steering import steering
 
 
-@pytest.mark.parametrize(("waves", "size", "restarts"), [(1, 400, 1), pytest.param(3, 2000, 2, marks=pytest.mark.slow)])
-def test_f09_pool_is_whole_and_nobody_was_told_a_lie_after_stress(mariadb, mariadb_url, waves, size, restarts):
+CASES = [
+    (1, 400, 1, "compiled"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [(3, 2000, 2, "compiled"), (3, 2000, 2, "python")]),
+]
+
+
+@pytest.mark.parametrize(("waves", "size", "restarts", "parser"), CASES, indirect=["parser"])
+def test_f09_pool_is_whole_and_nobody_was_told_a_lie_after_stress(mariadb, mariadb_url, waves, size, restarts, parser):
     """Every request ends, each has read its own rows, every place of the pool is usable afterwards, every commit that
     returned is stored once, and nothing is that its caller believes to be rolled back."""
     seed = random.randrange(10**9)

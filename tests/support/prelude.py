@@ -8,7 +8,8 @@
     wait_until(predicate, deadline_s)
     checked_out(engine)           how many connections its pool has given out
 
-`DBSESSION_TEST_MODE` is read and removed, since dbsession reads DBSESSION_* itself.
+`DBSESSION_TEST_MODE` is read and removed, since dbsession reads DBSESSION_* itself. With `ROWS_IN_PYTHON` rows are read
+as where asyncmy is not installed, from the first one by a function made for them.
 """
 
 # ruff: noqa: E402  # dbsession and what follows are imported before or after patch_all(), as the mode says
@@ -16,9 +17,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 
 MODE = os.environ.pop("DBSESSION_TEST_MODE")
+
+if os.environ.get("ROWS_IN_PYTHON"):
+    sys.modules["asyncmy.protocol"] = None  # type: ignore[assignment]
 
 if MODE == "patched":
     from gevent import monkey
@@ -41,6 +46,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from support.waiting import wait_until
+
+if os.environ.get("ROWS_IN_PYTHON"):
+    from dbsession.green.mysql import columns
+
+    columns.WORTH_IT = 0
 
 __all__ = ["MODE", "Task", "checked_out", "dbsession", "join", "sleep", "spawn", "wait_until"]
 
