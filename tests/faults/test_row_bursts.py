@@ -1,5 +1,5 @@
-"""F9, F14, F18 in the middle of many rows, of which a piece has been read at once: kills, silence, errors, a lost server;
-and what else may come between rows. With asyncmy's parser and without."""
+"""F9, F14, F18 in the middle of many rows, of which a piece is read at once: kills, silence, errors, a lost server; and
+what else may come between rows. With asyncmy's parser and without."""
 
 from __future__ import annotations
 

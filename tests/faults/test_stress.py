@@ -10,7 +10,6 @@ import pytest
 from support.processes import run_script
 from support.steering import steering
 
-
 CASES = [
     (1, 400, 1, "compiled"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [(3, 2000, 2, "compiled"), (3, 2000, 2, "python")]),

@@ -9,11 +9,13 @@ import ssl
 import warnings
 from contextlib import AsyncExitStack
 
+import pymysql
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import OperationalError
 
 from dbsession.core.backends import mysql_tls
+from dbsession.green.mysql.connection import Connection
 from support.certificates import make_authority, make_certificate
 from support.halves import done, entered, on_both_halves
 from support.mariadb import MariaDBServer
@@ -201,3 +203,17 @@ def test_f32_contexts_do_not_pile_up_when_each_connect_names_other_files(folder,
         shutil.copy(folder / "ca.pem", tmp_path / f"{number}.pem")
         contexts.of({"ca": str(tmp_path / f"{number}.pem")}, OperationalError)
     assert len(contexts._made) <= 8
+
+
+@pytest.mark.parametrize("cursorclass", [pymysql.cursors.Cursor, pymysql.cursors.SSCursor])
+def test_rows_come_whole_through_tls(tls_server, folder, parser, cursorclass):
+    url = make_url(tls_server.url("test"))
+    login = {"host": url.host, "port": url.port, "user": "hidden", "password": url.password}
+    connection = Connection(**login, database="test", ssl={"ca": str(folder / "ca.pem")})
+    try:
+        for _ in range(2):
+            with connection.cursor(cursorclass) as cursor:
+                cursor.execute("SELECT seq, REPEAT('x', seq MOD 300) FROM seq_1_to_9000")
+                assert list(cursor.fetchall()) == [(n, "x" * (n % 300)) for n in range(1, 9001)]
+    finally:
+        connection.close()

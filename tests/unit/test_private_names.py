@@ -4,6 +4,7 @@ has changed: find the new place before anything else is believed."""
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import os
 import socket
@@ -26,6 +27,7 @@ from dbsession.aio.mysql import connection as line
 from dbsession.aio.mysql import results
 from dbsession.core import fork
 from dbsession.green import hub
+from dbsession.green.mysql import parser
 from support.processes import run_python
 
 
@@ -34,6 +36,7 @@ def test_gevent_tells_whether_a_thread_has_a_hub_without_making_one():
         """
         from gevent._hub_local import get_hub_if_exists
         from dbsession.green import hub
+from dbsession.green.mysql import parser
         assert get_hub_if_exists() is None and hub.here() is None
         import gevent
         assert gevent.get_hub() is hub.here() is get_hub_if_exists()
@@ -152,6 +155,58 @@ def test_pymysqls_result_says_whether_its_stream_is_at_its_end(mariadb_url):
         assert result.unbuffered_active is False and not result.has_next
     raw.close()
     engine.dispose()
+
+
+def test_pymysqls_result_reads_columns_and_rows_by_methods_that_ours_override(mariadb_url):
+    """And a connection has its decoders, by column type, where green.mysql.columns looks for them."""
+    called = []
+
+    class Noting(pymysql.connections.MySQLResult):
+        def _get_descriptions(self):
+            called.append(self.field_count)
+            super()._get_descriptions()
+            assert self.description and [field.type_code for field in self.fields] == [3]
+            assert self.converters == [("ascii", int)]
+
+        def _read_row_from_packet(self, packet):
+            called.append(packet)
+            return super()._read_row_from_packet(packet)
+
+        def _read_rowdata_packet(self):
+            super()._read_rowdata_packet()
+            assert self.rows == ((1,),) and self.affected_rows == 1 and self.connection is None
+
+    engine = create_engine(mariadb_url)
+    raw = engine.raw_connection()
+    driver = raw.dbapi_connection
+    assert driver.decoders[3] is int and driver.use_unicode and driver.encoding == "utf8" and driver._next_seq_id >= 0
+    driver._execute_command(3, "SELECT 1")  # COM_QUERY
+    Noting(driver).read()
+    assert len(called) == 2 and called[0] == 1
+    raw.close()
+    engine.dispose()
+
+
+def test_asyncmys_parser_reads_rows_as_pymysql_does():
+    """A function that is not documented: where it is gone or another, rows are read in Python."""
+    parser.compiled.cache_clear()
+    assert parser.compiled() is not None
+
+
+@pytest.mark.parametrize("name", ["protocol.parse_rows_from_buffer", "converters.convert_date", "errors.InternalError"])
+def test_asyncmys_parser_is_left_out_when_it_is_gone_or_reads_something_else(monkeypatch, name):
+    module, _, attribute = name.partition(".")
+    module = importlib.import_module(f"asyncmy.{module}")
+    with monkeypatch.context() as patched:
+        patched.delattr(module, attribute)
+        parser.compiled.cache_clear()
+        assert parser.compiled() is None
+    other = {"parse_rows_from_buffer": lambda *_: (0, 0), "convert_date": bytes.decode, "InternalError": ValueError}
+    with monkeypatch.context() as patched:
+        patched.setattr(module, attribute, other[attribute])
+        parser.compiled.cache_clear()
+        assert (parser.compiled() is None) is (attribute != "InternalError")
+    parser.compiled.cache_clear()
 
 
 def test_sqlalchemy_record_without_its_connection_is_not_reset_when_collected(tmp_path):
