@@ -64,8 +64,8 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["compiled", "python"])
 def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Who reads rows for PyMySQL, here and in scripts of `run_script`: asyncmy's compiled parser, or our Python as
-    where asyncmy is not installed."""
+    """Who reads rows for PyMySQL, here and in scripts of `run_script`: asyncmy's compiled parser; or, as where asyncmy
+    is not installed, a function in Python, made for the first row."""
     import asyncmy  # noqa: F401  # so that asyncio's half still has it
 
     from dbsession.green.mysql import columns, parser
@@ -73,6 +73,7 @@ def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param == "python":
         monkeypatch.setitem(sys.modules, "asyncmy.protocol", None)
         monkeypatch.setenv("ROWS_IN_PYTHON", "1")
+        monkeypatch.setattr(columns, "WORTH_IT", 0)
     parser.compiled.cache_clear()
     columns._known.clear()
     assert (parser.compiled() is not None) is (request.param == "compiled")

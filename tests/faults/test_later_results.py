@@ -12,6 +12,9 @@ from dbsession.core.backends import mysql_errors
 from dbsession.errors import UnsavedWork
 from support.halves import done, entered, on_both_halves, sync
 
+READ_BY = ["compiled", pytest.param("python", marks=pytest.mark.slow)]
+pytestmark = [pytest.mark.usefixtures("parser"), pytest.mark.parametrize("parser", READ_BY, indirect=True)]
+
 DEADLOCK = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'a deadlock'"
 FAILING = {
     1205: "SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = 1205, MESSAGE_TEXT = 'a lock wait timeout'",

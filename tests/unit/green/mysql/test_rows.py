@@ -135,16 +135,19 @@ def connected(to, url, **more):
         connection.close()
 
 
-@pytest.fixture
-def table(mariadb_url):
+@pytest.fixture(scope="module")
+def url(mariadb):
+    """The URL of a database that has the table `cells`."""
+    url = mariadb.create_database("test_rows")
     rows = max(map(len, TABLE.values()))
-    with connected(pymysql.connect, mariadb_url, autocommit=True) as connection, connection.cursor() as cursor:
+    with connected(pymysql.connect, url, autocommit=True) as connection, connection.cursor() as cursor:
         cursor.execute("SET sql_mode = 'ALLOW_INVALID_DATES'")
         cursor.execute(f"CREATE TABLE cells (n INT, {', '.join(f'c{i} {kind}' for i, kind in enumerate(TABLE))})")
         for n in range(rows):
             values = ", ".join(values[n % len(values)] for values in TABLE.values())
             cursor.execute(f"INSERT IGNORE INTO cells VALUES ({n}, {values})")
-    return mariadb_url
+    yield url
+    mariadb.drop_database("test_rows")
 
 
 def everything(connection, statement, cursorclass=Cursor, size=None):
@@ -156,11 +159,16 @@ def everything(connection, statement, cursorclass=Cursor, size=None):
         return count, cursor.description, repr(rows), cursor.rownumber, cursor.rowcount, cursor.warning_count
 
 
-@pytest.mark.parametrize("how", CONNECTIONS)
-def test_rows_are_those_of_stock_pymysql(table, parser, how):
+SLOW = ("no unicode", "no decoders", "odd decoders")
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=pytest.mark.slow if how in SLOW else ()) for how in CONNECTIONS]
+)
+def test_rows_are_those_of_stock_pymysql(url, parser, how):
     with (
-        connected(pymysql.connect, table, **CONNECTIONS[how]) as stock,
-        connected(Connection, table, **CONNECTIONS[how]) as ours,
+        connected(pymysql.connect, url, **CONNECTIONS[how]) as stock,
+        connected(Connection, url, **CONNECTIONS[how]) as ours,
     ):
         for statement in STATEMENTS:
             wanted = everything(stock, statement)
@@ -171,16 +179,16 @@ def test_rows_are_those_of_stock_pymysql(table, parser, how):
 
 
 @pytest.mark.parametrize("cursorclass", [DictCursor, SSDictCursor])
-def test_rows_of_dict_cursors_are_those_of_stock_pymysql(table, parser, cursorclass):
-    with connected(pymysql.connect, table) as stock, connected(Connection, table) as ours:
+def test_rows_of_dict_cursors_are_those_of_stock_pymysql(url, parser, cursorclass):
+    with connected(pymysql.connect, url) as stock, connected(Connection, url) as ours:
         for statement in STATEMENTS[:2] * 2:
             assert everything(ours, statement, cursorclass) == everything(stock, statement, cursorclass)
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 999, 3000, 5000])
-def test_streams_rows_are_those_of_stock_pymysql_in_whatever_numbers_they_are_fetched(mariadb_url, parser, size):
+@pytest.mark.parametrize("size", [1, 7, 3000, 5000])
+def test_streams_rows_are_those_of_stock_pymysql_in_whatever_numbers_they_are_fetched(url, parser, size):
     statement = "SELECT seq, REPEAT('x', seq MOD 100) FROM seq_1_to_3000"
-    with connected(pymysql.connect, mariadb_url) as stock, connected(Connection, mariadb_url) as ours:
+    with connected(pymysql.connect, url) as stock, connected(Connection, url) as ours:
         for _ in range(2):
             assert everything(ours, statement, SSCursor, size) == everything(stock, statement, SSCursor, size)
         answers = []
@@ -194,7 +202,7 @@ def test_streams_rows_are_those_of_stock_pymysql_in_whatever_numbers_they_are_fe
         assert answers[0] == answers[1]
 
 
-def test_nearly_all_rows_are_read_without_a_packet(mariadb_url, parser, monkeypatch):
+def test_nearly_all_rows_are_read_without_a_packet(url, parser, monkeypatch):
     """Else the tests above would compare PyMySQL with itself."""
     read_by_pymysql = []
     stock = pymysql.connections.MySQLResult._read_row_from_packet
@@ -204,10 +212,32 @@ def test_nearly_all_rows_are_read_without_a_packet(mariadb_url, parser, monkeypa
         return stock(result, packet)
 
     monkeypatch.setattr(pymysql.connections.MySQLResult, "_read_row_from_packet", noted)
-    with connected(Connection, mariadb_url) as connection:
+    with connected(Connection, url) as connection:
         for cursorclass in (Cursor, SSCursor):
             everything(connection, "SELECT seq, NOW(), 'text' FROM seq_1_to_3000", cursorclass)
-    assert len(read_by_pymysql) < columns.WORTH_IT + 20
+    assert len(read_by_pymysql) < 20
+
+
+def test_function_is_made_for_columns_that_many_rows_have(url, parser, monkeypatch):
+    """In Python: making it takes as long as reading a hundred rows."""
+    made = []
+    generated = columns.generated
+
+    def noted(types, found):
+        made.append(types)
+        return generated(types, found)
+
+    monkeypatch.setattr(columns, "generated", noted)
+    monkeypatch.setattr(columns, "WORTH_IT", 50)
+    with connected(Connection, url) as connection:
+        for _ in range(20):
+            assert everything(connection, "SELECT 1, 'a'")[2] == "[(1, 'a')]"
+        assert not made
+        for cursorclass in (Cursor, SSCursor):
+            for _ in range(2):
+                rows = everything(connection, "SELECT seq, 'a' FROM seq_1_to_1000", cursorclass)[2]
+                assert rows == repr([(n, "a") for n in range(1, 1001)])
+    assert len(made) == (parser == "python")
 
 
 # -- in whatever pieces they come ----------------------------------------------------------------------------
@@ -285,15 +315,9 @@ ODD_ROWS = {
 }
 
 
-@pytest.fixture
-def at_once(monkeypatch):
-    """The reader in Python is made for the first row."""
-    monkeypatch.setattr(columns, "WORTH_IT", 0)
-
-
 @pytest.mark.parametrize("cursorclass", [Cursor, SSCursor])
 @pytest.mark.parametrize("end", ENDS)
-def test_answers_are_the_same_wherever_they_are_cut_in_two(parser, at_once, end, cursorclass):
+def test_answers_are_the_same_wherever_they_are_cut_in_two(parser, end, cursorclass):
     data = packets(*DESCRIBED, *ROWS * 90, ENDS[end])  # the packets' numbers begin anew
     whole = replayed(data, len(data), cursorclass)
     assert len(whole) == {"eof": 275, "error": 273 if cursorclass is SSCursor else 2}[end]
@@ -307,7 +331,7 @@ def test_answers_are_the_same_wherever_they_are_cut_in_two(parser, at_once, end,
 
 @pytest.mark.parametrize("cursorclass", [Cursor, SSCursor])
 @pytest.mark.parametrize("what", ODD_ROWS)
-def test_rows_that_no_server_sends_are_what_they_are_to_stock_pymysql(parser, at_once, monkeypatch, what, cursorclass):
+def test_rows_that_no_server_sends_are_what_they_are_to_stock_pymysql(parser, monkeypatch, what, cursorclass):
     data = packets(*DESCRIBED, *ROWS, ODD_ROWS[what], *ROWS, ENDS["eof"])
 
     def read():
@@ -321,7 +345,7 @@ def test_rows_that_no_server_sends_are_what_they_are_to_stock_pymysql(parser, at
     assert ours == [read()] * 2
 
 
-def test_answer_that_ends_early_is_an_error(parser, at_once):
+def test_answer_that_ends_early_is_an_error(parser):
     data = packets(*DESCRIBED, *ROWS)
     for border in (1, len(data) - 1, len(data)):
         for cursorclass in (Cursor, SSCursor):
@@ -329,7 +353,7 @@ def test_answer_that_ends_early_is_an_error(parser, at_once):
             assert "Lost connection" in error and not still_open
 
 
-def test_packet_out_of_turn_in_the_middle_of_rows_is_an_error(parser, at_once):
+def test_packet_out_of_turn_in_the_middle_of_rows_is_an_error(parser):
     for wrong in (packets(*DESCRIBED, *ROWS), packets(*DESCRIBED, *ROWS)[:-3] + b"\0\0\0"):
         data = wrong + packets(ENDS["eof"])
         *_, error, still_open = replayed(data, len(data), Cursor)
