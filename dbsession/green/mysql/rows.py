@@ -88,9 +88,8 @@ _MOMENTS = {
 }
 
 
-def _time(text: str) -> Any:
-    if len(text) != 8 or text[0] == "-":
-        return converters.convert_timedelta(text)
+def _time(text: str) -> datetime.timedelta:
+    """Return the time of "HH:MM:SS"; of whatever else the server writes a part is no number: ValueError."""
     return datetime.timedelta(0, int(text[:2]) * 3600 + int(text[3:5]) * 60 + int(text[6:]))
 
 

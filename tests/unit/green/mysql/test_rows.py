@@ -258,30 +258,37 @@ class Pieces:
         pass
 
 
-def replayed(data, border, cursorclass):
-    """Return what a cursor makes of `data`, which comes in answer to a statement that nobody gets."""
+@contextlib.contextmanager
+def replaying(data, border):
+    """A connection that receives `data` in answer to a statement that nobody gets."""
     connection = Connection(host="127.0.0.1", defer_connect=True)
     connection._epoch = columns.fork.epoch
     connection._sock, connection._rfile = types.SimpleNamespace(close=lambda: None), Pieces(data, border)
     connection._current_timeout, connection.server_status = None, 0
     connection._write_bytes = lambda sent: None
-    got = []
-    with connection.cursor(cursorclass) as cursor:
-        try:
-            cursor.execute("SELECT")
-            got.append(cursor.description)
-            while (row := cursor.fetchone()) is not None:
-                got.append(row)
-            got += [cursor.warning_count, connection.server_status, connection._result.has_next]
-        except pymysql.MySQLError as error:
-            got.append(repr(error))
-    got.append(connection.open)
+    yield connection
     connection._sock = connection._rfile = None
+
+
+def replayed(data, border, cursorclass):
+    """Return what a cursor makes of `data`."""
+    got = []
+    with replaying(data, border) as connection:
+        with connection.cursor(cursorclass) as cursor:
+            try:
+                cursor.execute("SELECT")
+                got.append(cursor.description)
+                while (row := cursor.fetchone()) is not None:
+                    got.append(row)
+                got += [cursor.warning_count, connection.server_status, connection._result.has_next]
+            except pymysql.MySQLError as error:
+                got.append(repr(error))
+        got.append(connection.open)
     return got
 
 
-def packets(*payloads):
-    return b"".join(len(each).to_bytes(3, "little") + bytes([n % 256]) + each for n, each in enumerate(payloads, 1))
+def packets(*payloads, first=1):
+    return b"".join(len(each).to_bytes(3, "little") + bytes([n % 256]) + each for n, each in enumerate(payloads, first))
 
 
 def column(name, kind, charset=45):
@@ -306,6 +313,7 @@ ODD_ROWS = {
     "short": b"\x011",
     "long": b"\x011\x01a\xfb\x01b",
     "cut": b"\x011\x09a",
+    "cut before a header": b"\x011\x05a",
     "no length": b"\xfa",
     "no number": b"\x01x\x01a\xfb",
     "no text": b"\x011\x01\xff\xfb",
@@ -332,7 +340,7 @@ def test_answers_are_the_same_wherever_they_are_cut_in_two(parser, end, cursorcl
 @pytest.mark.parametrize("cursorclass", [Cursor, SSCursor])
 @pytest.mark.parametrize("what", ODD_ROWS)
 def test_rows_that_no_server_sends_are_what_they_are_to_stock_pymysql(parser, monkeypatch, what, cursorclass):
-    data = packets(*DESCRIBED, *ROWS, ODD_ROWS[what], *ROWS, ENDS["eof"])
+    data = packets(*DESCRIBED, *ROWS, ODD_ROWS[what], ROWS[1], *ROWS, ENDS["eof"])
 
     def read():
         try:
@@ -354,7 +362,20 @@ def test_answer_that_ends_early_is_an_error(parser):
 
 
 def test_packet_out_of_turn_in_the_middle_of_rows_is_an_error(parser):
-    for wrong in (packets(*DESCRIBED, *ROWS), packets(*DESCRIBED, *ROWS)[:-3] + b"\0\0\0"):
-        data = wrong + packets(ENDS["eof"])
-        *_, error, still_open = replayed(data, len(data), Cursor)
+    data = packets(*DESCRIBED, *ROWS) + packets(ROWS[1], first=11) + packets(*ROWS, ENDS["eof"], first=10)
+    for cursorclass in (Cursor, SSCursor):
+        *_, error, still_open = replayed(data, len(data), cursorclass)
         assert "sequence number wrong" in error and not still_open
+
+
+def test_known_columns_out_of_turn_are_an_error(parser):
+    data = packets(*DESCRIBED, ROWS[1], b"\xfe\0\0\x0a\0")  # there are more results
+    data += packets(DESCRIBED[0], first=8)
+    data += packets(*DESCRIBED[1:-1], first=2)
+    data += packets(DESCRIBED[-1], ROWS[1], ENDS["eof"], first=12)
+    with replaying(data, len(data)) as connection:
+        cursor = connection.cursor()
+        cursor.execute("SELECT")
+        assert cursor.fetchall() == ((None, None, None),)
+        with pytest.raises(pymysql.InternalError, match="sequence number wrong"):
+            cursor.nextset()
