@@ -193,6 +193,8 @@ class Connection(Opening, KnownConnection):
         """Let go of the last answer, which was read to its end: an idle connection keeps nobody's rows."""
         self._result = None
         self._later = []
+        if self._at == len(self._ahead):
+            self._ahead, self._at = b"", 0
 
     def autocommit(self, value: Any) -> None:
         """Set the autocommit mode, unless it is known to be that."""

@@ -25,8 +25,22 @@ STATEMENTS = [
     "SET @a = 1",
     "DO 0",
 ]
-# Round what is read at once: 8 KiB, 256 KiB, and the protocol's own limit of a packet.
-LENGTHS = [8187, 8188, 8189, 8192, 8193, 2**18 - 5, 2**18, 2**18 + 1, 2**24 - 6, 2**24 - 5, 2**24 - 4, 2**24]
+# Round what is read at once: 8 KiB, 64 KiB, 256 KiB, and the protocol's own limit of a packet.
+LENGTHS = [
+    *range(2**16 - 6, 2**16 + 2),
+    8187,
+    8188,
+    8189,
+    8192,
+    8193,
+    2**18 - 5,
+    2**18,
+    2**18 + 1,
+    2**24 - 6,
+    2**24 - 5,
+    2**24 - 4,
+    2**24,
+]
 
 
 @contextlib.contextmanager
@@ -46,8 +60,12 @@ def answer(connection, statement):
         return count, cursor.description, cursor.fetchall(), cursor.rowcount
 
 
+READ_BY = ["compiled", pytest.param("python", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("parser", READ_BY, indirect=True)
 @pytest.mark.parametrize("size", [None, 2, 50])
-def test_answers_are_those_of_stock_pymysql_in_whatever_pieces_they_come(mariadb, mariadb_url, size):
+def test_answers_are_those_of_stock_pymysql_in_whatever_pieces_they_come(mariadb, mariadb_url, parser, size):
     with (
         Proxy(mariadb.port) as proxy,
         connected(pymysql.connect, mariadb_url) as stock,
@@ -74,8 +92,9 @@ def test_error_that_comes_with_an_answer_is_raised(mariadb_url):
         assert answer(connection, "SELECT 2")[2] == ((2,),)
 
 
+@pytest.mark.parametrize("parser", READ_BY, indirect=True)
 @pytest.mark.parametrize("cursorclass", [pymysql.cursors.Cursor, pymysql.cursors.SSCursor])
-def test_rows_of_any_length_are_read_whole(mariadb, mariadb_url, cursorclass):
+def test_rows_of_any_length_are_read_whole(mariadb, mariadb_url, parser, cursorclass):
     with mariadb.root() as cursor:
         cursor.execute("SELECT @@global.max_allowed_packet AS bytes")
         before = cursor.fetchone()["bytes"]
