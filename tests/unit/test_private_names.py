@@ -36,7 +36,6 @@ def test_gevent_tells_whether_a_thread_has_a_hub_without_making_one():
         """
         from gevent._hub_local import get_hub_if_exists
         from dbsession.green import hub
-from dbsession.green.mysql import parser
         assert get_hub_if_exists() is None and hub.here() is None
         import gevent
         assert gevent.get_hub() is hub.here() is get_hub_if_exists()
