@@ -7,9 +7,11 @@ bulk INSERT together row by row.
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain, islice
+from operator import itemgetter
 from typing import Any
 
 from pymysql import converters, err
@@ -17,6 +19,7 @@ from pymysql.constants import SERVER_STATUS
 
 _AT_ONCE = 100  # rows of a bulk INSERT that are put together in one step
 _BY_POSITION = {tuple, list}
+_NAME = re.compile(r"%\(([^)]+)\)s")  # as in PyMySQL's RE_INSERT_VALUES
 
 
 def _string(value: str) -> str:
@@ -87,9 +90,13 @@ class WritesLiterals:
 
     def _mogrify(self, query: Any, args: Any) -> Any:
         kind = type(args)
-        if kind not in _BY_POSITION:
+        literals: Any
+        if kind is dict:
+            literals = dict(zip(args, _literals(self._get_db(), args.values()), strict=True))
+        elif kind in _BY_POSITION:
+            literals = tuple(_literals(self._get_db(), args))
+        else:
             return super()._mogrify(query, args)  # type: ignore[misc]  # PyMySQL's
-        literals = tuple(_literals(self._get_db(), args))
         try:
             return query % literals
         except TypeError as error:
@@ -119,14 +126,24 @@ class WritesLiterals:
 
     def _pieces(self, values: Any, rows: list[Any], encoding: str, room: int) -> Iterator[bytes]:
         """Yield the rows as they stand behind VALUES: together if they are no more than `room` bytes, or one by one."""
-        kinds = set(map(type, rows))
-        # Of one length: with a value too many in one row and one too few in the next, all would move.
-        if kinds <= _BY_POSITION and len(set(map(len, rows))) == 1:
-            together = self._mogrify(",".join([values] * len(rows)), list(chain.from_iterable(rows)))
+        found = _in_order(values, rows)
+        if found is not None:
             with suppress(UnicodeEncodeError):  # raised for its own row, below
+                together = self._mogrify(",".join([_NAME.sub("%s", values)] * len(rows)), found)
                 encoded = together.encode(encoding)
                 if len(encoded) <= room:
                     yield encoded
                     return
         for row in rows:
             yield self._mogrify(values, row).encode(encoding)
+
+
+def _in_order(values: str, rows: list[Any]) -> list[Any] | None:
+    """List the values of all rows in the order of their places in the text `values`; None: the rows are not alike."""
+    kinds, names = set(map(type, rows)), _NAME.findall(values)
+    if kinds == {dict} and len(names) > 1 and len(names) == values.count("%"):
+        return list(chain.from_iterable(map(itemgetter(*names), rows)))
+    # Of one length: with a value too many in one row and one too few in the next, all would move.
+    if kinds <= _BY_POSITION and not names and len(set(map(len, rows))) == 1:
+        return list(chain.from_iterable(rows))
+    return None

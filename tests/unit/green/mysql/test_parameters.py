@@ -6,6 +6,7 @@ import datetime
 import decimal
 import enum
 import random
+from collections import OrderedDict
 
 import pymysql
 import pytest
@@ -170,11 +171,33 @@ def test_rows_of_any_form_are_taken_or_refused_as_by_pymysql(rows):
     assert ours == stock
 
 
-def test_rows_by_name_and_rows_from_a_generator_are_taken():
-    named = "INSERT INTO t (a, b) VALUES (%(a)s, %(b)s)"
-    rows = [{"a": number, "b": "'"} for number in range(205)]
-    stock, ours = (statements(each, rows, named) for each in connections())
+NAMED = "INSERT INTO t (a, b) VALUES (%(b)s, %(a)s)"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"a": number, "b": name} for number, name in ROWS],
+        [{"a": 1, "b": "x", "more": 2}, {"b": "y", "a": 3}],
+        [{"a": 1, "b": "x"}, {"a": 1}],
+        [{"a": 1, "b": "x"}, (1, 2)],
+        [{"a": 1, "b": Markup("'")}, OrderedDict(a=1, b=2)],
+    ],
+    ids=["many", "more", "missing", "mixed", "another mapping"],
+)
+@pytest.mark.parametrize("most", [300, None])
+def test_rows_by_name_are_taken_or_refused_as_by_pymysql(rows, most):
+    stock, ours = (statements(each, rows, NAMED, most) for each in connections())
     assert ours == stock
+    one = "INSERT INTO t (a) VALUES (%(a)s)"
+    stock, ours = (statements(each, rows, one, most) for each in connections())
+    assert ours == stock
+    twice = "INSERT INTO t (a, b, c) VALUES (%(a)s, %(b)s, %(a)s)"
+    stock, ours = (statements(each, rows, twice, most) for each in connections())
+    assert ours == stock
+
+
+def test_rows_from_a_generator_are_taken():
     stock, ours = (statements(each, (row for row in ROWS)) for each in connections())
     assert ours == stock
 
