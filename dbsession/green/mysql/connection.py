@@ -244,7 +244,8 @@ class Connection(Opening, KnownConnection):
             super().close()
 
     def cursor(self, cursor: Any = None) -> Any:
-        return super().cursor(results.OURS.get(cursor or self.cursorclass, cursor))
+        kind = cursor or self.cursorclass
+        return results.OURS.get(kind, kind)(self)
 
     def _abandon(self) -> None:
         """Close the socket, as nobody waits for the answer any more, and have the statement ended at the server."""
