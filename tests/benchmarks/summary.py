@@ -14,7 +14,10 @@ from typing import Any
 from .common import figure
 
 RESULTS = Path(__file__).with_name("results")
-NAMES = ("requests", "round_trips", "checkout", "pool", "connect", "http", "profile", "micro", "memory", "aio")
+NAMES = (
+    *("requests", "round_trips", "checkout", "pool", "connect", "http"),
+    *("profile", "micro", "memory", "settings", "aio"),
+)
 
 
 def found() -> list[dict[str, Any]]:
@@ -55,6 +58,9 @@ def all_goals() -> str:
             parts += [f"{medians(samples, title)}\n" for title, samples in report["samples"].items()]
         if noise:
             parts.append(f"Two identical copies of the same thing, in the same rounds (the noise):\n\n{noise}")
+    missing = [name for name in NAMES if not (RESULTS / f"{name}.json").exists()]
+    if missing:
+        parts.append(f"## Not measured\n\nNo whole run of these is recorded: {', '.join(missing)}.\n")
     return "\n".join(parts)
 
 

