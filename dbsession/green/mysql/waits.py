@@ -69,9 +69,10 @@ class Waits(_Connection):  # type: ignore[misc]  # of Any
         timer = timers.pop(seconds, None)  # nobody else has it meanwhile
         if timer is None:
             timer = here.loop.timer(seconds, seconds, priority=-1)  # as hub.start_timer() has it
-        # again(): started once more, a stopped timer would run for what was left of its time
-        timer.again(gevent.getcurrent().throw, TimeoutError, "timed out", update=True)
         try:
+            # In here, as a signal's handler may raise: it repeats until somebody stops it.
+            # again(): started once more, a stopped timer would run for what was left of its time
+            timer.again(gevent.getcurrent().throw, TimeoutError, "timed out", update=True)
             return operation(*arguments)
         finally:
             timer.stop()
@@ -116,10 +117,11 @@ class Waits(_Connection):  # type: ignore[misc]  # of Any
     def _read_piece(self, size: int) -> bytes:
         """Return what has come, at most `size` bytes; wait until something has."""
         read: Callable[[int], bytes] = self._rfile.read1
+        first, self._asked = self._asked, False
         self._reading = True
         try:
             if self._cooperative:
-                piece: bytes = self._in_time(self._read_timeout, self._received, read, size)
+                piece: bytes = self._in_time(self._read_timeout, self._await_first if first else read, size)
                 return piece
             if self._connect_by:
                 # The handshake's time is counted as a whole, however small the pieces are in which it comes.
@@ -131,15 +133,14 @@ class Waits(_Connection):  # type: ignore[misc]  # of Any
             if self._left_open:
                 self._close_what_was_left_open()
 
-    def _received(self, read: Callable[[int], bytes], size: int) -> bytes:
-        if self._asked:
-            self._asked = False
-            sock = self._sock
-            if not (self._encrypted and sock.pending()):
-                # An answer takes longer than we do: a look that fails, and its exception, would come before the wait.
-                # Private names of gevent's, see tests/unit/test_private_names.py.
-                sock._wait(sock._read_event)
-        return read(size)
+    def _await_first(self, size: int) -> bytes:
+        # The first piece of an answer, which takes longer than we do: a look that fails, and its exception, would come
+        # before the wait.
+        read, sock = self._rfile.read1, self._sock  # before others run, who may close it
+        if not (self._encrypted and sock.pending()):
+            sock._wait(sock._read_event)  # private names of gevent's, see tests/unit/test_private_names.py
+        piece: bytes = read(size)
+        return piece
 
     def _close_what_was_left_open(self) -> None:
         files, self._left_open = self._left_open, ()

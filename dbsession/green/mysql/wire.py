@@ -78,6 +78,12 @@ class Wire(Waits):
         result = self._result
         if result is not None and result.unbuffered_active:
             self._read_rest("another statement was sent on its connection")
+        if self._asked:  # by somebody whom a signal's handler has interrupted between the question and its answer
+            self._abandon()
+            self.unsent = True
+            raise err.OperationalError(
+                CR.CR_SERVER_LOST, "Lost connection to MySQL server: nobody has read its last answer"
+            )
         self.used = True
         self.sent.command(command, sql)
         super()._execute_command(command, sql)

@@ -318,3 +318,61 @@ def test_goodbye_that_came_with_the_last_answer_is_seen_by_the_next_look(mariadb
         with pytest.raises(pymysql.OperationalError) as caught:
             use(connection)
         assert caught.value.args[0] in (CR.CR_SERVER_GONE_ERROR, CR.CR_SERVER_LOST) and not connection.open
+
+
+@pytest.mark.parametrize(
+    "use", [lambda c: c.query("SELECT 1"), Connection.ping, Connection.rollback, Connection.commit]
+)
+def test_answer_that_nobody_has_begun_to_read_is_nobody_elses(mariadb_url, use):
+    """As after the handler of a signal, a time limit's say, that has raised between a question and its answer."""
+
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    with connected(Connection, mariadb_url) as connection:
+        connection._read_query_result = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            connection.query("SELECT 'somebody else''s'")
+        del connection._read_query_result
+        with pytest.raises(pymysql.OperationalError) as caught:
+            use(connection)
+        assert caught.value.args[0] == CR.CR_SERVER_LOST
+        assert not connection.open and connection.gave_up and not connection.commit_sent
+
+
+def test_timer_whose_start_was_interrupted_runs_no_more(mariadb_url):
+    """As by the handler of a signal that raises; left alone, it would throw its TimeoutError again and again."""
+    run_python(
+        """
+        from gevent import monkey; monkey.patch_all()
+        import sys, gevent
+        from types import SimpleNamespace
+        from sqlalchemy.engine import make_url
+        from dbsession.green import hub
+        from dbsession.green.mysql.connection import Connection
+        url = make_url(sys.argv[1])
+        connection = Connection(host=url.host, port=url.port, user=url.username, password=url.password)
+        made = []
+        class Timer:
+            def __init__(self, raw):
+                self.raw = raw
+            def again(self, *arguments, **more):
+                self.raw.again(*arguments, **more)
+                raise KeyboardInterrupt
+            def __getattr__(self, name):
+                return getattr(self.raw, name)
+        def timer(*arguments, **more):
+            made.append(Timer(loop.timer(*arguments, **more)))
+            return made[0]
+        loop = gevent.get_hub().loop
+        here, hub.here = hub.here, lambda: SimpleNamespace(loop=SimpleNamespace(timer=timer))
+        try:
+            connection._in_time(30, int)
+        except KeyboardInterrupt:
+            pass
+        hub.here = here
+        assert made and not made[0].raw.active
+        connection.close()
+        """,
+        mariadb_url,
+    )
