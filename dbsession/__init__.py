@@ -38,9 +38,9 @@ if TYPE_CHECKING:
         run_in_transaction,
         transactional,
     )
+    from dbsession.green.block import session_scope
     from dbsession.green.deadline import DeadlineExceeded, deadline
     from dbsession.green.manager import SessionManager
-    from dbsession.green.scope import session_scope
     from dbsession.watch.inspection.server import serve_snapshots
     from dbsession.web.wsgi import DBSessionMiddleware
 
@@ -110,7 +110,7 @@ _NAMES = {
     "green.manager": ("SessionManager",),
     "watch.inspection.server": ("serve_snapshots",),
     "core.snapshot": ("Snapshot", "snapshot"),
-    "green.scope": ("session_scope",),
+    "green.block": ("session_scope",),
     "web.wsgi": ("DBSessionMiddleware",),
 }
 _MODULES = {name: f"dbsession.{module}" for module, names in _NAMES.items() for name in names}

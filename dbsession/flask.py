@@ -24,6 +24,7 @@ from dbsession.core import sources
 from dbsession.core.config import DatabaseConfig, shown
 from dbsession.errors import ConfigError, did_you_mean
 from dbsession.green import api, scope
+from dbsession.green.block import session_scope
 from dbsession.web.wsgi import DBSessionMiddleware
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def _context_pushed(app: Flask, **_: Any) -> None:
     # A context may be pushed again (`with context:` inside itself); it is popped for good only once.
     if (current is None or current.kind != "request" or current.is_socket) and "_dbsession_scope" not in g:
         inside = current if current is not None and current.kind == "request" else None
-        opened = scope.session_scope("a Flask app context" if inside is None else f"an event of {inside.label}")
+        opened = session_scope("a Flask app context" if inside is None else f"an event of {inside.label}")
         opened.__enter__()
         g._dbsession_scope = opened
 

@@ -41,10 +41,16 @@ class Scope(BaseScope):
     """One unit of work: a request, a job, or the rest of a task. Ended by `end()`, by the end of its task (an implicit
     one), or when the last reference to it goes."""
 
-    __slots__ = ("_stack", "loop")
+    __slots__ = ("_stack", "kind", "loop", "read_timeout_s", "transactions")
     _AWAIT = "await "
     _stack: Stack  # on which it was opened, since a generator may be closed by another task
     loop: asyncio.AbstractEventLoop | None  # its stack's
+
+    def __init__(self, label: str, kind: str = "block", read_timeout_s: float | None = None) -> None:
+        super().__init__(label)
+        self.kind = kind
+        self.read_timeout_s = read_timeout_s
+        self.transactions = BaseScope.transactions
 
     async def clear(self) -> None:
         """Close every session of this scope, which stays usable and empty. Waits for the server where a transaction is
@@ -208,6 +214,8 @@ def session_scope(label: Any = None, *, read_timeout_s: float | None = None) -> 
 
 class SessionScope(BaseSessionScope):
     """What `session_scope()` returns. Lives for one block, or for the function that it decorates."""
+
+    __slots__ = ()
 
     def __call__(self, func: F) -> F:
         return cast("F", functions.decorated(func, "aio.session_scope()", self._check, self._around))

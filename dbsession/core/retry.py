@@ -71,7 +71,7 @@ class Attempts:
             raise
 
     @contextmanager
-    def whole(self, own: BaseScope) -> Iterator[None]:
+    def whole(self, own: Any) -> Iterator[None]:
         """Return the context round the call and the commit in a scope of its own."""
         own.transactions = {self._key: None}
         try:

@@ -28,30 +28,21 @@ class BaseScope:
 
     _AWAIT: ClassVar[str] = ""
 
-    __slots__ = (
-        "__weakref__",
-        "ended",
-        "failed",
-        "kind",
-        "label",
-        "outcomes",
-        "read_timeout_s",
-        "sessions",
-        "since",
-        "transactions",
-    )
+    __slots__ = ("__weakref__", "ended", "failed", "label", "outcomes", "sessions", "since")
 
-    def __init__(self, label: str, kind: str = "block", read_timeout_s: float | None = None) -> None:
+    # Of an implicit scope, which keeps none of these: as many may be held as there are greenlets. What somebody opens
+    # has slots for them.
+    kind: str = "implicit"
+    read_timeout_s: float | None = None
+    # The `run_in_transaction()` that this scope was opened for: (whose, database) -> the error of a part of it that has
+    # failed, or None. Replaced and not added to, as `outcomes`: most scopes never need one of their own.
+    transactions: Mapping[Any, BaseException | None] = _NONE
+
+    def __init__(self, label: str) -> None:
         self.label = label
-        self.kind = kind
         self.since = time.monotonic()
-        self.read_timeout_s = read_timeout_s
         self.ended = self.failed = False
-        # These two are replaced and not added to: most scopes never need one of their own.
         self.outcomes: Mapping[str, str] = _NONE
-        # The `run_in_transaction()` that this scope was opened for: (whose, database) -> the error of a part of it that
-        # has failed, or None.
-        self.transactions: Mapping[Any, BaseException | None] = _NONE
         self.sessions: dict[Any, Any] = {}
 
     def __repr__(self) -> str:
@@ -60,7 +51,7 @@ class BaseScope:
     if not TYPE_CHECKING:  # or a type checker would take any name for one of ours
 
         def __getattr__(self, name: str) -> Any:
-            text = f"{type(self).__name__!r} object has no attribute {name!r}"
+            text = f"'Scope' object has no attribute {name!r}"
             if hasattr(Session, name):
                 text += (
                     ": session_scope() gives its scope, and no session. Inside the block write `session = "
@@ -92,6 +83,8 @@ class BaseScope:
 
 class BaseSessionScope:
     """What `session_scope()` returns. Lives for one block, or for the function that it decorates."""
+
+    __slots__ = ("_kind", "_label", "_read_timeout_s", "_scope")
 
     def __init__(self, label: str | None, kind: str = "block", read_timeout_s: float | None = None) -> None:
         self._label = label  # None: of the function that it decorates, if it does

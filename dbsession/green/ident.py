@@ -77,34 +77,31 @@ def refuse_pool_job() -> None:
 class _ThreadEnd:
     """Tells that a thread has ended: its own local storage holds it, and drops it then. Lives as long as the thread."""
 
-    def __init__(self, ended: Callable[[object | None], None]) -> None:
+    def __init__(self, ended: Callable[[], None]) -> None:
         self._ended = ended
 
     def __del__(self) -> None:
         if not sys.is_finalizing():
-            self._ended(None)
+            self._ended()
 
 
-def on_end(ident: Any, ended: Callable[[object | None], None]) -> None:
-    """Call `ended` once, soon after `ident` has ended, in a place that must not wait.
+def on_end(ident: Any, ended: Callable[[Any], None], thread_ended: Callable[[], None]) -> None:
+    """Call `ended` or `thread_ended` once, soon after `ident` has ended, in a place that must not wait.
 
-    A gevent greenlet says so by its link, in the Hub, and is the argument; the root greenlet of a thread by the
-    thread's own storage, in that thread as it dies (the argument is None: nothing more can run there). A raw greenlet
-    says nothing: the destructor of what hangs on it acts when its last reference goes, and `dead_idents()` finds the
-    others.
+    A gevent greenlet says so by its link, in the Hub, and is the argument of `ended`; the root greenlet of a thread by
+    the thread's own storage, in that thread as it dies (nothing more can run there). A raw greenlet says nothing: the
+    destructor of what hangs on it acts when its last reference goes, and `dead_idents()` finds the others.
     """
     if isinstance(ident, gevent.Greenlet):
         ident.rawlink(ended)
     elif ident.parent is None:
-        _this_thread.end = _ThreadEnd(ended)
+        _this_thread.end = _ThreadEnd(thread_ended)
     else:
         _unlinked.add(weakref.ref(ident, _unlinked.discard))
 
 
 def has_failed(greenlet: Any) -> bool:
-    """Whether a greenlet that has ended was ended by an exception or a kill; of a thread, None, nobody knows."""
-    if greenlet is None:
-        return False
+    """Whether a greenlet that has ended was ended by an exception or a kill; of a thread nobody knows."""
     return greenlet.exception is not None or isinstance(greenlet.value, gevent.GreenletExit)
 
 

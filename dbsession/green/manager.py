@@ -16,8 +16,8 @@ from dbsession.core.manager import BaseSessionManager, report_release
 from dbsession.errors import describe
 from dbsession.green import engine as engines
 from dbsession.green import ident, scope, teardown, transaction
+from dbsession.green.block import SessionScope, session_scope
 from dbsession.green.engine import EngineCache, ProcessDatabase
-from dbsession.green.scope import SessionScope
 from dbsession.green.session import ScopedSession
 
 logger = logging.getLogger("dbsession.manager")
@@ -110,7 +110,7 @@ class SessionManager(BaseSessionManager[ScopedSession]):
     def scope(self, label: str | None = None, *, read_timeout_s: float | None = None) -> SessionScope: ...
     def scope(self, label: Any = None, *, read_timeout_s: float | None = None) -> Any:
         """Open a new scope nested in the current one; see `dbsession.session_scope`."""
-        return scope.session_scope(label, read_timeout_s=read_timeout_s)
+        return session_scope(label, read_timeout_s=read_timeout_s)
 
     def clear(self) -> None:
         """Close this manager's sessions in the current scope; see `dbsession.clear_dbsession`."""

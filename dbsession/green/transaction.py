@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from dbsession.core import functions
 from dbsession.core.retry import Attempts, decorator
 from dbsession.green import hub, scope
+from dbsession.green.block import session_scope
 
 logger = logging.getLogger("dbsession.transaction")
 
@@ -30,7 +31,7 @@ def run(manager: Any, fn: Callable[..., T], **options: Any) -> T:
     name = options.get("name", "default")
     while True:
         try:
-            with scope.session_scope(work.label) as own, work.whole(own):
+            with session_scope(work.label) as own, work.whole(own):
                 result: T = work.call()
                 functions.refuse_coroutine(result, work.label, _INSTEAD)
                 work.refuse_half(own)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dbsession.errors import describe
 from dbsession.green.hub import run_aside
-from dbsession.green.scope import Scope
+from dbsession.green.scope import OpenedScope
 
 logger = logging.getLogger("dbsession.wsgi")
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("dbsession.wsgi")
 class ScopedBody:
     """A response body read inside its request's scope. Lives until `close()`, or until it is garbage collected."""
 
-    def __init__(self, body: Iterable[bytes], scope: Scope) -> None:
+    def __init__(self, body: Iterable[bytes], scope: OpenedScope) -> None:
         self._body = body
         self._scope = scope
         self._iterator: Iterator[bytes] | None = None
@@ -69,7 +69,7 @@ def close_body(body: Any) -> None:
         body.close()
 
 
-def _end(body: Any, scope: Scope) -> None:
+def _end(body: Any, scope: OpenedScope) -> None:
     scope.resume()
     try:
         close_body(body)
@@ -77,7 +77,7 @@ def _end(body: Any, scope: Scope) -> None:
         scope.leave()
 
 
-def _end_dropped(body: Any, scope: Scope) -> None:
+def _end_dropped(body: Any, scope: OpenedScope) -> None:
     try:
         _end(body, scope)
     except Exception as error:  # nobody is there to be told; a Flask context cannot be left in another greenlet, say

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dbsession.green import ident
 from dbsession.green.deadline import DeadlineExceeded, HubTimer, call_in, numbers, require_gevent
 from dbsession.green.hub import here
-from dbsession.green.scope import Scope
+from dbsession.green.scope import OpenedScope
 from dbsession.web.body import ScopedBody
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _prefers_json(accept: str) -> bool:
 class TimedRequest:
     """A request with a deadline: its scope, timer and reply. Lives as long as the request."""
 
-    def __init__(self, scope: Scope, timer: RequestTimer, reply: Reply) -> None:
+    def __init__(self, scope: OpenedScope, timer: RequestTimer, reply: Reply) -> None:
         self.scope = scope
         self.timer = timer
         self.reply = reply

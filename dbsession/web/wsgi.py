@@ -12,7 +12,7 @@ from dbsession.core.functions import is_async
 from dbsession.errors import plain
 from dbsession.green import ident, scope
 from dbsession.green.deadline import DeadlineExceeded, require_gevent
-from dbsession.green.scope import Scope
+from dbsession.green.scope import OpenedScope
 from dbsession.web.body import ReadyBody, ScopedBody, close_body
 from dbsession.web.request_deadline import Reply, RequestTimer, TimedBody, TimedRequest, wants_websocket
 
@@ -111,7 +111,7 @@ class DBSessionMiddleware:
         return wrapped
 
     @staticmethod
-    def _seconds(deadline: Any, environ: WSGIEnvironment, current: Scope) -> float | None:
+    def _seconds(deadline: Any, environ: WSGIEnvironment, current: OpenedScope) -> float | None:
         """Return this request's deadline."""
         if not callable(deadline):
             return float(deadline)
@@ -123,7 +123,7 @@ class DBSessionMiddleware:
             raise
 
     def _call_in_time(
-        self, environ: WSGIEnvironment, start_response: StartResponse, current: Scope, seconds: float
+        self, environ: WSGIEnvironment, start_response: StartResponse, current: OpenedScope, seconds: float
     ) -> Iterable[bytes]:
         try:
             try:
@@ -190,7 +190,7 @@ def _end_abandoned(label: str) -> None:
     if any(each.kind == "request" and not each.ended for each in scope.stack_here()):
         return  # one that calls another in-process
     for reference in list(ident.current()._dbsession_parked):
-        abandoned: Scope | None = reference()
+        abandoned: OpenedScope | None = reference()
         if abandoned is not None and not abandoned.ended:
             if abandoned.sessions:  # else nothing was lost: a test client, say, whose answers nobody closes
                 logger.warning(

@@ -139,7 +139,7 @@ def test_kill_in_the_teardown_of_a_complete_body_still_closes_the_body(manager, 
 
 def test_ended_scope_left_on_a_stack_does_not_stay(manager):
     stack = scopes.stack_here()
-    left = scopes.Scope("GET /cut short", kind="request")
+    left = scopes.OpenedScope("GET /cut short", kind="request")
     left.end()
     stack.append(left)
     request(lambda environ, start_response: [b""])
