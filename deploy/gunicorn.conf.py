@@ -9,17 +9,35 @@ from gevent import monkey
 
 monkey.patch_all()
 
+import gc  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
+from typing import Any  # noqa: E402
 
-from dbsession import ConfigError, SessionManager  # noqa: E402
-from dbsession.gunicorn_hooks import (  # noqa: E402, F401
-    child_exit,
-    post_request,
-    post_worker_init,
-    when_ready,
-    worker_exit,
-)
+from dbsession import ConfigError, SessionManager, gunicorn_hooks  # noqa: E402
+from dbsession.gunicorn_hooks import child_exit, post_request, worker_exit  # noqa: E402, F401
+
+# Python looks for garbage after every 700 new containers (2,000 from Python 3.13 on), and some of these times goes
+# through all there are. A list of some thousand rows is that often walked through while it is built, and holds no
+# garbage. The workers inherit this.
+gc.set_threshold(50_000)
+
+
+def when_ready(server: Any) -> None:
+    """Run dbsession's hook. Under preload_app, keep the collector from what the application's import has made: it
+    writes into each object that it looks at, and each worker would get a copy of that memory of its own. No collect()
+    before it, for the same reason: see gc.freeze() in Python's documentation."""
+    gunicorn_hooks.when_ready(server)
+    if server.cfg.preload_app:
+        gc.freeze()
+
+
+def post_worker_init(worker: Any) -> None:
+    """Run dbsession's hook. Then keep the collector from modules, classes and all else that lives as long as this
+    worker: it would go through them at each full collection, with every request waiting."""
+    gunicorn_hooks.post_worker_init(worker)
+    gc.collect()
+    gc.freeze()
 
 
 def number(variable: str, default: int, least: int, most: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import struct
 import threading
@@ -91,6 +93,21 @@ def test_concurrent_requests_read_their_own_rows(url, config, preload):
         answers = all_at_once(server, [f"/token?token={token}&pause=0.05" for token in tokens])
         assert answers == [f"{token}/{token}" for token in tokens]
         nothing_in_use(server)
+
+
+@pytest.mark.parametrize("preload", PRELOAD)
+def test_collector_leaves_what_was_imported_alone_when_the_demos_configuration_is_used(url, preload):
+    """Before the fork where the master has imported the application; and after a reload as before it."""
+    with serve(url, *preload) as server:
+        first = state(server)
+        os.kill(server.pid, signal.SIGHUP)
+        wait_until(lambda: first["pid"] not in server.worker_pids(), 30)
+        second = state(server)
+        assert second["pid"] != first["pid"]
+        for answer in (first, second):
+            assert answer["threshold"] == 50_000
+            assert answer["frozen"] > 10_000  # the modules' functions, classes and dicts
+            assert (answer["frozen_at_fork"] > 10_000) is bool(preload)
 
 
 def test_f11_workers_of_a_preloading_master_that_used_the_database(url):

@@ -6,6 +6,7 @@ a session, what the worker that answers has in use.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
@@ -21,6 +22,8 @@ from dbsession import get_dbsession
 
 session = get_dbsession()  # before anything is configured or patched, as applications do
 _met: list[Any] = []  # the sessions of /session
+_frozen_at_fork = [0]  # objects that the master's collector was kept from, where it has imported this module
+os.register_at_fork(after_in_child=lambda: _frozen_at_fork.append(gc.get_freeze_count()))
 
 if os.environ.get("PROBE_QUERY_AT_IMPORT"):
     # Under --preload this leaves the master with a live connection that every worker inherits.
@@ -33,6 +36,8 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
     if path == "/state":
         pool = dbsession.get_engine().pool
         answer = {"pid": os.getpid(), "checked_out": pool.checkedout(), "idle": pool.checkedin()}
+        collector = {"threshold": gc.get_threshold()[0], "frozen": gc.get_freeze_count()}
+        answer.update(collector, frozen_at_fork=_frozen_at_fork[-1])
         return reply(start_response, json.dumps(answer))
     if path == "/stream":
         start_response("200 OK", [("Content-Type", "text/plain")])
