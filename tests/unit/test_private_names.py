@@ -49,6 +49,10 @@ def test_gevent_runs_threadpool_jobs_in_a_greenlet_class_of_its_threadpool_modul
     assert job == "gevent.threadpool"
 
 
+def test_gevents_sockets_say_that_another_greenlet_has_closed_them_by_a_class_of_their_own():
+    assert gevent.socket.cancel_wait_ex.__module__ == "gevent._socketcommon"
+
+
 def test_gevents_sockets_wait_for_their_read_event(mariadb):
     with gevent.socket.create_connection(("127.0.0.1", mariadb.port)) as plain:
         plain._wait(plain._read_event)

@@ -117,7 +117,7 @@ def is_from_socket(error: BaseException) -> bool:
     say, is of a class of theirs, or has neither a number nor the socket's words; it is theirs to catch."""
     return (
         isinstance(error, OSError)
-        and type(error).__module__ in ("builtins", "socket", "ssl", "gevent.ssl")
+        and type(error).__module__ in ("builtins", "socket", "ssl", "gevent.ssl", "gevent._socketcommon")
         and (error.errno is not None or "timed out" in str(error))
     )
 

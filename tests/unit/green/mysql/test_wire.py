@@ -376,3 +376,29 @@ def test_timer_whose_start_was_interrupted_runs_no_more(mariadb_url):
         """,
         mariadb_url,
     )
+
+
+def test_closed_by_another_greenlet_is_a_lost_connection(mariadb, mariadb_url):
+    run_python(
+        """
+        from gevent import monkey; monkey.patch_all()
+        import sys, gevent, pymysql
+        from sqlalchemy.engine import make_url
+        from dbsession.green.mysql.connection import Connection
+        from support.proxy import Proxy
+        url = make_url(sys.argv[1])
+        with Proxy(url.port) as proxy:
+            for statement, number in (("SELECT SLEEP(60)", 2013), ("SELECT '" + "x" * 15_000_000 + "'", 2006)):
+                proxy.resume()
+                connection = Connection(host=url.host, port=proxy.port, user=url.username, password=url.password)
+                proxy.stall("to_server")
+                gevent.spawn_later(0.2, connection.close)
+                try:
+                    connection.query(statement)
+                except pymysql.OperationalError as error:
+                    assert error.args[0] == number, error
+                else:
+                    raise AssertionError("it was closed")
+        """,
+        mariadb_url,
+    )
