@@ -140,7 +140,19 @@ class FairPool(QueuedPool[_Waiter], AsyncAdaptedQueuePool):
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         """Hand a connection to the longest waiter, or keep it idle. Closes one too many; only that may wait."""
         self.held.returned(record)
-        self._give_back(record)
+        if (
+            threading.get_ident() != self._thread
+            or self._waiting
+            or self._returned
+            or self._settling
+            or record.dbapi_connection is None
+        ):
+            self._give_back(record)
+            return
+        # Nobody waits, and nothing else came back: all that _settle() would do, without its calls.
+        self._idle.append(record)
+        if len(self._idle) > self._max_idle:
+            self._settle()
 
     def _give_back(self, record: ConnectionPoolEntry | None) -> None:
         """Give back a connection, or (None) a slot. From any thread."""

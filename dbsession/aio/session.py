@@ -262,6 +262,11 @@ def _looked_up_at_call(name: str, stock: Callable[..., Any]) -> Callable[..., An
     @awaited
     @functools.wraps(stock)
     def method(self: AsyncScopedSession, *arguments: Any, **more: Any) -> Any:
+        stack = here()  # as in __call__(), without a call for each statement
+        if KNOWN[0] and stack is not None and stack.thread == get_ident() and current_task(stack.loop) is stack.task:
+            session = stack.sessions.get(self.registry.database)
+            if session is not None:
+                return getattr(session, name)(*arguments, **more)
         return getattr(self(), name)(*arguments, **more)
 
     return method

@@ -2,8 +2,10 @@
 
 A *layer* is an object with methods `around_<name>(inner)`, which return what is called in place of the dialect's method
 (or class) of that name, and `on_<event>`, which listen (`on_stock_<event>`: where the pool is not ours);
-`executing(inner, context, *arguments)` stands for the three methods that execute a statement. `install()` takes the
-layers of an engine from the innermost to the outermost:
+`executing(inner, context, cursor, statement, *arguments)` stands for the three methods that execute a statement: that
+of StatementNotes calls the dialect's, `inner(cursor, statement, *arguments)`, and that of a layer further out
+`inner(context, cursor, statement, *arguments)`. `install()` takes the layers of an engine from the innermost to the
+outermost:
 
     notes        StatementNotes       who executes what, for those who look in
     outcome      TransactionWatch     what becomes of a transaction
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -76,8 +79,13 @@ def install(engine: Engine, layers: Sequence[Any]) -> None:
             around = getattr(layer, ours, None)
             if around is not None:
                 setattr(dialect, name, around(getattr(dialect, name)))
-            elif name in STATEMENTS and hasattr(layer, "executing"):
-                setattr(dialect, name, _around_statement(name, getattr(dialect, name), layer.executing))
+    for name in STATEMENTS:
+        executing = getattr(dialect, name)
+        for layer in layers:
+            if hasattr(layer, "executing"):
+                executing = partial(layer.executing, executing)  # one in another, of which Python makes no frame
+        if isinstance(executing, partial):
+            setattr(dialect, name, _as_method(name, executing))
     for layer in layers:
         if hasattr(layer, "on_connect_first"):
             event.listen(engine, "connect", layer.on_connect_first, insert=True)
@@ -88,17 +96,17 @@ def install(engine: Engine, layers: Sequence[Any]) -> None:
                 event.listen(engine, name, listener)
 
 
-def _around_statement(name: str, inner: Callable[..., None], executing: Callable[..., None]) -> Callable[..., None]:
+def _as_method(name: str, executing: Callable[..., None]) -> Callable[..., None]:
     """Return what is called in place of the dialect's method of that name, which executes a statement."""
 
     def do_execute(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        executing(inner, context, cursor, statement, parameters, context)
+        executing(context, cursor, statement, parameters, context)
 
     def do_executemany(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        executing(inner, context, cursor, statement, parameters, context)
+        executing(context, cursor, statement, parameters, context)
 
     def do_execute_no_params(cursor: Any, statement: str, context: Any = None) -> None:
-        executing(inner, context, cursor, statement, context)
+        executing(context, cursor, statement, context)
 
     return {each.__name__: each for each in (do_execute, do_executemany, do_execute_no_params)}[name]
 

@@ -132,9 +132,9 @@ def test_asyncio_cursors_tell_of_later_results_and_read_them_away(mariadb_url, d
     def read(connection):
         result = connection.exec_driver_sql("SELECT 1 AS a; SELECT 2 AS b")
         cursor, context = result.cursor, result.context
-        assert results.has_later_results(cursor) and hasattr(context, "_rowcount")
-        results.read_later_results(cursor)
-        assert not results.has_later_results(cursor)
+        assert cursor._cursor._result.has_next and hasattr(context, "_rowcount")
+        results.read_later_results(cursor, "")
+        assert not cursor._cursor._result.has_next
         assert list(result.keys()) == ["a"] and cursor.description[0][0] == "a" and result.all() == [(1,)]
 
     async def work():

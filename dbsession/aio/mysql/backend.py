@@ -21,14 +21,13 @@ from dbsession.aio.mysql import opening
 from dbsession.aio.mysql.connection import Wire, wire_of
 from dbsession.aio.mysql.kill import SIDE, LoopKiller, open_side
 from dbsession.aio.mysql.known import make_known
-from dbsession.aio.mysql.results import ROLLED_BACK, Stream, has_later_results, read_later_results
+from dbsession.aio.mysql.results import ROLLED_BACK, context_class, quick_class
 from dbsession.core.backends.mysql import CLEANING_S, MySQL, driver_of
 from dbsession.core.backends.mysql_errors import CLOSED_BEFORE_COMMIT
 from dbsession.core.backends.mysql_sent import OPENING, Sent
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.connection_info import SCOPE, WIRE, nobody
-from dbsession.core.interceptors import StatementNotes
 from dbsession.core.pool.stats import Stats
 
 # The driver's number for a server that cannot be reached, CR_CONN_HOST_ERROR.
@@ -102,6 +101,8 @@ class AsyncMySQL(MySQL):
         """Start the connect timer: what SQLAlchemy and we ask of a new connection is a part of connecting."""
         wire = wire_of(connection)
         if wire is not None:
+            adapter: Any = type(connection)
+            connection.__class__ = quick_class(adapter)
             record.info[WIRE] = wire
             wire.expect(self.config.connect_timeout_s)
 
@@ -115,50 +116,37 @@ class AsyncMySQL(MySQL):
 
     # Statements, and the ends of transactions.
 
-    def executing(self, inner: Callable[..., None], context: Any, *arguments: Any) -> None:
+    def executing(self, inner: Callable[..., None], context: Any, cursor: Any, *arguments: Any) -> None:
         """Execute a statement whose answer has to be there in time; have it ended at the server if nobody waits."""
-        proxied = None if context is None else context.root_connection.connection
-        wire = None if proxied is None else wire_of(proxied)
-        if proxied is None or wire is None:
-            inner(*arguments)
+        # What is done for each statement is written out: wire_of() by the driver's connection in SQLAlchemy's cursor,
+        # and read_s_of().
+        wire = getattr(getattr(cursor, "_connection", None), "_dbsession_wire", None)
+        if context is None or wire is None:
+            inner(context, cursor, *arguments)
             return
-        info = _info_of(proxied)
+        proxied = context.root_connection.connection
+        seconds, scope = self.config.read_timeout_s, None
         try:
-            wire.within(self._read_s_of(info), inner, *arguments, answers=True)
+            scope = proxied.info.get(SCOPE, nobody)()
+        except NotImplementedError:  # SQLAlchemy's own, while it asks a new server what it can
+            pass
+        if scope is not None and scope.read_timeout_s is not None:
+            seconds = scope.read_timeout_s
+        try:
+            wire.within(seconds, inner, context, cursor, *arguments, answers=True)
         except BaseException:
             if self._killer is not None and wire.given_up:
-                self._killer.abandon_connection(info, context.root_connection.engine.pool)
+                self._killer.abandon_connection(_info_of(proxied), context.root_connection.engine.pool)
             raise
 
-    def _read_s_of(self, info: dict[Any, Any]) -> float:
-        scope = info.get(SCOPE, nobody)()
+    def read_s_of(self, proxied: Any) -> float:
+        """Return how long a statement on a proxied DBAPI connection may take."""
+        scope = _info_of(proxied).get(SCOPE, nobody)()
         own: float | None = None if scope is None else scope.read_timeout_s
         return self.config.read_timeout_s if own is None else own
 
     def around_execution_ctx_cls(self, inner: Any) -> Any:
-        """Return the class of the dialect's execution contexts, with server-side cursors that are bounded, and in which
-        a statement has failed where any of its results has: the drivers read the later ones as a cursor is closed."""
-        backend = self
-
-        class Context(inner):  # type: ignore[misc]  # of Any: the dialect's
-            def post_exec(self) -> None:
-                super().post_exec()
-                if has_later_results(self.cursor):
-                    self._rowcount = self.cursor.rowcount  # that of the first, as a driver's cursor is one for all
-                    StatementNotes.executing(self._read_later_results, self, self.cursor, self.statement)
-
-            def _read_later_results(self, cursor: Any, _: str) -> None:
-                backend.executing(read_later_results, self, cursor)
-
-            def create_server_side_cursor(self) -> Any:
-                cursor = super().create_server_side_cursor()
-                proxied = self.root_connection.connection
-                wire = wire_of(proxied)
-                if wire is None:
-                    return cursor
-                return Stream(cursor, wire, backend._read_s_of(_info_of(proxied)), self.root_connection, backend)
-
-        return Context
+        return context_class(inner, self)
 
     def around_do_commit(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
         def do_commit(dbapi_connection: Any) -> None:

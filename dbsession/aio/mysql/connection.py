@@ -7,6 +7,7 @@ import select
 import weakref
 from collections.abc import Callable
 from contextvars import Context
+from time import monotonic
 from typing import Any
 
 from sqlalchemy.engine import Connection
@@ -20,6 +21,8 @@ _OUT_OF_SYNC = 2014
 # That of a connection that was lost, CR_SERVER_LOST, and what to say where uvloop raises a RuntimeError for a write to
 # one that was reset, which aiomysql passes on as it is.
 _RESET = 2013, "Lost connection to MySQL server: it was reset"
+
+_NEVER = float("inf")
 
 
 class Wire:
@@ -36,6 +39,7 @@ class Wire:
         "_driver",
         "_due",
         "_heard",
+        "_looks",
         "_loop",
         "_timer",
         "asking",
@@ -60,6 +64,7 @@ class Wire:
         self._due: float | None = None
         self._asked = self._heard = float("-inf")  # when something was asked; the same of the last that was answered
         self._timer: asyncio.TimerHandle | None = None
+        self._looks = _NEVER  # when it does
         self.transport: asyncio.WriteTransport = transport_of(driver)
         self.sent: Sent | None = getattr(driver, "sent", None)
         self.asking = False
@@ -83,17 +88,20 @@ class Wire:
     def expect(self, seconds: float) -> float | None:
         """Close the connection if, until `done()`, the answer is not there in so many seconds. Returns until when what
         this is a part of is expected."""
-        self._asked = now = self._loop.time()
+        self._asked = now = monotonic()
         earlier, due = self._due, now + seconds
         if earlier is not None and earlier < due:
             due = earlier
         self._due = due
-        if self._timer is None:
-            self._timer = self._loop.call_at(due, self._look, context=self._context)
-        elif self._timer.when() > due:
-            self._timer.cancel()
-            self._timer = self._loop.call_at(due, self._look, context=self._context)
+        if self._looks > due:
+            self._look_at(due, now)
         return earlier
+
+    def _look_at(self, due: float, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._looks = due
+        self._timer = self._loop.call_later(due - now, self._look, context=self._context)
 
     def done(self) -> None:
         """Expect nothing any more."""
@@ -116,7 +124,14 @@ class Wire:
             if ends:
                 self.give_up("another task ended its transaction in the middle of an answer")
             raise UsedByTwo("A statement" if answers else "The end of a transaction" if ends else "A fetch")
-        earlier = self.expect(seconds)
+        # As expect(), without its call: this is done for each statement.
+        self._asked = now = monotonic()
+        earlier, due = self._due, now + seconds
+        if earlier is not None and earlier < due:
+            due = earlier
+        self._due = due
+        if self._looks > due:
+            self._look_at(due, now)
         self.asking = True
         sent = self.sent
         before = None if sent is None else sent.count
@@ -152,7 +167,7 @@ class Wire:
     def lives(self, seconds: float) -> bool:
         """Return whether the connection, which is not closed here, answered to something asked less than so many
         seconds ago, and is not readable since: it would be, had the server closed it. Waits for nobody."""
-        if self._loop.time() - self._heard >= seconds:
+        if monotonic() - self._heard >= seconds:
             return False
         socket = self.transport.get_extra_info("socket")
         if socket is None or not hasattr(select, "poll"):  # nothing to look at, or by: not on Windows
@@ -173,12 +188,12 @@ class Wire:
         return bool(look.poll(0))
 
     def _look(self) -> None:
-        self._timer = None
+        self._timer, self._looks = None, _NEVER
         driver = self._driver()
         if self._due is None or driver is None:
             return
-        if self._loop.time() < self._due:
-            self._timer = self._loop.call_at(self._due, self._look, context=self._context)
+        if (now := monotonic()) < self._due:
+            self._look_at(self._due, now)
         else:
             self.late = True
             self.give_up("no answer came in time on its connection")

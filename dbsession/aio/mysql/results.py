@@ -6,16 +6,19 @@ from __future__ import annotations
 import asyncio
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.util import await_only
 
 from dbsession.aio.holders import outermost_of, running_here
-from dbsession.aio.mysql.connection import Wire
+from dbsession.aio.mysql.connection import Wire, wire_of
 from dbsession.core.backends.base import Backend
 from dbsession.core.connection_info import DOOMED, UNTOLD
+from dbsession.core.interceptors import StatementNotes
 from dbsession.core.outcome import is_autocommit
 from dbsession.core.pool import callsites
 from dbsession.errors import ResultCut, UsedByTwo, describe
@@ -124,12 +127,79 @@ class Stream:
             self._wire.unread = self._wire.stream = None
 
 
-def has_later_results(cursor: Any) -> bool:
-    """Whether the answer to what an adapter's cursor has executed goes on after its first result."""
-    result = getattr(getattr(cursor, "_cursor", None), "_result", None)
-    return result is not None and bool(result.has_next) and not cursor.server_side
+def context_class(inner: Any, backend: Any) -> Any:
+    """Return the dialect's class of execution contexts with server-side cursors that are bounded by `backend`, and in
+    which a statement has failed where any of its results has: the drivers read the later ones as a cursor is closed."""
+
+    class Context(inner):  # type: ignore[misc]  # of Any: the dialect's
+        def post_exec(self) -> None:
+            super().post_exec()
+            cursor = self.cursor
+            # Whether the answer goes on after its first result.
+            result = getattr(getattr(cursor, "_cursor", None), "_result", None)
+            if result is not None and result.has_next and not cursor.server_side:
+                self._rowcount = cursor.rowcount  # that of the first, as a driver's cursor is one for all
+                read = partial(StatementNotes.executing, read_later_results)
+                backend.executing(read, self, cursor, self.statement)
+
+        def create_server_side_cursor(self) -> Any:
+            cursor = super().create_server_side_cursor()
+            proxied = self.root_connection.connection
+            wire = wire_of(proxied)
+            if wire is None:
+                return cursor
+            return Stream(cursor, wire, backend.read_s_of(proxied), self.root_connection, backend)
+
+    return Context
 
 
-def read_later_results(cursor: Any) -> None:
-    """Read the results after the first one, whose rows and description stay, and drop them."""
+def read_later_results(cursor: Any, _: str) -> None:
+    """Read the results after the first one of an adapter's cursor, whose rows and description stay, and drop them."""
     await_only(cursor._async_soft_close())
+
+
+@cache
+def quick_class(adapter: Any) -> Any:
+    """Return SQLAlchemy's class of adapted connections with cursors that leave the greenlet only where there is
+    something to wait for: asyncmy's have nothing to do as they are opened, nor when one result was all, and SQLAlchemy
+    awaits both. Another driver's class is returned as it is."""
+    driver = sys.modules.get("asyncmy.cursors")
+    if driver is None or adapter.__module__ != "sqlalchemy.dialects.mysql.asyncmy":
+        return adapter
+    stock = driver.Cursor
+
+    class QuickCursor(adapter._cursor_cls):  # type: ignore[misc]  # of Any: SQLAlchemy's
+        __slots__ = ()
+
+        def _aenter_cursor(self, cursor: Any) -> Any:
+            return cursor if type(cursor) is stock else super()._aenter_cursor(cursor)
+
+        async def _execute_async(self, operation: Any, parameters: Any) -> Any:
+            # SQLAlchemy's, without `async with`, which makes two coroutines more.
+            cursor, mutex = self._cursor, self._adapt_connection._execute_mutex
+            await mutex.acquire()
+            try:
+                if parameters is None:
+                    result = await cursor.execute(operation)
+                else:
+                    result = await cursor.execute(operation, parameters)
+                if cursor.description:
+                    self._rows = deque(await cursor.fetchall())  # type: ignore[misc]  # a slot of its base
+                return result
+            finally:
+                mutex.release()
+
+        def close(self) -> None:
+            cursor = self._cursor
+            if type(cursor) is not stock or ((result := cursor._result) is not None and result.has_next):
+                super().close()
+                return
+            self._rows.clear()
+            if not self._soft_closed_memoized:
+                cursor.connection = None  # all that its close() does then
+
+    class QuickConnection(adapter):  # type: ignore[misc]  # of Any: SQLAlchemy's
+        __slots__ = ()
+        _cursor_cls = QuickCursor
+
+    return QuickConnection

@@ -138,7 +138,12 @@ class Sent:
                 if still_ended and self.autocommit:
                     self.ended_at = self.count
                 # A statement that reads may leave a lock or a variable behind.
-                if whole.lastindex is None and not self.changed and _leaves_something(seen, text):
+                if (
+                    whole.lastindex is None
+                    and not self.changed
+                    and ("(" in seen or ":" in seen or "@" in seen)
+                    and _leaves_something(seen, text)
+                ):
                     self._note_change(text)
         elif number == PING:
             if still_ended:

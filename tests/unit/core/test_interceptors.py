@@ -39,7 +39,7 @@ def test_replaced_method_keeps_the_parameters_of_the_original(connections_class,
         for name in METHODS:
             around = getattr(layer, f"around_{name}", None)
             if around is None and name in interceptors.STATEMENTS and hasattr(layer, "executing"):
-                around = partial(interceptors._around_statement, name, executing=layer.executing)
+                around = partial(interceptors._as_method, name)
             if around is None:
                 continue
             original = list(inspect.signature(getattr(DefaultDialect, name)).parameters.values())[1:]
