@@ -95,9 +95,11 @@ def _changes(statement: str) -> bool:
 
 def begin(connection: Any) -> None:
     """Note that a transaction begins on a connection, whoever used it before."""
-    if committed_by_itself(connection):
+    # committed_by_itself() and forget(), without their calls in each transaction.
+    if getattr(connection, "_dbsession_by_itself", False):
         connection._dbsession_by_itself = False
-    forget(connection)
+    if getattr(connection, "_dbsession_wrote", None) is not None:
+        connection._dbsession_wrote = connection._dbsession_savepoints = None
 
 
 def forget(connection: Any) -> None:
