@@ -4,7 +4,8 @@ SQLAlchemy ends a session's transaction by a COMMIT or ROLLBACK, and then rolls 
 returns to the pool, because somebody may have used it without a transaction of SQLAlchemy's. That is a round trip for
 nothing (for aiosqlite: one to its thread) where nothing can have been sent in between: whoever sends something waits
 for the answer, and the loop takes a step. So if the step is the same, nothing was sent, by no task, and by no way round
-SQLAlchemy either. A statement forgets it all the same, lest a driver answers without waiting.
+SQLAlchemy either. A statement forgets it all the same, lest a driver answers without waiting. A connection of asyncmy
+or aiomysql knows what was sent on it, whatever the step: `mysql.backend` asks that.
 """
 
 from __future__ import annotations
@@ -27,16 +28,62 @@ from dbsession.core.backends.base import Backend
 from dbsession.core.backends.mysql import MySQL
 from dbsession.core.backends.sqlite import SQLite
 from dbsession.core.config import DatabaseConfig
-from dbsession.core.interceptors import EngineConnections
+from dbsession.core.interceptors import EngineConnections, install
 from dbsession.core.pool.leaks import LeakWatch
 from dbsession.core.teardown import kill_of
+
+
+class EndsOfSteps:
+    """A layer of `core.interceptors` that leaves out the ROLLBACK which is not needed, for drivers whose connections do
+    not know what was sent on them. Lives as long as its engine.
+
+    Who writes: `_ended` is written at the ends of transactions, in the loop's thread only.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._ended: Any = None
+        """The connection of which a transaction has ended in this very step of the event loop."""
+        self._context = Context()  # empty: the callback would keep that of the request
+
+    def on_do_execute(self, *_: Any) -> None:
+        """Note that something is sent."""
+        self._ended = None
+
+    on_do_executemany = on_do_execute_no_params = on_do_execute
+
+    def around_do_commit(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
+        def do_commit(dbapi_connection: Any) -> None:
+            self._ended = None
+            inner(dbapi_connection)
+            self._note_end(dbapi_connection)
+
+        return do_commit
+
+    def around_do_rollback(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
+        def do_rollback(dbapi_connection: Any) -> None:
+            connection = dbapi_connection.dbapi_connection
+            if connection is None or connection is not self._ended:
+                self._ended = None
+                inner(dbapi_connection)
+                self._note_end(dbapi_connection)
+
+        return do_rollback
+
+    def _note_end(self, proxied: Any) -> None:
+        if self.backend.still_open(proxied):
+            return
+        self._ended = proxied.dbapi_connection
+        asyncio.get_running_loop().call_soon(self._next_step, context=self._context)
+
+    def _next_step(self) -> None:
+        self._ended = None
 
 
 class LoopConnections(EngineConnections):
     """The open connections of one engine, and its backend. Lives as long as the engine.
 
-    Who writes: `_records` grows with each connection, and `_ended` is written at the ends of transactions; both in the
-    loop's thread only.
+    Who writes: `_records` grows with each connection, in the loop's thread only.
     """
 
     def __init__(self, config: DatabaseConfig) -> None:
@@ -50,13 +97,12 @@ class LoopConnections(EngineConnections):
         super().__init__(backend, held)
         self._leaks = LeakWatch(config, held, leak_watches)  # for its life only
         self._records: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._ended: Any = None
-        """The connection of which a transaction has ended in this very step of the event loop."""
-        self._context = Context()  # empty: the callback would keep that of the request
 
     def follow(self, engine: Engine) -> None:
         """Follow a new engine, and its pool."""
         self.install(engine, FairPool)
+        if self.backend.config.url.get_driver_name() not in AsyncMySQL.DRIVER_KEYS:
+            install(engine, (EndsOfSteps(self.backend),))
 
     def on_connect(self, connection: Any, record: Any) -> None:
         """Note a connection that was opened."""
@@ -97,41 +143,6 @@ class LoopConnections(EngineConnections):
                 _give_up(record, error)
 
         return reset_isolation_level
-
-    # The ROLLBACK that is not needed.
-
-    def on_do_execute(self, *_: Any) -> None:
-        """Note that something is sent."""
-        self._ended = None
-
-    on_do_executemany = on_do_execute_no_params = on_do_execute
-
-    def around_do_commit(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
-        def do_commit(dbapi_connection: Any) -> None:
-            self._ended = None
-            inner(dbapi_connection)
-            self._note_end(dbapi_connection)
-
-        return do_commit
-
-    def around_do_rollback(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
-        def do_rollback(dbapi_connection: Any) -> None:
-            connection = dbapi_connection.dbapi_connection
-            if connection is None or connection is not self._ended:
-                self._ended = None
-                inner(dbapi_connection)
-                self._note_end(dbapi_connection)
-
-        return do_rollback
-
-    def _note_end(self, proxied: Any) -> None:
-        if self.backend.still_open(proxied):
-            return
-        self._ended = proxied.dbapi_connection
-        asyncio.get_running_loop().call_soon(self._next_step, context=self._context)
-
-    def _next_step(self) -> None:
-        self._ended = None
 
     async def cut(self) -> None:
         """Close what is open still, whoever uses it: the loop ends, and nobody runs in it any more."""

@@ -47,6 +47,7 @@ class LoopDatabase(Database):
         super().__init__(config, owner, engine, factory, self.connections.held)
         self.source = source
         self.loop = asyncio.get_running_loop()
+        self.bounds = teardown.Bounds()
 
     def successor(self) -> LoopDatabase:
         """Return the database that, after a dispose(), takes over the engine and the session factory, with their

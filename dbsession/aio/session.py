@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_sessi
 from sqlalchemy.orm import Session
 
 from dbsession.aio import scope, teardown
-from dbsession.aio.scope import current_task, here
+from dbsession.aio.scope import current_task, here, task_in
 from dbsession.core import fork
 from dbsession.core import teardown as core_teardown
 from dbsession.core.config import DatabaseConfig
@@ -78,7 +78,8 @@ class ManagedAsyncSession(AsyncSession):
     async def close(self) -> None:
         """Close the session and drop it from its scope, so that the proxy's next use gets a fresh one. If that fails or
         is cancelled, its connections are discarded before the error goes on."""
-        if not self.close_at_once():
+        # Without a call of close_at_once() where that would do nothing.
+        if self.sync_session._open_connections or not self.close_at_once():
             self.sync_session._failing = sys.exception() is not None  # not seen in the greenlet that closes it
             await super().close()
 
@@ -177,6 +178,7 @@ class ScopeRegistry(BaseScopeRegistry):
     def _store(self, current: scope.Scope, database: Any, session: Any) -> Any:
         sync = session.sync_session
         sync._database = database
+        sync._in_loop = True
         sync._scope = weakref.ref(current)  # last: a snapshot() looks at what has one
         current.sessions[database] = session
         return session
@@ -211,7 +213,7 @@ class AsyncScopedSession(async_scoped_session[Any]):
         if not KNOWN[0]:
             fork.found_out()
         stack = here()  # as scope.current(), without its calls
-        if stack is None or stack.thread != get_ident() or current_task(stack.loop) is not stack.task:
+        if stack is None or stack.thread != get_ident() or task_in(stack.loop) is not stack.task:
             return self.registry.open(None)
         session = stack.sessions.get(self.registry.database)
         if session is not None:
@@ -263,7 +265,7 @@ def _looked_up_at_call(name: str, stock: Callable[..., Any]) -> Callable[..., An
     @functools.wraps(stock)
     def method(self: AsyncScopedSession, *arguments: Any, **more: Any) -> Any:
         stack = here()  # as in __call__(), without a call for each statement
-        if KNOWN[0] and stack is not None and stack.thread == get_ident() and current_task(stack.loop) is stack.task:
+        if KNOWN[0] and stack is not None and stack.thread == get_ident() and task_in(stack.loop) is stack.task:
             session = stack.sessions.get(self.registry.database)
             if session is not None:
                 return getattr(session, name)(*arguments, **more)

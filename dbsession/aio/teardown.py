@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextvars import Context
 from functools import partial
+from time import monotonic
 from typing import Any
 
 from dbsession.core import teardown as core_teardown
@@ -28,11 +30,11 @@ class _Aside(asyncio.Task[None]):
 
     def __init__(self, work: Coroutine[Any, Any, None], bound_s: float) -> None:
         loop = asyncio.get_running_loop()
-        self._bound = loop.time() + bound_s
+        self._bound = monotonic() + bound_s
         super().__init__(work, loop=loop)
 
     def cancel(self, msg: Any | None = None) -> bool:
-        return self.get_loop().time() >= self._bound and super().cancel(msg)
+        return monotonic() >= self._bound and super().cancel(msg)
 
 
 async def close_all(sessions: Sessions, label: str) -> None:
@@ -52,9 +54,10 @@ async def close_all(sessions: Sessions, label: str) -> None:
             continue  # it belongs to the parent process: not a byte on its connections
         failure: BaseException | None = None
         try:
-            if not session.close_at_once():
-                end = end or asyncio.get_running_loop().time() + core_teardown.BOUND_S
-                failure = kill or await _failure_of(session, end)
+            # Without its call where that would do nothing.
+            if session.sync_session._open_connections or not session.close_at_once():
+                end = end or monotonic() + core_teardown.BOUND_S
+                failure = kill or await _failure_of(database, session, end)
         except BaseException as error:  # a listener of the user's, for instance
             failure = error
         if failure is not None:
@@ -67,16 +70,79 @@ async def close_all(sessions: Sessions, label: str) -> None:
         raise kill
 
 
-async def _failure_of(session: Any, end: float) -> BaseException | None:
+async def _failure_of(database: Any, session: Any, end: float) -> BaseException | None:
+    """Close a session until `end`, by the clock monotonic(); return what it has failed with."""
+    task: Any = asyncio.current_task()
+    before = task.cancelling()
+    bounds: Bounds = database.bounds
+    bound = bounds.begin(task, end)
     try:
-        async with asyncio.timeout_at(end):
+        if session._committer is not None:
             await session.commit_elsewhere_ended()
-            await session.close()
+        await session.close()
         return None
-    except TimeoutError:
-        return core_teardown.not_in_time()
-    except BaseException as error:
-        return error
+    except BaseException as error:  # as asyncio.timeout() judges it
+        if bound.late and isinstance(error, asyncio.CancelledError) and task.cancelling() == before + 1:
+            return core_teardown.not_in_time()
+        return core_teardown.not_in_time() if isinstance(error, TimeoutError) else error
+    finally:
+        bounds.open.discard(bound)
+        if bound.late:
+            task.uncancel()
+
+
+class _Bound:
+    """Until when a task has to have closed a session. Lives as long as that takes."""
+
+    __slots__ = ("end", "late", "task")
+
+    def __init__(self, task: asyncio.Task[Any], end: float) -> None:
+        self.task = task
+        self.end = end
+        self.late = False
+        """The task was cancelled for it."""
+
+
+class Bounds:
+    """Cancels the tasks of one event loop that take too long to close a session of one database, by one timer for all:
+    asyncio.timeout() makes one for each, which stays in the loop's heap until its time. Lives as long as the database;
+    all of it is written in the loop's thread, and nothing awaits between reading and writing.
+    """
+
+    __slots__ = ("_at", "_context", "_loop", "_timer", "open")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._context = Context()  # empty: the timer would keep that of the task in which it was started
+        self._timer: asyncio.TimerHandle | None = None
+        self._at = float("inf")  # when it looks
+        self.open: set[_Bound] = set()
+
+    def begin(self, task: asyncio.Task[Any], end: float) -> _Bound:
+        """Cancel `task` at `end`, by the clock monotonic(), unless its bound is taken out of `open` by then."""
+        bound = _Bound(task, end)
+        self.open.add(bound)
+        if end < self._at:
+            self._look_at(end)
+        return bound
+
+    def _look_at(self, end: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._at = end
+        self._timer = self._loop.call_later(end - monotonic(), self._look, context=self._context)
+
+    def _look(self) -> None:
+        self._timer, self._at = None, float("inf")
+        now = monotonic()
+        waiting = [bound for bound in self.open if not bound.late]
+        for bound in waiting:
+            if bound.end <= now:
+                bound.late = True
+                bound.task.cancel()
+        left = [bound.end for bound in waiting if not bound.late]
+        if left:
+            self._look_at(min(left))
 
 
 def _give_up(database: Any, session: Any, label: str, failure: BaseException | None) -> None:
@@ -96,30 +162,34 @@ def close_aside(sessions: Sessions, label: str) -> None:
         if database.inherited:
             continue
         try:
-            if not session.close_at_once():
+            if session.sync_session._open_connections or not session.close_at_once():
                 left[database] = session
         except BaseException as failure:  # a listener of the user's, for instance
             kill = kill or core_teardown.kill_of(failure)
             _give_up(database, session, label, failure)
     if left:
-        run_aside(close_all(left, label), core_teardown.BOUND_S).add_done_callback(partial(_ended, left, label))
+        run_aside(close_all(left, label), core_teardown.BOUND_S, partial(_ended, left, label))
     if kill is not None:
         raise kill
 
 
-def run_aside(work: Coroutine[Any, Any, None], bound_s: float) -> asyncio.Task[None]:
+def run_aside(
+    work: Coroutine[Any, Any, None], bound_s: float, ended: Callable[[asyncio.Task[None]], None] | None = None
+) -> asyncio.Task[None]:
     """Run `work`, which takes at most `bound_s` seconds, in a task of ours in the running loop, and keep it until it
-    is done."""
+    is done; `ended` is called with it then, and takes it out of those that are kept."""
     task = _Aside(work, bound_s)
     _under_way.add(task)
-    task.add_done_callback(_under_way.discard)
+    task.add_done_callback(ended or _under_way.discard)
     return task
 
 
 def _ended(sessions: Sessions, label: str, task: asyncio.Task[None]) -> None:
+    _under_way.discard(task)
     if not task.cancelled():
         task.exception()  # seen
-    discard_all(sessions, label)  # nothing, unless it was cancelled before its first step, past its bound
+    if sessions:  # it was cancelled before its first step, past its bound
+        discard_all(sessions, label)
 
 
 def close_dropped(sessions: Sessions, label: str, loop: asyncio.AbstractEventLoop | None) -> None:

@@ -46,6 +46,7 @@ class ManagedSession(Session):
     _given_up = False  # it could not be closed, perhaps because a connection was being opened for it
     _told_unfinished = False  # it was logged that another configuration has replaced its database
     _of: tuple[str, bool] | None = None  # when it is closed aside: its scope's label, and whether that has failed
+    _in_loop = False  # it is asyncio's, where no driver's connection is of a class of ours
     _failing = False  # in asyncio: whoever closes it handles an exception
     _always_closes = False  # the user's class has a close() or an expunge_all() of its own
 
@@ -88,7 +89,7 @@ class ManagedSession(Session):
         # SQLAlchemy forgets its connections before it closes them (SessionTransaction.close has no try/finally), so a
         # second close() would do nothing, and the pool's slots would be gone.
         connections = self._open_connections
-        for held in connections:
+        for held in () if self._in_loop else connections:
             driver = _known_connection(held)
             if driver is not None:  # the bound of teardown, for a close() of the user's own and where no timer runs
                 held.info.setdefault(READ_TIMEOUT, driver.read_within_at_most(teardown.BOUND_S))
@@ -192,7 +193,7 @@ def _connections_returned(session: ManagedSession, transaction: SessionTransacti
     if transaction.parent is None:
         if not session._committed:
             _note_outcome(session, "rolled back")
-        for held in session._open_connections:
+        for held in () if session._in_loop else session._open_connections:
             driver = _known_connection(held)
             if driver is not None and READ_TIMEOUT in held.info:  # the user's own, which goes on
                 driver.read_within(held.info.pop(READ_TIMEOUT))

@@ -22,7 +22,9 @@ from sqlalchemy import Column, Integer, Table, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import QueuePool
+from sqlalchemy.util import await_only
 
+from dbsession.aio import SessionManager, scope
 from dbsession.aio.mysql import connection as line
 from dbsession.aio.mysql import results
 from dbsession.core import fork
@@ -142,6 +144,40 @@ def test_asyncio_cursors_tell_of_later_results_and_read_them_away(mariadb_url, d
         async with engine.connect() as connection:
             await connection.run_sync(read)
         await engine.dispose()
+
+    asyncio.run(work())
+
+
+def test_asyncmys_cursors_are_opened_and_closed_without_leaving_the_greenlet(mariadb_url, monkeypatch):
+    """SQLAlchemy awaits its cursor three times for a statement; what ours replaces of it is there."""
+    left = []
+
+    def await_(awaitable):
+        left.append(awaitable.__qualname__)
+        return await_only(awaitable)
+
+    def read(connection):
+        monkeypatch.setattr("sqlalchemy.connectors.asyncio.await_", await_)
+        result = connection.exec_driver_sql("SELECT 1 AS a UNION SELECT 2")
+        cursor = result.cursor
+        driver, adapted = cursor._cursor, connection.connection.dbapi_connection
+        assert cursor._connection is adapted._connection is adapted.driver_connection
+        assert not adapted._execute_mutex.locked()
+        assert result.all() == [(1,), (2,)] and driver.connection is None
+        assert [each.rpartition(".")[2] for each in left] == ["_execute_async"]
+
+    async def work():
+        manager = SessionManager({"default": mariadb_url.replace("pymysql", "asyncmy")})
+        async with manager.engine().connect() as connection:
+            await connection.run_sync(read)
+        await manager.dispose()
+
+    asyncio.run(work())
+
+
+def test_asyncio_tells_which_task_runs_in_a_loop():
+    async def work():
+        assert scope.task_in(asyncio.get_running_loop()) is asyncio.current_task()
 
     asyncio.run(work())
 

@@ -18,7 +18,7 @@ from sqlalchemy.util import await_
 from sqlalchemy.util.concurrency import in_greenlet
 
 from dbsession.aio.mysql import opening
-from dbsession.aio.mysql.connection import Wire, wire_of
+from dbsession.aio.mysql.connection import NOT_KNOWN, Wire, wire_of
 from dbsession.aio.mysql.kill import SIDE, LoopKiller, open_side
 from dbsession.aio.mysql.known import make_known
 from dbsession.aio.mysql.results import ROLLED_BACK, context_class, quick_class
@@ -124,6 +124,7 @@ class AsyncMySQL(MySQL):
         if context is None or wire is None:
             inner(context, cursor, *arguments)
             return
+        wire.ended_at = NOT_KNOWN
         proxied = context.root_connection.connection
         seconds, scope = self.config.read_timeout_s, None
         try:
@@ -151,6 +152,8 @@ class AsyncMySQL(MySQL):
     def around_do_commit(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
         def do_commit(dbapi_connection: Any) -> None:
             wire = wire_of(dbapi_connection)
+            if wire is not None:
+                wire.ended_at = NOT_KNOWN
             if wire is not None and wire.was_closed():
                 wire.cut_off(driver_of(dbapi_connection))
                 raise wire.module.OperationalError(*CLOSED_BEFORE_COMMIT)
@@ -162,12 +165,15 @@ class AsyncMySQL(MySQL):
                 wire.within(self.config.read_timeout_s, inner, dbapi_connection, ends=True)
             finally:
                 wire.committer = committer
+            wire.note_end()
 
         return do_commit
 
     def around_do_rollback(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
         def do_rollback(dbapi_connection: Any) -> None:
             wire = wire_of(dbapi_connection)
+            if wire is not None and wire.sent is not None and wire.ended_at == wire.sent.count:
+                return  # the pool's, as the connection comes back: nothing was begun since the last one
             reader = None if wire is None or wire.unread is None else wire.unread()
             stream = None if wire is None or wire.stream is None else wire.stream()
             if (
@@ -177,7 +183,12 @@ class AsyncMySQL(MySQL):
                 or not reader.in_transaction()
                 or (stream is not None and stream.finish_at_hand())
             ):
-                self._within(inner, self.config.read_timeout_s, dbapi_connection)
+                if wire is None:
+                    inner(dbapi_connection)
+                    return
+                wire.ended_at = NOT_KNOWN
+                wire.within(self.config.read_timeout_s, inner, dbapi_connection, ends=True)
+                wire.note_end()
             else:  # the rest, perhaps millions of rows, is not read for a ROLLBACK: the server does it when we are gone
                 driver = dbapi_connection.dbapi_connection.driver_connection  # a detached proxy has none itself
                 wire.cut_off(driver, ROLLED_BACK)
@@ -211,7 +222,7 @@ class AsyncMySQL(MySQL):
     def clean(self, connection: Any) -> bool:
         """Take back what its user has set on a connection that comes back; return False if it has to be closed
         instead. May wait."""
-        driver = driver_of(connection)
+        driver: Any = getattr(connection, "_connection", None)  # driver_of(), without its call at each return
         sent: Sent | None = getattr(driver, "sent", None)
         if sent is None:
             return True  # a creator's own, of which we know nothing

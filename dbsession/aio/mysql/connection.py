@@ -23,6 +23,7 @@ _OUT_OF_SYNC = 2014
 _RESET = 2013, "Lost connection to MySQL server: it was reset"
 
 _NEVER = float("inf")
+NOT_KNOWN = -1
 
 
 class Wire:
@@ -39,11 +40,14 @@ class Wire:
         "_driver",
         "_due",
         "_heard",
+        "_hung_up",
         "_looks",
         "_loop",
+        "_readable",
         "_timer",
         "asking",
         "committer",
+        "ended_at",
         "given_up",
         "late",
         "module",
@@ -65,8 +69,12 @@ class Wire:
         self._asked = self._heard = float("-inf")  # when something was asked; the same of the last that was answered
         self._timer: asyncio.TimerHandle | None = None
         self._looks = _NEVER  # when it does
+        self._readable: Any = None
+        self._hung_up: Any = None
         self.transport: asyncio.WriteTransport = transport_of(driver)
         self.sent: Sent | None = getattr(driver, "sent", None)
+        self.ended_at = NOT_KNOWN
+        """`sent.count` when a transaction of SQLAlchemy's had ended, if none was begun since then; else NOT_KNOWN."""
         self.asking = False
         """Somebody waits for an answer."""
         self.committer: Any = None
@@ -150,6 +158,12 @@ class Wire:
             self.asking = False
             self._due = earlier
 
+    def note_end(self) -> None:
+        """Note that a COMMIT or ROLLBACK was answered, if that has left no transaction open."""
+        driver = self._driver()
+        if self.sent is not None and driver is not None and driver.settled:
+            self.ended_at = self.sent.count
+
     def _may_have_more(self, error: BaseException, before: int | None) -> bool:
         """Whether something may be left to read after this error, `before` which so many commands had been sent: not
         after one of the server's, which has a number, nor where nothing was sent and no stream is read."""
@@ -169,23 +183,29 @@ class Wire:
         seconds ago, and is not readable since: it would be, had the server closed it. Waits for nobody."""
         if monotonic() - self._heard >= seconds:
             return False
-        socket = self.transport.get_extra_info("socket")
-        if socket is None or not hasattr(select, "poll"):  # nothing to look at, or by: not on Windows
+        if self._readable is None:
+            self._readable = self._poll_for(getattr(select, "POLLIN", 0))
+        if self._readable is None:
             return False
-        look = select.poll()
-        look.register(socket.fileno(), select.POLLIN)
-        return not look.poll(0) and not _read_ahead(self._driver())
+        return not self._readable.poll(0) and not _read_ahead(self._driver())
 
     def was_closed(self) -> bool:
         """Return whether the server or we have closed the connection, whatever of it is unread. Waits for nobody."""
         if self.transport.is_closing():
             return True
+        if self._hung_up is None:
+            self._hung_up = self._poll_for(HUNG_UP)
+        return self._hung_up is not None and bool(self._hung_up.poll(0))
+
+    def _poll_for(self, events: int) -> Any:
+        """Return what looks for these events on the socket, as long as it is open; None: there is nothing to look at,
+        or by, as on Windows."""
         socket = self.transport.get_extra_info("socket")
         if socket is None or not hasattr(select, "poll"):
-            return False
+            return None
         look = select.poll()
-        look.register(socket.fileno(), HUNG_UP)
-        return bool(look.poll(0))
+        look.register(socket.fileno(), events)
+        return look
 
     def _look(self) -> None:
         self._timer, self._looks = None, _NEVER
@@ -215,7 +235,8 @@ def wire_of(connection: Any) -> Wire | None:
     """Return the Wire behind SQLAlchemy's adapter or the pool's proxy; None if it was not opened within our bounds, or
     is gone."""
     adapted = getattr(connection, "dbapi_connection", connection)
-    return getattr(getattr(adapted, "driver_connection", None), "_dbsession_wire", None)
+    # `_connection` is what its property `driver_connection` gives.
+    return getattr(getattr(adapted, "_connection", None), "_dbsession_wire", None)
 
 
 def _read_ahead(driver: Any) -> bool:

@@ -59,7 +59,9 @@ def known_class(driver: Any) -> Any:
         def settled(self) -> bool:
             """Whether it is known that no transaction is open; the server's word can only make us doubt it."""
             sent = self.sent
-            return sent.ended_at == sent.count and not self.still_open and (not sent.autocommit or self.told_autocommit)
+            if sent.ended_at != sent.count or self.server_status & SERVER_STATUS.SERVER_STATUS_IN_TRANS:
+                return False
+            return not sent.autocommit or self.told_autocommit
 
         @property
         def told_autocommit(self) -> bool:

@@ -7,6 +7,7 @@ import gc
 import logging
 import sqlite3
 import threading
+import time
 
 import pytest
 from sqlalchemy import event, text
@@ -461,3 +462,20 @@ def test_log_handler_that_fails_keeps_no_session_from_being_closed(manager):
     finally:
         logging.getLogger("dbsession.aio.closing").removeHandler(handler)
     assert not sessions._pinned
+
+
+def test_one_timer_cancels_each_closing_at_its_own_time_and_none_that_has_ended():
+    async def main():
+        bounds, now = teardown.Bounds(), time.monotonic()
+        later, sooner, ended = (asyncio.create_task(asyncio.Event().wait()) for _ in range(3))
+        last = bounds.begin(later, now + 0.06)
+        first = bounds.begin(sooner, now + 0.02)
+        bounds.open.discard(bounds.begin(ended, now + 0.04))
+        await asyncio.wait([sooner])
+        assert sooner.cancelled() and first.late and not last.late
+        await asyncio.wait([later])
+        assert later.cancelled() and last.late and not ended.done()
+        assert time.monotonic() >= now + 0.06
+        ended.cancel()
+
+    run(main)
