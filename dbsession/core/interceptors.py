@@ -2,10 +2,8 @@
 
 A *layer* is an object with methods `around_<name>(inner)`, which return what is called in place of the dialect's method
 (or class) of that name, and `on_<event>`, which listen (`on_stock_<event>`: where the pool is not ours);
-`executing(inner, context, cursor, statement, *arguments)` stands for the three methods that execute a statement: that
-of StatementNotes calls the dialect's, `inner(cursor, statement, *arguments)`, and that of a layer further out
-`inner(context, cursor, statement, *arguments)`. `install()` takes the layers of an engine from the innermost to the
-outermost:
+`executing(inner, cursor, statement, parameters, context)` stands for the three methods that execute a statement, and
+calls `inner` with what it got. `install()` takes the layers of an engine from the innermost to the outermost:
 
     notes        StatementNotes       who executes what, for those who look in
     outcome      TransactionWatch     what becomes of a transaction
@@ -51,7 +49,8 @@ from dbsession.core.pool.checkout import Checkout
 from dbsession.core.pool.holders import HeldConnections
 from dbsession.errors import UsedByTwo
 
-STATEMENTS = ("do_execute", "do_executemany", "do_execute_no_params")
+NO_PARAMETERS = "do_execute_no_params"
+STATEMENTS = ("do_execute", "do_executemany", NO_PARAMETERS)
 REPLACED = (
     *("connect", *STATEMENTS, "execution_ctx_cls"),
     *("do_commit", "do_commit_twophase", "do_rollback", "do_rollback_twophase"),
@@ -79,13 +78,14 @@ def install(engine: Engine, layers: Sequence[Any]) -> None:
             around = getattr(layer, ours, None)
             if around is not None:
                 setattr(dialect, name, around(getattr(dialect, name)))
-    for name in STATEMENTS:
+    around_statements = [layer.executing for layer in layers if hasattr(layer, "executing")]
+    for name in STATEMENTS if around_statements else ():
         executing = getattr(dialect, name)
-        for layer in layers:
-            if hasattr(layer, "executing"):
-                executing = partial(layer.executing, executing)  # one in another, of which Python makes no frame
-        if isinstance(executing, partial):
-            setattr(dialect, name, _as_method(name, executing))
+        if name == NO_PARAMETERS:
+            executing = partial(_with_parameters, executing)
+        for each in around_statements:
+            executing = partial(each, executing)  # one in another: Python makes no frame for it
+        setattr(dialect, name, partial(_without_parameters, executing) if name == NO_PARAMETERS else executing)
     for layer in layers:
         if hasattr(layer, "on_connect_first"):
             event.listen(engine, "connect", layer.on_connect_first, insert=True)
@@ -96,19 +96,12 @@ def install(engine: Engine, layers: Sequence[Any]) -> None:
                 event.listen(engine, name, listener)
 
 
-def _as_method(name: str, executing: Callable[..., None]) -> Callable[..., None]:
-    """Return what is called in place of the dialect's method of that name, which executes a statement."""
+def _with_parameters(inner: Callable[..., None], cursor: Any, statement: str, parameters: Any, context: Any) -> None:
+    inner(cursor, statement, context)
 
-    def do_execute(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        executing(context, cursor, statement, parameters, context)
 
-    def do_executemany(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        executing(context, cursor, statement, parameters, context)
-
-    def do_execute_no_params(cursor: Any, statement: str, context: Any = None) -> None:
-        executing(context, cursor, statement, context)
-
-    return {each.__name__: each for each in (do_execute, do_executemany, do_execute_no_params)}[name]
+def _without_parameters(executing: Callable[..., None], cursor: Any, statement: str, context: Any = None) -> None:
+    executing(cursor, statement, None, context)
 
 
 class StatementNotes:
@@ -118,7 +111,9 @@ class StatementNotes:
     """
 
     @staticmethod
-    def executing(inner: Callable[..., None], context: Any, cursor: Any, statement: str, *arguments: Any) -> None:
+    def executing(
+        inner: Callable[..., None], cursor: Any, statement: str, parameters: Any, context: Any = None
+    ) -> None:
         """Execute the statement; `context` is None in a recipe of the user's that names none.
 
         Raises:
@@ -132,7 +127,7 @@ class StatementNotes:
         if note is None:  # SQLAlchemy asks a new server what it can; or it was detached from the pool
             if record is None and context is not None:
                 context.root_connection.connection.info[DETACHED_USER] = weakref.ref(context.root_connection)
-            inner(cursor, statement, *arguments)
+            inner(cursor, statement, parameters, context)
             return
         connection = context.root_connection
         if note.executing is connection:
@@ -143,7 +138,7 @@ class StatementNotes:
         note.executing = connection
         note.changed = monotonic()
         try:
-            inner(cursor, statement, *arguments)
+            inner(cursor, statement, parameters, context)
         finally:
             note.executing = None
             note.changed = monotonic()

@@ -116,13 +116,15 @@ class AsyncMySQL(MySQL):
 
     # Statements, and the ends of transactions.
 
-    def executing(self, inner: Callable[..., None], context: Any, cursor: Any, *arguments: Any) -> None:
+    def executing(
+        self, inner: Callable[..., None], cursor: Any, statement: str, parameters: Any, context: Any = None
+    ) -> None:
         """Execute a statement whose answer has to be there in time; have it ended at the server if nobody waits."""
         # What is done for each statement is written out: wire_of() by the driver's connection in SQLAlchemy's cursor,
         # and read_s_of().
         wire = getattr(getattr(cursor, "_connection", None), "_dbsession_wire", None)
         if context is None or wire is None:
-            inner(context, cursor, *arguments)
+            inner(cursor, statement, parameters, context)
             return
         wire.ended_at = NOT_KNOWN
         proxied = context.root_connection.connection
@@ -134,7 +136,7 @@ class AsyncMySQL(MySQL):
         if scope is not None and scope.read_timeout_s is not None:
             seconds = scope.read_timeout_s
         try:
-            wire.within(seconds, inner, context, cursor, *arguments, answers=True)
+            wire.within(seconds, inner, cursor, statement, parameters, context, answers=True)
         except BaseException:
             if self._killer is not None and wire.given_up:
                 self._killer.abandon_connection(_info_of(proxied), context.root_connection.engine.pool)

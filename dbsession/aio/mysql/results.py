@@ -140,7 +140,7 @@ def context_class(inner: Any, backend: Any) -> Any:
             if result is not None and result.has_next and not cursor.server_side:
                 self._rowcount = cursor.rowcount  # that of the first, as a driver's cursor is one for all
                 read = partial(StatementNotes.executing, read_later_results)
-                backend.executing(read, self, cursor, self.statement)
+                backend.executing(read, cursor, self.statement, None, self)
 
         def create_server_side_cursor(self) -> Any:
             cursor = super().create_server_side_cursor()
@@ -153,7 +153,7 @@ def context_class(inner: Any, backend: Any) -> Any:
     return Context
 
 
-def read_later_results(cursor: Any, _: str) -> None:
+def read_later_results(cursor: Any, *_: object) -> None:
     """Read the results after the first one of an adapter's cursor, whose rows and description stay, and drop them."""
     await_only(cursor._async_soft_close())
 

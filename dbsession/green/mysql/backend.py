@@ -103,7 +103,7 @@ class PyMySQL(MySQL):
                 if result.unbuffered_active:
                     StatementNotes.note_user(self.root_connection)  # a listener may have executed it, by its own cursor
                 elif result.has_next:
-                    StatementNotes.executing(_read_later_results, self, driver, self.statement)
+                    StatementNotes.executing(_read_later_results, driver, self.statement, None, self)
 
         return Context
 
@@ -191,5 +191,5 @@ class PyMySQL(MySQL):
             connection.used = False
 
 
-def _read_later_results(driver: Connection, _: str) -> None:
+def _read_later_results(driver: Connection, *_: object) -> None:
     driver.read_later_results()

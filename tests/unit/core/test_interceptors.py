@@ -6,6 +6,7 @@ import inspect
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import create_engine, event, text
@@ -31,6 +32,14 @@ def layers_of(connections_class, url):
     return interceptors.StatementNotes, outcome, connections.backend, connections
 
 
+def _put_in(name, layer, inner):
+    """What install() makes of a layer's `executing` in place of the method."""
+    engine = create_engine("sqlite://")
+    setattr(engine.dialect, name, inner)
+    interceptors.install(engine, [SimpleNamespace(executing=layer.executing)])
+    return getattr(engine.dialect, name)
+
+
 @pytest.mark.parametrize(
     ("connections_class", "url"), [(each, url) for each, urls in URLS.items() for url in urls], ids=str
 )
@@ -39,7 +48,7 @@ def test_replaced_method_keeps_the_parameters_of_the_original(connections_class,
         for name in METHODS:
             around = getattr(layer, f"around_{name}", None)
             if around is None and name in interceptors.STATEMENTS and hasattr(layer, "executing"):
-                around = partial(interceptors._as_method, name)
+                around = partial(_put_in, name, layer)
             if around is None:
                 continue
             original = list(inspect.signature(getattr(DefaultDialect, name)).parameters.values())[1:]
