@@ -120,7 +120,8 @@ class WritesLiterals:
                     else:
                         sql += b","
                 sql += piece
-        affected += self.execute(sql + tail)
+        if len(sql) > len(head):  # without a row there is nothing to send
+            affected += self.execute(sql + tail)
         self.rowcount = affected
         return affected
 

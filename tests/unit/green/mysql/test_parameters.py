@@ -209,6 +209,12 @@ def test_a_cursor_class_of_the_users_own_is_left_as_it_is():
     assert type(connections()[1].cursor(Mine)) is Mine and Mine not in results.OURS
 
 
+def test_nothing_is_sent_for_an_iterator_without_rows():
+    _, ours = connections()
+    cursor = ours.cursor()
+    assert cursor.executemany(INSERT, iter(())) == cursor.rowcount == 0  # it is not open
+
+
 @pytest.mark.parametrize("mode", ["", "NO_BACKSLASH_ESCAPES", "ANSI_QUOTES"])
 def test_what_is_stored_is_what_was_given(mariadb_url, mode):
     manager = SessionManager({"default": mariadb_url})
