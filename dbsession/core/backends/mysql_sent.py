@@ -66,7 +66,8 @@ _CHANGES_FIRST = _compiled(_START + _CHANGES)
 # follow a separator holds none. The end of a comment counts as one; that of a line, where comments may end with it.
 _CHANGES_WITHIN = _compiled(rb"(?:;|/\*M?!\d*+|\*/)[\s(]*+" + _CHANGES)
 _CHANGES_IN_A_LINE = _compiled(rb"\n[ \t\r\f\v(]*+" + _CHANGES)
-_INTO_VARIABLE = _compiled(rb"\binto\s+@")
+# Comments of some length only: nobody's upload makes this slow.
+_INTO_VARIABLE = _compiled(rb"\binto(?>\s|/\*.{0,20}?\*/|(?:--|\#)[^\n]{0,20}\n)*+@")
 _MOVES = _compiled(rb"\buse\b")
 _ONE_VALUE = _compiled(_SPACE + rb"(use|set\s+(?:names|role|character\s+set))\b[^;,]*\Z")  # what they set
 _TAKES_ROLE = _compiled(rb"\brole\b")

@@ -103,6 +103,8 @@ CHANGES = [
     *("create or replace temporary table t (n INT)", "HANDLER t OPEN", "SELECT GET_LOCK('a', 1)", "SELECT @a := 1"),
     *(
         "SELECT 1 INTO @a",
+        "SELECT 1 INTO/**/@a",
+        "SELECT 1 INTO -- x\n@a",
         "DO get_lock('a', 1)",
         "BEGIN NOT ATOMIC SET @a = 1; END",
         "(SELECT 1 INTO @a)",
