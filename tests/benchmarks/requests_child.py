@@ -90,8 +90,7 @@ class Tasks:
             self.runner.run(self.at_once(path))
 
     async def at_once(self, path: str) -> None:
-        """Open some connections. A task of ours may begin while that before it is being closed: it needs one more, and
-        opening it takes longer than ten units of work, whenever it comes."""
+        """Open some connections. A task of ours may begin while that before it is being closed, and needs one more."""
         await asyncio.gather(*(self.units[path](1) for _ in range(AT_ONCE)))
 
     def times(self, path: str) -> Times:
