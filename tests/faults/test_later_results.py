@@ -11,9 +11,9 @@ from sqlalchemy import event, exc, text
 from dbsession.core.backends import mysql_errors
 from dbsession.errors import UnsavedWork
 from support.halves import done, entered, on_both_halves, sync
+from support.readers import BY_BOTH
 
-READ_BY = ["compiled", pytest.param("python", marks=pytest.mark.slow)]
-pytestmark = [pytest.mark.usefixtures("parser"), pytest.mark.parametrize("parser", READ_BY, indirect=True)]
+pytestmark = BY_BOTH
 
 DEADLOCK = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'a deadlock'"
 FAILING = {

@@ -17,8 +17,9 @@ from dbsession import SessionManager
 from dbsession.green.mysql.connection import Connection
 from support.processes import run_script
 from support.proxy import Proxy
+from support.readers import BY_BOTH
 
-pytestmark = pytest.mark.usefixtures("parser")
+pytestmark = BY_BOTH
 
 # The server sends rows as its buffer of 16 KiB is full: nearly all before the one at which something happens.
 MANY = "SELECT seq, REPEAT('x', 100), NOW(), {} FROM seq_1_to_3000"

@@ -14,10 +14,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from dbsession.errors import ConfigError, ResultCut
 from support.proxy import Proxy
+from support.readers import BY_BOTH
 from support.waiting import wait_until
 
-READ_BY = ["compiled", pytest.param("python", marks=pytest.mark.slow)]
-pytestmark = [pytest.mark.usefixtures("parser"), pytest.mark.parametrize("parser", READ_BY, indirect=True)]
+pytestmark = BY_BOTH
 
 ROWS = 3000
 STREAM = {"stream_results": True, "max_row_buffer": 10}

@@ -16,6 +16,7 @@ from sqlalchemy.engine import make_url
 from dbsession.green.mysql.connection import Connection
 from support.processes import run_python
 from support.proxy import Proxy
+from support.readers import by_both
 
 STATEMENTS = [
     "SELECT 1",
@@ -60,10 +61,7 @@ def answer(connection, statement):
         return count, cursor.description, cursor.fetchall(), cursor.rowcount
 
 
-READ_BY = ["compiled", pytest.param("python", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("parser", READ_BY, indirect=True)
+@by_both
 @pytest.mark.parametrize("size", [None, 2, 50])
 def test_answers_are_those_of_stock_pymysql_in_whatever_pieces_they_come(mariadb, mariadb_url, parser, size):
     with (
@@ -92,7 +90,7 @@ def test_error_that_comes_with_an_answer_is_raised(mariadb_url):
         assert answer(connection, "SELECT 2")[2] == ((2,),)
 
 
-@pytest.mark.parametrize("parser", READ_BY, indirect=True)
+@by_both
 @pytest.mark.parametrize("cursorclass", [pymysql.cursors.Cursor, pymysql.cursors.SSCursor])
 def test_rows_of_any_length_are_read_whole(mariadb, mariadb_url, parser, cursorclass):
     with mariadb.root() as cursor:
@@ -258,6 +256,7 @@ def test_write_that_nobody_takes_is_ended(mariadb, mariadb_url):
         from sqlalchemy.engine import make_url
         from dbsession.green.mysql.connection import Connection
         from support.proxy import Proxy
+from support.readers import by_both
         url = make_url(sys.argv[1])
         with Proxy(url.port) as proxy:
             connection = Connection(host=url.host, port=proxy.port, user=url.username, password=url.password,
@@ -386,6 +385,7 @@ def test_closed_by_another_greenlet_is_a_lost_connection(mariadb, mariadb_url):
         from sqlalchemy.engine import make_url
         from dbsession.green.mysql.connection import Connection
         from support.proxy import Proxy
+from support.readers import by_both
         url = make_url(sys.argv[1])
         with Proxy(url.port) as proxy:
             for statement, number in (("SELECT SLEEP(60)", 2013), ("SELECT '" + "x" * 15_000_000 + "'", 2006)):
