@@ -662,6 +662,16 @@ assert tables("audit") == ["alembic_version"]
     )
 
 
+def test_what_it_costs_is_what_the_benchmarks_wrote():
+    shown = rows("README.md", "measured")
+    found = {goal["text"]: goal for report in summary.found() for goal in report["goals"]}
+    assert len(shown) > 4
+    for text, result, limit, met in shown:
+        goal = found[text]
+        assert (result.split()[0], limit) == (goal["shown"].split()[0], goal["limit"]), text
+        assert met == ("yes" if goal["met"] else "**no**"), text
+
+
 def test_measured_figures_are_those_that_the_benchmarks_wrote():
     reports = summary.found()
     measured = {path.stem for path in summary.RESULTS.glob("*.json")}

@@ -256,7 +256,6 @@ def test_write_that_nobody_takes_is_ended(mariadb, mariadb_url):
         from sqlalchemy.engine import make_url
         from dbsession.green.mysql.connection import Connection
         from support.proxy import Proxy
-from support.readers import by_both
         url = make_url(sys.argv[1])
         with Proxy(url.port) as proxy:
             connection = Connection(host=url.host, port=proxy.port, user=url.username, password=url.password,
@@ -385,7 +384,6 @@ def test_closed_by_another_greenlet_is_a_lost_connection(mariadb, mariadb_url):
         from sqlalchemy.engine import make_url
         from dbsession.green.mysql.connection import Connection
         from support.proxy import Proxy
-from support.readers import by_both
         url = make_url(sys.argv[1])
         with Proxy(url.port) as proxy:
             for statement, number in (("SELECT SLEEP(60)", 2013), ("SELECT '" + "x" * 15_000_000 + "'", 2006)):
