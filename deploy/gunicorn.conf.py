@@ -63,6 +63,7 @@ def check_url(variable: str, database: str) -> None:
             SessionManager({database: url})  # looks at it, and connects to nothing
         except ConfigError as error:
             raise SystemExit(f"gunicorn.conf.py: {variable} cannot be used. {error}") from None
+        gc.collect()  # that manager goes now, or each worker would have its engine, too, and count it
 
 
 check_url("DBSESSION_URL", "default")
