@@ -109,6 +109,7 @@ def test_run_aside_runs_in_a_thread_when_no_hub_is_alive():
 
     hubs = []
     in_thread(lambda: (gevent.sleep(0), hubs.append(gevent.get_hub()))).join()
+    wait_until(lambda: hubs[0].dead)  # greenlet knows it when the system's thread is gone, a moment after join()
     starter = in_thread(lambda: hub.run_aside(work, hubs[0]))
     assert done.wait(5)
     starter.join()
