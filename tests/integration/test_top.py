@@ -192,7 +192,7 @@ def in_terminal(*command, keys=b"", env=None):
             if not piece:
                 break
             output += piece
-            if keys and b"pause" in output:  # the last line is there
+            if keys and b"pause" in output and b"dbsession top" in output:  # the first line is there, and the keys
                 os.write(master, keys)
                 keys = b""
         return process.wait(30), output.decode(errors="replace")
