@@ -100,8 +100,11 @@ class Stress:
         chance = self._random.random()
         if chance < KILLED:
             kill = self._random.choice(list(KILLS.values()))()
-            gevent.spawn_later(self._random.uniform(0, 0.1), gevent.getcurrent().kill, kill, block=False)
-        timeout_s = TIMEOUT_S if KILLED <= chance < KILLED + TIMED else None
+            # A quiet machine is done in a few milliseconds, a busy one in a hundred: kills land on both.
+            after_s = self._random.uniform(0, self._random.choice([0.003, 0.02, 0.1]))
+            gevent.spawn_later(after_s, gevent.getcurrent().kill, kill, block=False)
+        timed = KILLED <= chance < KILLED + TIMED
+        timeout_s = self._random.choice([0.003, TIMEOUT_S / 4, TIMEOUT_S]) if timed else None
         left_alone = chance >= KILLED + TIMED
         self._left_alone += left_alone
         until = time.monotonic() + ATTEMPTS_WITHIN_S
