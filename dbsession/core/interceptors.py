@@ -61,7 +61,7 @@ REPLACED = (
 
 EVENTS = (
     *("do_connect", "connect", "checkin", "reset", "invalidate"),
-    *(*STATEMENTS, "handle_error"),
+    *(*STATEMENTS, "handle_error", "engine_disposed"),
 )
 """What of an engine may be listened to."""
 

@@ -47,10 +47,18 @@ class GreenConnections(EngineConnections):
     def follow(self, engine: Engine) -> None:
         """Follow a new engine, and its pool."""
         self.install(engine, FairPool)
+        self.on_engine_disposed(engine)
         if isinstance(self.backend, PyMySQL):
             self.backend.made(engine, cleans=isinstance(engine.pool, FairPool))
             if isinstance(engine.pool, FairPool):
                 engine.pool.cleaning = self.backend.cleaning
+
+    @staticmethod
+    def on_engine_disposed(engine: Engine) -> None:
+        """Let a new pool's first connection be awaited in any hub. A worker's `dbsession check` opens one in another
+        hub as the first requests come; SQLAlchemy's mutex, which gevent has patched, might never wake those."""
+        connect: Any = engine.pool.dispatch.connect.for_modify(engine.pool.dispatch)
+        connect._exec_once_mutex = hub.Mutex()
 
     def on_connect(self, connection: Any, record: Any) -> None:
         """Note a connection that was opened, and set it up."""

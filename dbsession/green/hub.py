@@ -135,6 +135,47 @@ class Waiter:
             pass
 
 
+class Mutex:
+    """A lock for the greenlets of several hubs, and for threads. Lives as long as what it guards.
+
+    gevent's own, which a patched `threading.Lock` is, wakes from one hub only: a greenlet of another hub that waits in
+    the same queue is put back, and waits until somebody takes and releases the lock again, which may be never.
+
+        _free     [True], or empty while somebody has it: taken and put back in one step
+        _waiting  everybody who waits: each joins before the last look at `_free`, so that no release is missed
+
+    A release wakes all of them, and one is the quickest: none of them has to live on for the others to be served.
+    """
+
+    __slots__ = ("_free", "_waiting")
+
+    def __init__(self) -> None:
+        self._free = [True]
+        self._waiting: list[Waiter] = []
+
+    def _taken(self) -> bool:
+        try:
+            return self._free.pop()
+        except IndexError:
+            return False
+
+    def __enter__(self) -> None:
+        while not self._taken():
+            waiter = Waiter()
+            self._waiting.append(waiter)
+            try:
+                if self._taken():
+                    return
+                waiter.wait()
+            finally:
+                self._waiting.remove(waiter)
+
+    def __exit__(self, *_: object) -> None:
+        self._free.append(True)
+        for waiter in list(self._waiting):
+            waiter.wake()
+
+
 class BoundExceeded(BaseException):
     """The time of a `call_within()` is over."""
 

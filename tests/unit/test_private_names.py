@@ -45,6 +45,25 @@ def test_gevent_tells_whether_a_thread_has_a_hub_without_making_one():
     )
 
 
+def test_sqlalchemy_sets_up_a_pools_first_connections_under_a_mutex_that_may_be_another():
+    held = []
+
+    class Mutex:
+        def __enter__(self):
+            held.append("taken")
+
+        def __exit__(self, *_):
+            held.append("given back")
+
+    pool = QueuePool(lambda: pymysql.connections.Connection(defer_connect=True), reset_on_return=None)
+    event.listen(pool, "connect", lambda *_: held.append("set up"))
+    pool.dispatch.connect.for_modify(pool.dispatch)._exec_once_mutex = Mutex()
+    first, second = pool.connect(), pool.connect()
+    assert held == ["taken", "set up", "given back", "set up"]
+    first.invalidate()
+    second.invalidate()
+
+
 def test_gevent_runs_threadpool_jobs_in_a_greenlet_class_of_its_threadpool_module():
     assert gevent.get_hub() is hub.here()
     job = gevent.get_hub().threadpool.apply(lambda: type(gevent.getcurrent()).__module__)

@@ -55,6 +55,46 @@ def test_waiter_is_woken_across_threads_whichever_comes_first(waits_in, wakes_in
     made[0].wake()  # late, after the wait is over
 
 
+def test_mutex_lets_one_in_at_a_time_whatever_hub_or_thread_it_waits_in():
+    mutex, inside, done, most = hub.Mutex(), [], [], []
+
+    def use():
+        for _ in range(20):
+            with mutex:
+                inside.append(None)
+                most.append(len(inside))
+                hub.sleep(0)
+                inside.pop()
+            hub.sleep(0)
+        done.append(None)
+
+    def greenlets():
+        gevent.joinall([gevent.spawn(use) for _ in range(3)])
+        gevent.get_hub().destroy()
+
+    threads = [in_thread(function) for function in (greenlets, greenlets, use, use)]
+    for thread in threads:
+        thread.join(30)
+    assert (len(done), max(most), len(most)) == (8, 1, 160)
+
+
+def test_mutex_is_free_again_when_its_owner_fails_and_a_waiter_is_killed():
+    mutex, order = hub.Mutex(), []
+
+    def use(name):
+        with mutex:
+            order.append(name)
+            gevent.sleep(0)
+            raise gevent.GreenletExit
+
+    first, killed, last = (gevent.spawn(use, name) for name in ("first", "killed", "last"))
+    gevent.sleep(0)
+    assert order == ["first"]
+    killed.kill()
+    gevent.joinall([first, last], 5)
+    assert order == ["first", "last"] and mutex._waiting == []
+
+
 def test_waiter_that_is_killed_may_still_be_woken():
     made = []
 
