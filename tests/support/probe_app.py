@@ -1,7 +1,7 @@
 """A WSGI application for the tests that run a real gunicorn: each path does one thing to a session.
 
 The databases come from DBSESSION_URL and, where a test needs it, DBSESSION_OTHER_URL. `state` at /state tells, without
-a session, what the worker that answers has in use.
+a session, what the worker that answers has in use, and /holders who uses it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         collector = {"threshold": gc.get_threshold()[0], "frozen": gc.get_freeze_count()}
         answer.update(collector, frozen_at_fork=_frozen_at_fork[-1])
         return reply(start_response, json.dumps(answer))
+    if path == "/holders":
+        found = (
+            f"{os.getpid()}: {holder}\n    at {' < '.join(holder.stack)}" for holder in dbsession.snapshot().holders
+        )
+        return reply(start_response, "\n".join(found))
     if path == "/stream":
         start_response("200 OK", [("Content-Type", "text/plain")])
         return stream(int(query["rows"]), float(query.get("pause", 0)))
