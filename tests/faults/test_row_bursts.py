@@ -3,7 +3,6 @@ what else may come between rows. With asyncmy's parser and without."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 
 import pymysql
@@ -11,10 +10,10 @@ import pytest
 from pymysql.constants import CLIENT
 from pymysql.cursors import Cursor, SSCursor
 from sqlalchemy import text
-from sqlalchemy.engine import make_url
 
 from dbsession import SessionManager
 from dbsession.green.mysql.connection import Connection
+from support.mariadb import connected
 from support.processes import run_script
 from support.proxy import Proxy
 from support.readers import BY_BOTH
@@ -26,17 +25,6 @@ MANY = "SELECT seq, REPEAT('x', 100), NOW(), {} FROM seq_1_to_3000"
 SLEEPS = MANY.format("IF(seq = 2000, SLEEP(20), 0)")
 FAILS = MANY.format("IF(seq = 2000, (SELECT s.seq FROM seq_1_to_2 s WHERE s.seq > 0 * seq_1_to_3000.seq), 0)")
 LATE = "SET STATEMENT max_statement_time = 0.3 FOR " + SLEEPS
-
-
-@contextlib.contextmanager
-def connected(to, url, **more):
-    parts = make_url(url)
-    login = {"host": "127.0.0.1", "user": parts.username, "password": parts.password, "database": parts.database}
-    connection = to(port=more.pop("port", parts.port), **login, **more)
-    try:
-        yield connection
-    finally:
-        connection.close()
 
 
 def read(connection, statement, cursorclass):

@@ -10,12 +10,13 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pymysql
 import pymysql.cursors
+from sqlalchemy.engine import make_url
 
 from .processes import Supervised, pause_process
 from .waiting import wait_until
@@ -53,6 +54,23 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def login(url: str, **more: Any) -> dict[str, Any]:
+    """The arguments of PyMySQL's connect() for a `url` of ours, and `more` of them, which come first."""
+    parts = make_url(url)
+    account = {"user": parts.username, "password": parts.password, "database": parts.database}
+    return {"host": parts.host, "port": parts.port, **account, **more}
+
+
+@contextlib.contextmanager
+def connected(to: Callable[..., Any], url: str, **more: Any) -> Iterator[Any]:
+    """A connection by `to`: pymysql.connect, or a class such as ours; closed at the end. `more` is as by `login()`."""
+    connection = to(**login(url, **more))
+    try:
+        yield connection
+    finally:
+        connection.close()
 
 
 class MariaDBServer:

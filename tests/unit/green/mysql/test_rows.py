@@ -11,10 +11,10 @@ import pymysql
 import pytest
 from pymysql.constants import FIELD_TYPE
 from pymysql.cursors import Cursor, DictCursor, SSCursor, SSDictCursor
-from sqlalchemy.engine import make_url
 
 from dbsession.green.mysql import columns
 from dbsession.green.mysql.connection import Connection
+from support.mariadb import connected
 
 MOMENTS = [
     "'2024-02-29 23:59:58.000120'",
@@ -122,17 +122,6 @@ CONNECTIONS = {
         }
     },
 }
-
-
-@contextlib.contextmanager
-def connected(to, url, **more):
-    parts = make_url(url)
-    login = {"host": "127.0.0.1", "user": parts.username, "password": parts.password, "database": parts.database}
-    connection = to(port=more.pop("port", parts.port), **login, **more)
-    try:
-        yield connection
-    finally:
-        connection.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import ssl
 import struct
@@ -11,9 +10,9 @@ import threading
 import pymysql
 import pytest
 from pymysql.constants import CLIENT, CR
-from sqlalchemy.engine import make_url
 
 from dbsession.green.mysql.connection import Connection
+from support.mariadb import connected, login
 from support.processes import run_python
 from support.proxy import Proxy
 from support.readers import by_both
@@ -42,17 +41,6 @@ LENGTHS = [
     2**24 - 4,
     2**24,
 ]
-
-
-@contextlib.contextmanager
-def connected(to, url, **more):
-    parts = make_url(url)
-    login = {"host": "127.0.0.1", "user": parts.username, "password": parts.password, "database": parts.database}
-    connection = to(port=more.pop("port", parts.port), **login, **more)
-    try:
-        yield connection
-    finally:
-        connection.close()
 
 
 def answer(connection, statement):
@@ -144,12 +132,10 @@ def test_timers_end_what_waits_too_long_and_nothing_else(mariadb_url):
         """
         from gevent import monkey; monkey.patch_all()
         import sys, gevent, pymysql
-        from sqlalchemy.engine import make_url
         from dbsession.green.mysql.connection import Connection
-        url = make_url(sys.argv[1])
+        from support.mariadb import login
         def connect():
-            return Connection(host=url.host, port=url.port, user=url.username, password=url.password,
-                              read_timeout=1.5, write_timeout=1.5)
+            return Connection(**login(sys.argv[1], read_timeout=1.5, write_timeout=1.5))
         def one(connection, statement):
             with connection.cursor() as cursor:
                 cursor.execute(statement)
@@ -193,11 +179,10 @@ def test_a_statement_makes_no_timer_and_looks_for_its_answer_once(mariadb_url):
         """
         from gevent import monkey; monkey.patch_all()
         import sys, gevent, gevent.socket
-        from sqlalchemy.engine import make_url
         from dbsession.green.mysql.connection import Connection
-        url = make_url(sys.argv[1])
-        connection = Connection(host=url.host, port=url.port, user=url.username, password=url.password)
-        other = Connection(host=url.host, port=url.port, user=url.username, password=url.password, read_timeout=5)
+        from support.mariadb import login
+        connection = Connection(**login(sys.argv[1]))
+        other = Connection(**login(sys.argv[1], read_timeout=5))
         def one(connection):
             with connection.cursor() as cursor:
                 cursor.execute("SELECT SLEEP(0.01)")
@@ -221,7 +206,7 @@ def test_a_statement_makes_no_timer_and_looks_for_its_answer_once(mariadb_url):
         other._force_close()                      # by somebody else than whoever waits
         waiting.join()
         assert waiting.exception is not None and not kept.active and other._timers is None
-        other = Connection(host=url.host, port=url.port, user=url.username, password=url.password, read_timeout=5)
+        other = Connection(**login(sys.argv[1], read_timeout=5))
         one(other)
         other.close()
         assert other._timers is None
@@ -253,13 +238,11 @@ def test_write_that_nobody_takes_is_ended(mariadb, mariadb_url):
         """
         from gevent import monkey; monkey.patch_all()
         import sys, gevent, pymysql
-        from sqlalchemy.engine import make_url
         from dbsession.green.mysql.connection import Connection
         from support.proxy import Proxy
-        url = make_url(sys.argv[1])
-        with Proxy(url.port) as proxy:
-            connection = Connection(host=url.host, port=proxy.port, user=url.username, password=url.password,
-                                    read_timeout=30, write_timeout=0.5)
+        from support.mariadb import login
+        with Proxy(login(sys.argv[1])["port"]) as proxy:
+            connection = Connection(**login(sys.argv[1], port=proxy.port, read_timeout=30, write_timeout=0.5))
             proxy.stall("to_server")
             try:
                 connection.query("SELECT '" + "x" * 15_000_000 + "'")
@@ -296,9 +279,9 @@ def test_nothing_that_came_before_the_tls_handshake_is_taken_for_what_came_throu
 
     server = threading.Thread(target=serve)
     server.start()
-    login = {"host": "127.0.0.1", "port": listener.getsockname()[1], "user": "u", "password": "p"}
+    account = {"host": "127.0.0.1", "port": listener.getsockname()[1], "user": "u", "password": "p"}
     with pytest.raises(pymysql.OperationalError) as caught:
-        Connection(**login, connect_timeout=5, ssl=ssl._create_unverified_context())
+        Connection(**account, connect_timeout=5, ssl=ssl._create_unverified_context())
     server.join()
     listener.close()
     # It is taken for a part of the handshake, of which it is none.
@@ -306,11 +289,9 @@ def test_nothing_that_came_before_the_tls_handshake_is_taken_for_what_came_throu
 
 
 def test_goodbye_that_came_with_the_last_answer_is_seen_by_the_next_look(mariadb_url):
-    parts = make_url(mariadb_url)
-    login = {"host": "127.0.0.1", "port": parts.port, "user": parts.username, "password": parts.password}
     goodbye = packet(0, b"\xff" + struct.pack("<H", 1053) + b"#08S01shutdown")
     for use in (lambda c: c.ping(reconnect=False), lambda c: c.query("SELECT 1")):
-        connection = Connection(**login, ping_idle_s=60)
+        connection = Connection(**login(mariadb_url, ping_idle_s=60))
         connection.query("SELECT 1")
         connection._ahead, connection._at = goodbye, 0  # what one read has brought with the answer
         with pytest.raises(pymysql.OperationalError) as caught:
@@ -345,11 +326,10 @@ def test_timer_whose_start_was_interrupted_runs_no_more(mariadb_url):
         from gevent import monkey; monkey.patch_all()
         import sys, gevent
         from types import SimpleNamespace
-        from sqlalchemy.engine import make_url
         from dbsession.green import hub
         from dbsession.green.mysql.connection import Connection
-        url = make_url(sys.argv[1])
-        connection = Connection(host=url.host, port=url.port, user=url.username, password=url.password)
+        from support.mariadb import login
+        connection = Connection(**login(sys.argv[1]))
         made = []
         class Timer:
             def __init__(self, raw):
@@ -381,14 +361,13 @@ def test_closed_by_another_greenlet_is_a_lost_connection(mariadb, mariadb_url):
         """
         from gevent import monkey; monkey.patch_all()
         import sys, gevent, pymysql
-        from sqlalchemy.engine import make_url
         from dbsession.green.mysql.connection import Connection
         from support.proxy import Proxy
-        url = make_url(sys.argv[1])
-        with Proxy(url.port) as proxy:
+        from support.mariadb import login
+        with Proxy(login(sys.argv[1])["port"]) as proxy:
             for statement, number in (("SELECT SLEEP(60)", 2013), ("SELECT '" + "x" * 15_000_000 + "'", 2006)):
                 proxy.resume()
-                connection = Connection(host=url.host, port=proxy.port, user=url.username, password=url.password)
+                connection = Connection(**login(sys.argv[1], port=proxy.port))
                 proxy.stall("to_server")
                 gevent.spawn_later(0.2, connection.close)
                 try:
