@@ -674,7 +674,6 @@ def test_what_it_costs_is_what_the_benchmarks_wrote():
 
 def test_measured_figures_are_those_that_the_benchmarks_wrote():
     reports = summary.found()
-    measured = {path.stem for path in summary.RESULTS.glob("*.json")}
-    assert [report["benchmark"] for report in reports] == [name for name in summary.NAMES if name in measured]
+    assert [report["benchmark"] for report in reports] == list(summary.NAMES)
     assert not any(report["quick"] for report in reports)
     assert (summary.RESULTS / "README.md").read_text() == summary.all_goals()
