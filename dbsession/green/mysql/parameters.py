@@ -10,6 +10,7 @@ import datetime
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import chain, islice
 from operator import itemgetter
 from typing import Any
@@ -61,6 +62,8 @@ _OURS: dict[Any, Callable[[Any], str]] = {
     converters.escape_None: _null,
     converters.escape_datetime: _datetime,
     converters.escape_date: _date,
+    converters.Decimal2Literal: partial(converters.Decimal2Literal, d=None),
+    **{each: each for each in (converters.escape_bool, converters.escape_float, converters.escape_timedelta)},
 }
 """{PyMySQL's encoder: what gives its text}"""
 
