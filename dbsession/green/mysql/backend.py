@@ -95,7 +95,7 @@ class PyMySQL(MySQL):
 
         class Context(inner):  # type: ignore[misc]  # of Any: the dialect's
             def post_exec(self) -> None:
-                super().post_exec()
+                inner.post_exec(self)
                 driver = getattr(self.cursor, "connection", None)
                 if not isinstance(driver, Connection) or driver._result is None:
                     return

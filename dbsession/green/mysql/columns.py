@@ -102,8 +102,11 @@ def columns(wire: Any, count: int, stock: Callable[[], Columns]) -> Columns:
     as PyMySQL does: where they have not come as a whole, or were not seen before."""
     data, start, number = wire._ahead, wire._at, wire._next_seq_id
     end = start
-    for _ in range(count):
-        end += 4 + int.from_bytes(data[end : end + 3], "little")
+    try:
+        for _ in range(count):
+            end += 4 + data[end] + (data[end + 1] << 8)  # none is as long as 64 KiB; if it were, no EOF would be found
+    except IndexError:
+        return stock()
     if len(data) < end + 9 or wire._epoch != fork.epoch:
         return stock()
     last = number + count & 0xFF
@@ -114,7 +117,7 @@ def columns(wire: Any, count: int, stock: Callable[[], Columns]) -> Columns:
     known = _known.get(key)
     if known is not None:
         types, by_converters = known
-        found = by_converters.get(tuple([id(converter_of(each)) for each in types]))
+        found = by_converters.get(tuple(map(id, map(converter_of, types))))
         if found is not None and data[start + 3] == number:
             wire._at, wire._next_seq_id = end + 9, last + 1 & 0xFF
             return found
@@ -126,5 +129,5 @@ def columns(wire: Any, count: int, stock: Callable[[], Columns]) -> Columns:
     if len(by_converters) >= 8:
         by_converters.clear()
     # `found` keeps the converters, so that no other object gets their ids.
-    by_converters[tuple([id(converter_of(each)) for each in types])] = found
+    by_converters[tuple(map(id, map(converter_of, types)))] = found
     return found

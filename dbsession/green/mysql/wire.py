@@ -23,7 +23,7 @@ from dbsession.core.backends.mysql_sent import Sent
 from dbsession.core.fork import KNOWN
 from dbsession.errors import describe
 from dbsession.green.mysql.columns import field
-from dbsession.green.mysql.results import Result
+from dbsession.green.mysql.results import Result, ok_packet
 from dbsession.green.mysql.rows import HEAD
 from dbsession.green.mysql.waits import Waits
 
@@ -129,7 +129,8 @@ class Wire(Waits):
         return result.affected_rows
 
     def _read_ok_packet(self) -> Any:
-        packet = super()._read_ok_packet()
+        packet = ok_packet(self._read_packet().get_all_data(), self.encoding)
+        self.server_status = packet.server_status
         self._settled = True
         self._heard = time.monotonic()
         return packet
@@ -213,6 +214,10 @@ class Wire(Waits):
     def _read_ahead(self, num_bytes: int) -> bytes:
         """Return so many bytes, or less at the end. What came with them is kept for the next packets."""
         data = self._ahead[self._at :]
+        if not data and 0 < num_bytes <= _AHEAD and not self._connect_by:
+            data = self._read_piece(_AHEAD)  # nearly always the whole answer
+            if not data:
+                return data
         if len(data) < num_bytes:
             pieces, missing = [data], num_bytes - len(data)
             while missing > 0:
