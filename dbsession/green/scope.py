@@ -1,6 +1,7 @@
 """The scope: one unit of work and the sessions it used; and the stack of scopes of each ident.
 
     greenlet ── _dbsession_scopes ──> [implicit scope, session_scope(), request]      the last one is current
+             │                        (implicit scope,)       a tuple, which is smaller, until another one is opened
              └─ _dbsession_parked ──> [weak references to suspended request scopes]
     Scope    ── sessions ──> {Database: Session}                                      the used set
 
@@ -44,7 +45,7 @@ class Scope(BaseScope):
     _parked_in: list[weakref.ref[OpenedScope]] | None = None
 
     def __init__(self, label: str) -> None:
-        super().__init__(label)
+        BaseScope.__init__(self, label)  # as in OpenedScope: super() takes as long as a call
         self.owner_hub: Any = None  # the hub whose sockets its sessions use, known with the first session
 
     def clear(self) -> None:
@@ -94,7 +95,7 @@ class OpenedScope(Scope):
     __slots__ = ("_parked_in", "above", "complete", "is_socket", "kind", "read_timeout_s", "timer", "transactions")
 
     def __init__(self, label: str, kind: str = "block", read_timeout_s: float | None = None) -> None:
-        super().__init__(label)
+        Scope.__init__(self, label)
         self.kind = kind
         self.read_timeout_s = read_timeout_s
         self.transactions = Scope.transactions
@@ -105,11 +106,7 @@ class OpenedScope(Scope):
     def resume(self) -> None:
         """Make the scope current on the calling ident, together with the scopes that were opened inside it and not
         closed yet. From here until `suspend()` or `leave()` it is nobody's abandoned request."""
-        caller = ident.current()
-        try:
-            stack: list[Scope] = caller._dbsession_scopes
-        except AttributeError:
-            stack = caller._dbsession_scopes = []
+        stack = stack_here()
         stack.append(self)
         if self._parked_in is not None:
             _unpark(self)
@@ -120,11 +117,14 @@ class OpenedScope(Scope):
     def suspend(self, park: bool = False) -> None:
         """Take the scope off the calling ident's stack, with what was opened inside it; `park` as by `park()`."""
         stack = ident.current()._dbsession_scopes
-        for index in range(len(stack) - 1, -1, -1):
-            if stack[index] is self:
-                self.above = tuple(stack[index + 1 :])
-                del stack[index:]
-                break
+        if stack and stack[-1] is self:
+            del stack[-1]
+        else:
+            for index in range(len(stack) - 1, -1, -1):
+                if stack[index] is self:
+                    self.above = tuple(stack[index + 1 :])
+                    del stack[index:]
+                    break
         if park and not self.ended:
             self.park()
 
@@ -161,10 +161,9 @@ def _stop_timer(scope: Any) -> None:
 def stack_here() -> list[Scope]:
     """The calling ident's own stack."""
     caller = ident.current()
-    try:
-        stack: list[Scope] = caller._dbsession_scopes
-    except AttributeError:
-        stack = caller._dbsession_scopes = []
+    stack = getattr(caller, "_dbsession_scopes", None)
+    if type(stack) is not list:  # none yet, or an implicit scope alone
+        stack = caller._dbsession_scopes = list(stack or ())
     return stack
 
 
@@ -202,11 +201,10 @@ def current_or_implicit() -> Scope:
         caller = ident.current()
         scope = Scope(_implicit_label(type(caller).__name__))
         # At the bottom, for good; what is opened above it ends by its own token.
-        stack = getattr(caller, "_dbsession_scopes", None)
-        if stack is None:
-            caller._dbsession_scopes = [scope]  # smaller than one that it was added to
+        if getattr(caller, "_dbsession_scopes", None) is None:
+            caller._dbsession_scopes = (scope,)
         else:
-            stack.append(scope)
+            stack_here().append(scope)
         ident.on_end(caller, _greenlet_ended, scope.thread_ended)
     elif scope.ended:
         raise ScopeEnded(
@@ -241,10 +239,9 @@ def begin_request(label: str) -> OpenedScope:
     """Begin a request's scope, which is current on the calling ident from here on."""
     if not KNOWN[0]:
         fork.found_out()
-    caller = ident.current()
-    stack = getattr(caller, "_dbsession_scopes", None)
+    stack = stack_here()
     if stack and stack[-1].ended:  # an exception between two lines of ours may have left it
         stack[:] = [scope for scope in stack if not scope.ended]
     scope = OpenedScope(label, "request")
-    scope.resume()
+    stack.append(scope)
     return scope
