@@ -101,16 +101,10 @@ def columns(wire: Any, count: int, stock: Callable[[], Columns]) -> Columns:
     """Return what the next packets, the description of so many columns, mean, and leave them behind. `stock` reads them
     as PyMySQL does: where they have not come as a whole, or were not seen before."""
     data, start, number = wire._ahead, wire._at, wire._next_seq_id
-    end = start
-    try:
-        for _ in range(count):
-            end += 4 + data[end] + (data[end + 1] << 8)  # none is as long as 64 KiB; if it were, no EOF would be found
-    except IndexError:
-        return stock()
-    if len(data) < end + 9 or wire._epoch != fork.epoch:
-        return stock()
+    # Up to the first bytes that look like the EOF packet that ends it. What looks so within it was never read as one.
     last = number + count & 0xFF
-    if HEAD.unpack_from(data, end) != (5 + (last << 24), _EOF):
+    end = data.find(HEAD.pack(5 + (last << 24), _EOF), start)
+    if end < 0 or len(data) < end + 9 or wire._epoch != fork.epoch:
         return stock()
     key = data[start:end], wire.encoding, wire.use_unicode
     converter_of = wire.decoders.get
@@ -118,10 +112,12 @@ def columns(wire: Any, count: int, stock: Callable[[], Columns]) -> Columns:
     if known is not None:
         types, by_converters = known
         found = by_converters.get(tuple(map(id, map(converter_of, types))))
-        if found is not None and data[start + 3] == number:
+        if found is not None and len(types) == count and data[start + 3] == number:
             wire._at, wire._next_seq_id = end + 9, last + 1 & 0xFF
             return found
     found = stock()
+    if wire._ahead is not data or wire._at != end + 9:
+        return found
     types = [each.type_code for each in found.fields]
     if len(_known) >= 1024:
         _known.clear()

@@ -8,6 +8,7 @@ fails loudly when one of these names goes.
 from __future__ import annotations
 
 import socket
+import struct
 import time
 import warnings
 from contextlib import suppress
@@ -28,6 +29,8 @@ from dbsession.green.mysql.rows import HEAD
 from dbsession.green.mysql.waits import Waits
 
 _ERROR = 0xFF
+_ONE_PACKET = 2**24 - 2  # bytes of a command that need another one
+_COMMAND = struct.Struct("<iB")  # the head of packet 0, which is its length, and the command
 _AHEAD, _PIECE = 2**16, 2**18  # bytes asked for at once; of large packets
 
 
@@ -86,7 +89,15 @@ class Wire(Waits):
             )
         self.used = True
         self.sent.command(command, sql)
-        super()._execute_command(command, sql)
+        if isinstance(sql, str):
+            sql = sql.encode(self.encoding)
+        if len(sql) >= _ONE_PACKET or not self._sock or (self._result is not None and self._result.has_next):
+            super()._execute_command(command, sql)
+            return
+        # As PyMySQL sends what needs one packet, when no other result is still to come.
+        self._result = None
+        self._write_bytes(_COMMAND.pack(len(sql) + 1, command) + sql)
+        self._next_seq_id = 1
 
     def _cut(self, why: str) -> None:
         """Note that nobody gets the rest of the server-side stream under way, if there is one."""
