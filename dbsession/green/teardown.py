@@ -31,7 +31,8 @@ def close_all(sessions: Sessions, label: str) -> None:
             already and nobody could do anything with them.
     """
     kill: BaseException | None = None
-    end = time.monotonic() + core_teardown.BOUND_S
+    left_s = core_teardown.BOUND_S
+    end = time.monotonic() + left_s
     while sessions:
         try:
             database, session = sessions.popitem()
@@ -41,13 +42,15 @@ def close_all(sessions: Sessions, label: str) -> None:
             continue  # it belongs to the parent process: not a byte on its connections
         try:
             if session.in_transaction():
-                hub.call_within(end - time.monotonic(), session.close)
+                hub.call_within(left_s, session.close)
             else:
                 session.close()
         except BaseException as error:
             failure = core_teardown.not_in_time() if isinstance(error, hub.BoundExceeded) else error
             landed = _give_up(database, session, label, failure)
             kill = kill or landed
+        if sessions:
+            left_s = end - time.monotonic()
     if kill is not None:
         raise kill
 

@@ -157,35 +157,67 @@ def test_run_aside_runs_in_a_thread_when_no_hub_is_alive():
 
 
 @pytest.fixture
-def timers(monkeypatch):
-    """The timers that are started from here on."""
-    started, start = [], hub.start_timer
+def loop_timers(monkeypatch):
+    """The timers that are made from here on for this hub's loop, to be started again and again."""
+    made, loop = [], gevent.get_hub().loop
 
-    def start_timer(*arguments):
-        started.append(start(*arguments))
-        return started[-1]
+    class Loop:
+        def timer(self, after, *repeat, **more):
+            timer = loop.timer(after, *repeat, **more)
+            made.extend([timer] if repeat else [])
+            return timer
 
-    monkeypatch.setattr(hub, "start_timer", start_timer)
-    return started
+        def __getattr__(self, name):
+            return getattr(loop, name)
+
+    monkeypatch.setattr(gevent.get_hub(), "loop", Loop())
+    monkeypatch.setattr(gevent.get_hub(), "_dbsession_timer", None, raising=False)
+    return made
 
 
-def test_call_within_ends_what_takes_longer_and_leaves_no_timer_behind(timers, monkeypatch):
+def test_call_within_ends_what_takes_longer_and_leaves_no_timer_running(loop_timers, monkeypatch):
     monkeypatch.setattr(hub.monkey, "is_module_patched", lambda name: True)
     done = []
     with pytest.raises(hub.BoundExceeded):
         hub.call_within(0.01, gevent.get_hub().switch)  # for ever
     with pytest.raises(ZeroDivisionError):
         hub.call_within(60, lambda: 1 / 0)
-    hub.call_within(60, lambda: done.append(timers[-1].active))
-    assert done == [True] and len(timers) == 3 and not any(timer.active for timer in timers)
+    hub.call_within(60, lambda: done.append(loop_timers[-1].active))
+    assert done == [True] and len(loop_timers) == 2 and not any(timer.active for timer in loop_timers)
 
 
-def test_call_within_has_no_bound_where_no_timer_would_run(timers, monkeypatch):
+def test_call_within_throws_once_and_its_kept_timer_has_its_whole_time_again(loop_timers, monkeypatch):
+    monkeypatch.setattr(hub.monkey, "is_module_patched", lambda name: True)
+    seen = []
+
+    def goes_on():
+        try:
+            gevent.get_hub().switch()
+        except hub.BoundExceeded:
+            seen.append("first")
+            gevent.sleep(0.2)  # four times the bound, in which it must not be thrown again
+
+    hub.call_within(0.05, goes_on)
+    hub.call_within(0.05, lambda: seen.append("second"))
+    with pytest.raises(hub.BoundExceeded):
+        hub.call_within(0.05, gevent.get_hub().switch)
+    assert seen == ["first", "second"] and len(loop_timers) == 1
+
+
+def test_call_within_bounds_each_of_two_at_once(loop_timers, monkeypatch):
+    monkeypatch.setattr(hub.monkey, "is_module_patched", lambda name: True)
+    two = [gevent.spawn(hub.call_within, 0.01, gevent.get_hub().switch) for _ in range(2)]
+    gevent.joinall(two, timeout=10)
+    assert [type(each.exception) for each in two] == [hub.BoundExceeded] * 2
+    assert len(loop_timers) == 2 and not any(timer.active for timer in loop_timers)
+
+
+def test_call_within_has_no_bound_where_no_timer_would_run(loop_timers, monkeypatch):
     done = []
     hub.call_within(0, lambda: done.append("sockets that block"))  # nothing is patched here
     monkeypatch.setattr(hub.monkey, "is_module_patched", lambda name: True)
     in_thread(lambda: hub.call_within(0, lambda: done.append("a thread without a hub"))).join()
-    assert done == ["sockets that block", "a thread without a hub"] and not timers
+    assert done == ["sockets that block", "a thread without a hub"] and not loop_timers
 
 
 def test_sleep_lets_other_greenlets_run_where_there_is_a_hub():
