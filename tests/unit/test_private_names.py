@@ -311,7 +311,8 @@ def test_pymysql_sends_and_reads_through_what_our_connection_overrides():
     }
     for name, arguments in taken.items():
         assert list(inspect.signature(getattr(stock, name)).parameters) == arguments, name
-    for name in ("_check_packet_is_eof", "_finish_unbuffered_query", "init_unbuffered_query", "read", "__del__"):
+    results = "_check_packet_is_eof", "_finish_unbuffered_query", "_read_ok_packet", "init_unbuffered_query", "read"
+    for name in (*results, "__del__"):
         assert name in vars(pymysql.connections.MySQLResult), name
     source = inspect.getsource(stock)
     for used in ("_read_timeout", "_write_timeout", "_current_timeout", "_rfile", "_sock", "_result"):

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import decimal
+import struct
 import types
 
 import pymysql
 import pytest
 from pymysql.constants import FIELD_TYPE
 from pymysql.cursors import Cursor, DictCursor, SSCursor, SSDictCursor
+from pymysql.protocol import MysqlPacket
 
 from dbsession.green.mysql import columns
 from dbsession.green.mysql.connection import Connection
+from dbsession.green.mysql.results import Result
 from support.mariadb import connected
 
 MOMENTS = [
@@ -368,3 +371,46 @@ def test_known_columns_out_of_turn_are_an_error(parser):
         assert cursor.fetchall() == ((None, None, None),)
         with pytest.raises(pymysql.InternalError, match="sequence number wrong"):
             cursor.nextset()
+
+
+def length_encoded(number):
+    for most, head, size in ((250, b"", 1), (2**16 - 1, b"\xfc", 2), (2**24 - 1, b"\xfd", 3), (2**64 - 1, b"\xfe", 8)):
+        if number <= most:
+            return head + number.to_bytes(size, "little")
+    raise ValueError(number)
+
+
+@pytest.mark.parametrize("number", [0, 1, 250, 251, 255, 256, 2**16 - 1, 2**16, 2**24 - 1, 2**24, 2**64 - 1])
+@pytest.mark.parametrize("message", [b"", b"Rows matched: 1"])
+def test_an_ok_packet_of_a_statement_is_read_as_by_pymysql(number, message):
+    numbers = length_encoded(number) + length_encoded(2**64 - 1 - number)
+    data = b"\0" + numbers + struct.pack("<HH", 0x800A, 40_000) + message
+    ours, stock = Result(None), pymysql.connections.MySQLResult(None)
+    for each in (ours, stock):
+        each._read_ok_packet(MysqlPacket(data, "utf8"))
+    assert vars(ours) == vars(stock) and ours.affected_rows == number and ours.has_next
+
+
+def test_a_description_that_seems_to_end_within_is_read_by_pymysql_and_not_remembered(monkeypatch):
+    monkeypatch.setattr(columns, "_known", {})
+    head = struct.Struct("<IB")
+    seeming, end = (head.pack(5 | 2 << 24, 0xFE) + b"\0\0\2\0" for _ in range(2))
+    packet = b"name" + seeming + b"rest"
+    data = (len(packet) | 1 << 24).to_bytes(4, "little") + packet + end
+    wire = types.SimpleNamespace(_ahead=data, _at=0, _next_seq_id=1, _epoch=columns.fork.epoch, encoding="utf8")
+    wire.use_unicode, wire.decoders = True, {}
+    read = types.SimpleNamespace(fields=[])
+
+    def stock():
+        wire._at = len(data)
+        return read
+
+    assert columns.columns(wire, 1, stock) is read and not columns._known
+    whole = data.replace(seeming, b"", 1)
+    wire._ahead, wire._at = whole, 0
+
+    def stock_of_whole():
+        wire._at = len(whole)
+        return read
+
+    assert columns.columns(wire, 1, stock_of_whole) is read and len(columns._known) == 1
