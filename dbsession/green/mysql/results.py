@@ -10,24 +10,22 @@ import ssl
 import struct
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import pymysql.connections
 import pymysql.cursors
 from pymysql import err
-from pymysql.constants import CR, ER, SERVER_STATUS
-from pymysql.protocol import MysqlPacket, OKPacketWrapper
+from pymysql.constants import ER, SERVER_STATUS
 
 from dbsession.core.backends.mysql_errors import is_from_socket
 from dbsession.core.pool import callsites
 from dbsession.errors import ResultCut, describe
 from dbsession.green.mysql.columns import Columns, columns
+from dbsession.green.mysql.ok_packets import STATUS, number_at
 from dbsession.green.mysql.parameters import WritesLiterals
 from dbsession.green.mysql.rows import HEAD
 
 _EOF = struct.Struct("<xHH")  # an EOF packet's count of warnings, and status
-_STATUS = struct.Struct("<HH")  # status and count of warnings, in an OK packet
 ROLLED_BACK = "its transaction was rolled back"
 _AT_HAND = 2**16  # bytes of a stream's rest that are worth reading to keep its connection
 _AT_HAND_S = 0.05
@@ -85,29 +83,6 @@ OURS: dict[Any, Any] = {
 }
 
 
-@lru_cache(maxsize=256)
-def ok_packet(data: bytes, encoding: str) -> OKPacketWrapper:
-    """Return an OK packet that is no statement's: nearly every COMMIT is answered with the same bytes, which are taken
-    apart once.
-
-    Raises:
-        OperationalError: it is none.
-    """
-    packet = MysqlPacket(data, encoding)
-    if not packet.is_ok_packet():
-        raise err.OperationalError(CR.CR_COMMANDS_OUT_OF_SYNC, "Command Out of Sync")
-    return OKPacketWrapper(packet)
-
-
-def _number(data: bytes, at: int) -> tuple[int, int]:
-    """Return the length-encoded number at a position, and the position behind it."""
-    first = data[at]
-    if first < 251:
-        return first, at + 1
-    end = at + 1 + (first - 250 if first < 254 else 8)
-    return int.from_bytes(data[at + 1 : end], "little"), end
-
-
 class Result(_StockResult):  # type: ignore[misc]  # of Any
     """The answer to one statement, whose last word is kept. Lives until the next one; of a server-side stream, as long
     as its cursor.
@@ -130,9 +105,9 @@ class Result(_StockResult):  # type: ignore[misc]  # of Any
 
     def _read_ok_packet(self, packet: Any) -> None:
         data = packet.get_all_data()
-        self.affected_rows, at = _number(data, 1)
-        self.insert_id, at = _number(data, at)
-        self.server_status, self.warning_count = _STATUS.unpack_from(data, at)
+        self.affected_rows, at = number_at(data, 1)
+        self.insert_id, at = number_at(data, at)
+        self.server_status, self.warning_count = STATUS.unpack_from(data, at)
         self.message = data[at + 4 :]
         self.has_next = self.server_status & SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 

@@ -24,7 +24,8 @@ from dbsession.core.backends.mysql_sent import Sent
 from dbsession.core.fork import KNOWN
 from dbsession.errors import describe
 from dbsession.green.mysql.columns import field
-from dbsession.green.mysql.results import Result, ok_packet
+from dbsession.green.mysql.ok_packets import ok_packet
+from dbsession.green.mysql.results import Result
 from dbsession.green.mysql.rows import HEAD
 from dbsession.green.mysql.waits import Waits
 
