@@ -5,6 +5,7 @@ Every pool has `connect()`, which waits for its turn; what that returns has `clo
 
 from __future__ import annotations
 
+import operator
 import random
 import time
 from bisect import bisect_right, insort
@@ -113,7 +114,8 @@ def closed_loop(make: Make, clients: int, window_s: float, mark: Callable[[], No
             served[number] += 1
 
     tasks = [gevent.spawn(client, number) for number in range(clients)]
-    gevent.sleep(0.1 + clients / 10_000)  # until everybody has come once
+    while not all(map(operator.or_, map(bool, served), map(bool, began))):  # until everybody has come once
+        gevent.sleep(0.05)
     mark()
     before, longest = list(served), 0.0
     start, cpu = clock(), time.process_time()

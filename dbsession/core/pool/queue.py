@@ -102,10 +102,13 @@ class QueuedPool(QueuePool, Generic[WaiterT]):
 
     def _join(self, waiter: WaiterT, began: float) -> None:
         """Join the queue, at its end, or where one has come from that could not open a connection."""
-        later = [each for each, came in self._waiting.items() if came > began]
-        self._waiting[waiter] = began
+        waiting = self._waiting
+        later: list[WaiterT] = []
+        if waiting and next(reversed(waiting.values())) > began:
+            later = [each for each, came in waiting.items() if came > began]
+        waiting[waiter] = began
         for each in later:
-            self._waiting.move_to_end(each)
+            waiting.move_to_end(each)
 
     def _refused(self, error: BaseException) -> bool:
         """Take back the slot of a connection that could not be opened, if the server has no room for it and there are
