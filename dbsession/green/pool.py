@@ -30,13 +30,11 @@ import gevent.hub
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from dbsession.core import fork
-from dbsession.core.pool.queue import TRY_EVERY_S, QueuedPool
+from dbsession.core.pool.queue import QueuedPool
 from dbsession.green import hub, scope
 from dbsession.green.holders import HeldByGreenlets
 from dbsession.green.hub import here
 from dbsession.green.owner_hub import OWNER_HUB, discard
-
-_SELDOM_S = 10 * TRY_EVERY_S
 
 # Asked for each returned connection; what it gives does I/O, and runs aside before the next one gets it.
 Cleaning = Callable[[ConnectionPoolEntry], Callable[[], None] | None]
@@ -117,11 +115,7 @@ class FairPool(QueuedPool[_PoolWaiter]):
         try:
             self._settle()
             scope.end_dead()  # what dead raw greenlets hold is given back while we wait, and by nobody else ever
-            while True:
-                # Who waits wakes to let one more connection be tried; seldom as long as the server has refused none.
-                every = _SELDOM_S if self._limit == self._most else TRY_EVERY_S
-                if waiter.wait(max(0.0, min(every, end - monotonic()))) or waiter.granted:
-                    break
+            while not waiter.wait(self._patience(end)) and not waiter.granted:
                 if monotonic() >= end:
                     self._leave(waiter)
                     break

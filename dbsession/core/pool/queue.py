@@ -140,6 +140,12 @@ class QueuedPool(QueuePool, Generic[WaiterT]):
         """Take note that a connection was opened, or not: a server that was full is asked again now, or later."""
         self._try_at = monotonic() + (0.0 if opened else TRY_EVERY_S)
 
+    def _patience(self, end: float) -> float:
+        """Return the seconds until a waiter may let one more connection be tried, or has to give up, at `end`: seldom
+        as long as the server has refused none."""
+        every = 10 * TRY_EVERY_S if self._limit == self._most else TRY_EVERY_S
+        return max(0.0, min(every, end - monotonic()))
+
     def _count_wait(self, began: float, granted: bool) -> None:
         """Count a wait that is over; raise PoolTimeout if it was in vain."""
         waited_s = monotonic() - began
