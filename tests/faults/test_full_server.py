@@ -154,7 +154,7 @@ async def test_f43_error_comes_at_once_when_no_connection_can_be_opened(half, ma
 @on_both_halves
 async def test_f43_pool_grows_again_when_the_server_has_room_again(half, managed, few, monkeypatch):
     monkeypatch.setattr(queue, "TRY_EVERY_S", 0.05)
-    monkeypatch.setattr(f"dbsession.{'green' if half.name == 'gevent' else 'aio'}.pool.TRY_EVERY_S", 0.05)
+    monkeypatch.setattr("dbsession.aio.pool.TRY_EVERY_S", 0.05)
     url, allow = few
     manager = managed(url)
     holders = [Holder(half, manager) for _ in range(4)]
@@ -170,7 +170,7 @@ async def test_f43_pool_grows_again_when_the_server_has_room_again(half, managed
 @on_both_halves
 async def test_f43_all_who_wait_are_tried_once_the_server_has_let_one_more_in(half, managed, few, monkeypatch):
     monkeypatch.setattr(queue, "TRY_EVERY_S", 60)
-    monkeypatch.setattr(f"dbsession.{'green' if half.name == 'gevent' else 'aio'}.pool.TRY_EVERY_S", 60)
+    monkeypatch.setattr("dbsession.aio.pool.TRY_EVERY_S", 60)
     url, allow = few
     manager = managed(url)
     holders = [Holder(half, manager) for _ in range(5)]
