@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from dbsession.core import fork
@@ -18,7 +19,7 @@ from dbsession.core.pool.leaks import LeakWatch
 from dbsession.green import hub, ident
 from dbsession.green.holders import HeldByGreenlets, leak_watches, watch_leaks
 from dbsession.green.mysql.backend import PyMySQL
-from dbsession.green.owner_hub import OWNER_HUB, owner_hub_of
+from dbsession.green.owner_hub import OWNER_HUB, await_first_in_any_hub, owner_hub_of
 from dbsession.green.pool import FairPool
 from dbsession.green.sqlite import PySQLite
 
@@ -47,18 +48,13 @@ class GreenConnections(EngineConnections):
     def follow(self, engine: Engine) -> None:
         """Follow a new engine, and its pool."""
         self.install(engine, FairPool)
-        self.on_engine_disposed(engine)
+        await_first_in_any_hub(engine.pool)
+        if not isinstance(engine.pool, FairPool):  # which sees to the pools that come after it by itself
+            event.listen(engine, "engine_disposed", lambda engine: await_first_in_any_hub(engine.pool))
         if isinstance(self.backend, PyMySQL):
             self.backend.made(engine, cleans=isinstance(engine.pool, FairPool))
             if isinstance(engine.pool, FairPool):
                 engine.pool.cleaning = self.backend.cleaning
-
-    @staticmethod
-    def on_engine_disposed(engine: Engine) -> None:
-        """Let a new pool's first connection be awaited in any hub. A worker's `dbsession check` opens one in another
-        hub as the first requests come; SQLAlchemy's mutex, which gevent has patched, might never wake those."""
-        connect: Any = engine.pool.dispatch.connect.for_modify(engine.pool.dispatch)
-        connect._exec_once_mutex = hub.Mutex()
 
     def on_connect(self, connection: Any, record: Any) -> None:
         """Note a connection that was opened, and set it up."""

@@ -34,7 +34,7 @@ from dbsession.core.pool.queue import QueuedPool
 from dbsession.green import hub, scope
 from dbsession.green.holders import HeldByGreenlets
 from dbsession.green.hub import here
-from dbsession.green.owner_hub import OWNER_HUB, discard
+from dbsession.green.owner_hub import OWNER_HUB, await_first_in_any_hub, discard
 
 # Asked for each returned connection; what it gives does I/O, and runs aside before the next one gets it.
 Cleaning = Callable[[ConnectionPoolEntry], Callable[[], None] | None]
@@ -291,7 +291,7 @@ class FairPool(QueuedPool[_PoolWaiter]):
     def recreate(self) -> FairPool:
         successor = super().recreate()
         successor.cleaning = self.cleaning
-        return successor
+        return await_first_in_any_hub(successor)
 
     def checkedin(self) -> int:
         return sum(map(len, self._idle.values()))
