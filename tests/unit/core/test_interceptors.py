@@ -138,4 +138,4 @@ def test_dialects_are_rewired_nowhere_else():
         for path in package.rglob("*.py")
         if assigned.search(path.read_text()) or listened.search(path.read_text())
     }
-    assert found == {"core/interceptors.py", "core/pool/holders.py"}
+    assert found == {"core/interceptors.py", "core/pool/holders.py", "green/connections.py"}
