@@ -3,6 +3,9 @@ its pool record's `record_info`, which stays; and what a driver's connection tel
 
 from __future__ import annotations
 
+import select
+from typing import Any
+
 COMMITTING = "dbsession.committing"
 """In `info`: a commit was begun that has not succeeded."""
 
@@ -34,8 +37,19 @@ CHECKOUT = "dbsession.checkout"
 """In `record_info`: the `core.pool.checkout.Checkout` of whoever uses it."""
 
 
+HUNG_UP: int = getattr(select, "POLLRDHUP", 0)
+"""For a poll(): the other side has closed, whatever is unread. Without it (not on Linux) a reset is seen all the
+same."""
+
+
 def nobody() -> None:
     """Stand for a weak reference whose object is gone: `info.get(SCOPE, nobody)()`."""
+
+
+def driver_of(connection: Any) -> Any:
+    """Return the driver's connection below the pool's proxy and SQLAlchemy's adapter for asyncio."""
+    connection = getattr(connection, "dbapi_connection", connection)
+    return getattr(connection, "driver_connection", connection)
 
 
 class KnownConnection:

@@ -32,6 +32,8 @@ from dbsession.core.connection_info import (
 from dbsession.core.fork import KNOWN
 from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, UsedByTwo, describe
 
+_TWO_PHASE = ("XA COMMIT", "COMMIT PREPARED")
+
 
 def is_autocommit(connection: Connection, backend: Backend) -> bool:
     """Return whether each statement on a connection is a transaction of its own."""
@@ -64,7 +66,9 @@ class TransactionWatch:
         throw it away. True: the statement is not to be executed any more."""
         connection = context.root_connection
         if self._ever_doomed and DOOMED in connection.info and self._is_doomed(connection.connection):
-            if statement.startswith("ROLLBACK TO SAVEPOINT"):
+            if self._backend.savepoints_hold and statement[:8].upper() == "ROLLBACK":
+                connection.info.pop(DOOMED)
+            elif statement.startswith("ROLLBACK TO SAVEPOINT"):
                 # Of a block that the error goes through: its savepoint may be gone, and all is rolled back anyway.
                 cursor.execute(self._backend.no_op)
                 return True
@@ -96,8 +100,8 @@ class TransactionWatch:
         if cause is not None:
             raise RollbackRequired(
                 f"Database {self._name!r}: {describe(cause)} has undone a part of this transaction at the server, so "
-                "the rest is refused. Roll back the whole transaction (a savepoint is not enough) and do it again; "
-                "run_in_transaction() does that."
+                f"the rest is refused. Roll back {self._backend.has_to_go} and do it again; run_in_transaction() does "
+                "that, where another try may help."
             ) from cause
 
     # The ends of transactions.
@@ -209,13 +213,14 @@ class TransactionWatch:
         self._judge_connection(context, connection, driver, verdict, from_driver)
         # In this order: while SQLAlchemy asks a new server what it can, the connection has no `info`.
         statement = context.statement
-        if (statement is None or statement.startswith("XA COMMIT")) and connection.info.pop(COMMITTING, False):
+        if (statement is None or statement.startswith(_TWO_PHASE)) and connection.info.pop(COMMITTING, False):
             if isinstance(error, UsedByTwo) or (
                 statement is None and isinstance(driver, KnownConnection) and not driver.commit_sent
             ):
                 return None  # it was not sent
             return self._judge_commit(context, connection, error, from_driver)
-        if verdict is Verdict.RETRY and connection.in_transaction() and not is_autocommit(connection, self._backend):
+        undone = verdict is Verdict.RETRY or (from_driver and self._backend.undoes_more(error))
+        if undone and connection.in_transaction() and not is_autocommit(connection, self._backend):
             # A copy: the error's traceback would keep everything alive that this is only to be remembered for.
             connection.info[DOOMED] = type(error)(*error.args)
             self._ever_doomed = True

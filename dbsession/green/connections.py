@@ -12,11 +12,14 @@ from dbsession.core import fork
 from dbsession.core.backends import driver_of, kind_of
 from dbsession.core.backends.base import Backend
 from dbsession.core.backends.mysql import MySQL
+from dbsession.core.backends.postgresql import PostgreSQL
 from dbsession.core.backends.sqlite import SQLite
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.interceptors import EngineConnections
 from dbsession.core.pool.leaks import LeakWatch
+from dbsession.core.pool.stats import Stats
 from dbsession.green import hub, ident
+from dbsession.green.cleaning import Cleans
 from dbsession.green.holders import HeldByGreenlets, leak_watches, watch_leaks
 from dbsession.green.mysql.backend import PyMySQL
 from dbsession.green.owner_hub import OWNER_HUB, await_first_in_any_hub, owner_hub_of
@@ -32,12 +35,7 @@ class GreenConnections(EngineConnections):
 
     def __init__(self, config: DatabaseConfig) -> None:
         held = HeldByGreenlets(config.name, config.backend)
-        kind, driver = kind_of(config.url), driver_of(config.url)
-        backend: Backend
-        if kind is MySQL and driver == "pymysql":
-            backend = PyMySQL(config, held.stats)
-        else:
-            backend = PySQLite(config) if kind is SQLite else kind(config)
+        backend = _backend_of(config, held.stats)
         super().__init__(backend, held)
         self.database: object = None
         """Kept alive as long as the engine: after configure() somebody may still hold a connection of it."""
@@ -51,10 +49,11 @@ class GreenConnections(EngineConnections):
         await_first_in_any_hub(engine.pool)
         if not isinstance(engine.pool, FairPool):  # which sees to the pools that come after it by itself
             event.listen(engine, "engine_disposed", lambda engine: await_first_in_any_hub(engine.pool))
-        if isinstance(self.backend, PyMySQL):
-            self.backend.made(engine, cleans=isinstance(engine.pool, FairPool))
+        backend = self.backend
+        if isinstance(backend, PyMySQL | Cleans):
+            backend.made(engine, cleans=isinstance(engine.pool, FairPool))
             if isinstance(engine.pool, FairPool):
-                engine.pool.cleaning = self.backend.cleaning
+                engine.pool.cleaning = backend.cleaning
 
     def on_connect(self, connection: Any, record: Any) -> None:
         """Note a connection that was opened, and set it up."""
@@ -77,3 +76,18 @@ class GreenConnections(EngineConnections):
         self.held.forget()
         self.stats.reset()
         fork.abandon(inherited)
+
+
+def _backend_of(config: DatabaseConfig, stats: Stats) -> Backend:
+    kind, driver = kind_of(config.url), driver_of(config.url)
+    if kind is MySQL and driver == "pymysql":
+        return PyMySQL(config, stats)
+    if kind is SQLite:
+        return PySQLite(config)
+    if kind is PostgreSQL and driver == "psycopg":
+        try:
+            from dbsession.green.postgresql.backend import Psycopg
+        except ImportError:  # an extra that is missing: create_engine says so
+            return kind(config)
+        return Psycopg(config, stats)
+    return kind(config)

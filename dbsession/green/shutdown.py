@@ -9,9 +9,8 @@ import gevent
 
 from dbsession.core import fork
 from dbsession.core.pool.checkout import Checkout
-from dbsession.green import hub, ident
+from dbsession.green import abandoned, hub, ident
 from dbsession.green.engine import process_databases
-from dbsession.green.mysql import kill
 
 _LOOK_S = 0.02
 
@@ -39,7 +38,7 @@ def end_statements(within_s: float, at_least_s: float = 0.0) -> int:
             if statement not in told:
                 told.add(statement)
                 count += _end(note, told)
-        if not running and not kill.pending() and spent_s >= at_least_s:
+        if not running and not abandoned.pending() and spent_s >= at_least_s:
             break
         hub.sleep(_LOOK_S)
     return count

@@ -280,9 +280,9 @@ def test_f14_threadpool_jobs_do_not_wedge_the_pool_or_the_killing(mariadb_url):
 
         # The threads of ours that end the statements leave none of their hubs' descriptors behind.
         import os
-        from dbsession.green.mysql import kill
+        from dbsession.green import abandoned
         def open_files():
-            wait_until(lambda: not kill.pending(), 10)
+            wait_until(lambda: not abandoned.pending(), 10)
             return len(os.listdir("/proc/self/fd"))
         before = open_files()
         for _ in range(10):

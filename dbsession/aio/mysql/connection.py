@@ -12,8 +12,8 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from dbsession.core.backends.mysql_errors import HUNG_UP
 from dbsession.core.backends.mysql_sent import Sent
+from dbsession.core.connection_info import HUNG_UP
 from dbsession.errors import UsedByTwo, describe, driver_number
 
 # The drivers' number of an answer that does not fit the question, CR_COMMANDS_OUT_OF_SYNC.

@@ -7,9 +7,15 @@ from sqlalchemy.exc import NoSuchModuleError
 
 from dbsession.core.backends.base import Backend
 from dbsession.core.backends.mysql import MySQL
+from dbsession.core.backends.postgresql import PostgreSQL
 from dbsession.core.backends.sqlite import SQLite
 
-KINDS: dict[str, type[Backend]] = {"mysql": MySQL, "mariadb": MySQL, "sqlite": SQLite}
+KINDS: dict[str, type[Backend]] = {
+    "mysql": MySQL,
+    "mariadb": MySQL,
+    "postgresql": PostgreSQL,
+    "sqlite": SQLite,
+}
 """The kinds of database that have a class of their own, by SQLAlchemy's name of the dialect."""
 
 

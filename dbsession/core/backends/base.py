@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -10,9 +9,6 @@ from sqlalchemy.engine import Connection
 
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.discards import Discards
-
-# PostgreSQL's "too many connections", which libpq tells by its text only; and PgBouncer's.
-_FULL = re.compile(r"too many (clients|connections)|remaining connection slots|no more connections allowed")
 
 
 class Verdict(Enum):
@@ -39,11 +35,11 @@ class Backend:
     DRIVER_KEYS: ClassVar[dict[str, frozenset[str]]] = {}
     """Keys of an entry that it takes by a driver."""
 
-    ASYNC_DRIVERS: ClassVar[dict[str, str]] = {"psycopg2": "asyncpg"}
+    ASYNC_DRIVERS: ClassVar[dict[str, str]] = {}
     """Drivers that wait in the calling thread, and what stands in for them in asyncio. One that has both, such as
     psycopg, is taken as it is."""
 
-    PAUSES: ClassVar[dict[str, str]] = {"postgresql": "SELECT pg_sleep(0.05)"}
+    PAUSES: ClassVar[dict[str, str]] = {}
     """A statement that waits at the server for a moment, by SQLAlchemy's name of the dialect."""
     IS_FILE: ClassVar[bool] = False
     """It has no server, and its connections cost none anything."""
@@ -58,6 +54,10 @@ class Backend:
     knows_autocommit: ClassVar[bool] = True
     """SQLAlchemy's word that a connection is in autocommit is the client's own knowledge, and not the server's word."""
 
+    savepoints_hold = False
+    """An error that has undone a part of a transaction has undone nothing before the savepoint that was set last."""
+    has_to_go = "the whole transaction (a savepoint is not enough)"
+    """What has to be rolled back after such an error, for its text."""
     in_process = False
     """Nothing can be lost on the way to it, and it undoes nothing behind our back."""
     no_op = "SELECT 1"
@@ -148,7 +148,7 @@ class Backend:
     @staticmethod
     def is_full(error: BaseException) -> bool:
         """Return whether an error at connecting says that the server, or a proxy, has no room for one more."""
-        return getattr(error, "sqlstate", None) == "53300" or _FULL.search(str(error)) is not None
+        return False
 
     def write_refused(self, error: BaseException, connection: Any) -> None:
         """Note that a write was refused on a connection by an `error` that is FAILOVER. No I/O."""
@@ -166,6 +166,10 @@ class Backend:
     def undid_statement_only(self, error: BaseException, connection: Any) -> bool:
         """Return whether a retryable `error` has undone its statement only, so that the transaction can go on; asked
         where it goes on, with SQLAlchemy's proxy of its DBAPI connection. May ask the server, and switch."""
+        return False
+
+    def undoes_more(self, error: BaseException) -> bool:
+        """Return whether the driver's `error`, which is not retryable, has undone more than its statement."""
         return False
 
     @staticmethod

@@ -11,7 +11,7 @@ from dbsession.core.backends import mysql_errors
 from dbsession.core.backends.base import Backend, Verdict
 from dbsession.core.backends.mysql_sent import ASIDE, USED, Sent, sets_autocommit_on
 from dbsession.core.config import TIMEOUTS
-from dbsession.core.connection_info import TIMEOUT_UNDOES_ALL
+from dbsession.core.connection_info import TIMEOUT_UNDOES_ALL, driver_of
 from dbsession.errors import ConfigError
 
 READ_ONLY = (
@@ -24,12 +24,6 @@ _BOTH_HALVES = {"connect_timeout_s", "read_timeout_s", "kill_abandoned", "ping_i
 
 CLEANING_S = 5.0
 """Seconds that the server has for each answer while a returned connection is cleaned; then it is discarded."""
-
-
-def driver_of(connection: Any) -> Any:
-    """Return the driver's connection below the pool's proxy and SQLAlchemy's adapter for asyncio."""
-    connection = getattr(connection, "dbapi_connection", connection)
-    return getattr(connection, "driver_connection", connection)
 
 
 class MySQL(Backend):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import select
 from typing import Any
 
 from pymysql.err import MySQLError
@@ -44,10 +43,6 @@ FULL = {1040, 1135, 1203, 1226}
 
 CLOSED_BEFORE_COMMIT = 2006, "MySQL server has closed the connection before COMMIT was sent: nothing was committed"
 """The driver's number (CR_SERVER_GONE_ERROR) and text where that is certain."""
-
-HUNG_UP: int = getattr(select, "POLLRDHUP", 0)
-"""For a poll(): the other side has closed, whatever is unread. Without it (not on Linux) a reset is seen all the
-same."""
 
 _WRAPPED = re.compile(r"error (\d+)")
 # What 1180 (error during COMMIT) may wrap: the numbers above, or those of the storage engine's handler for the same:

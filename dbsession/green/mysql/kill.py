@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -12,7 +11,6 @@ from pymysql import err
 from pymysql.cursors import Cursor
 from sqlalchemy.engine import Engine
 
-from dbsession.core import fork
 from dbsession.core.backends.mysql_kill import (
     AGAIN_S,
     OWN_THREAD,
@@ -24,41 +22,29 @@ from dbsession.core.backends.mysql_kill import (
 )
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.pool.stats import Stats
-from dbsession.green import hub
+from dbsession.green.abandoned import EndsAbandoned
 from dbsession.green.mysql.connection import Connection
 
 SIDE: ContextVar[Thread | None] = ContextVar("dbsession.side", default=None)
 """For whose thread the greenlet or thread opens a side connection now."""
 
-# Every killer of this process. Written when one is made.
-_killers: weakref.WeakSet[GreenKiller] = weakref.WeakSet()
 
+class GreenKiller(Killer, EndsAbandoned):
+    """Ends abandoned statements of one engine. Lives as long as the engine."""
 
-class GreenKiller(Killer):
-    """Ends abandoned statements of one engine. Lives as long as the engine.
-
-    `_working` is a flag: it is only ever tried, never waited for, so it may be held over a switch.
-    """
+    again_s = AGAIN_S
 
     def __init__(self, name: str, stats: Stats, tls: TLSContexts | None = None) -> None:
-        super().__init__(name, stats)
+        Killer.__init__(self, name, stats)
         self._tls = tls
         self.engine: Callable[[], Engine | None] = lambda: None
-        self._forget()
-        _killers.add(self)
-
-    def _forget(self) -> None:
-        self._epoch = fork.epoch
-        self._owner_hub: Any = None
-        self.abandoned.clear()
-        self._working = hub.allocate_lock()
+        EndsAbandoned.__init__(self)
 
     def opened(self, connection: Connection, arguments: dict[str, Any]) -> None:
         """Note how the server sees a connection just opened with these arguments: a round trip, unless it is known."""
-        if self._epoch != fork.epoch:
-            self._forget()  # made with the engine, perhaps before a fork
+        self.take_over()  # made with the engine, perhaps before a fork
         connection.reopen = lambda thread: self.open_side(thread, arguments)
-        self._note_hub()
+        self.note_hub()
         if connection.local is not None:
             connection.seen_as = self.host_of(connection.local, connection.peer) or self._ask(connection)
         connection.on_abandon = self.abandon_connection  # not before: the question itself is nothing to end
@@ -77,46 +63,11 @@ class GreenKiller(Killer):
 
     def abandon_connection(self, connection: Connection) -> None:
         """Have the statement of this connection ended. Does not wait; may be called by anybody, the Hub included."""
-        if self._epoch != fork.epoch:
-            self._forget()
-        if not self.abandon(Thread(connection.thread_id(), connection.seen_as, connection.peer, connection.reopen)):
-            return
-        self._note_hub()
-        if self._owner_hub is not None:
-            hub.run_aside(self._work, self._owner_hub)
-        else:  # in a patched process the thread gets a hub, whose descriptors gevent does not close when it ends
-            hub.run_in_thread(self._work)
+        self.take_over()
+        if self.abandon(Thread(connection.thread_id(), connection.seen_as, connection.peer, connection.reopen)):
+            self.begin()
 
-    def _note_hub(self) -> None:
-        """Remember the calling thread's hub, if it is one that lasts: statements of other threads are ended there."""
-        if hub.lasts():
-            self._owner_hub = hub.here()
-
-    @property
-    def pending(self) -> bool:
-        """Whether statements are still to be ended."""
-        return bool(self.abandoned) or self._working.locked()
-
-    def _work(self) -> None:
-        epoch = self._epoch
-        while self.abandoned and self._working.acquire(False):
-            thread = None
-            try:
-                while self.abandoned and epoch == fork.epoch:
-                    thread = self.abandoned.popleft()
-                    self._kill(thread)
-            except Exception as error:
-                if epoch != fork.epoch:
-                    return  # a child's copy of the greenlet: whatever it was at is the parent's
-                if self.tries_again(error, thread):
-                    hub.sleep(AGAIN_S)
-                else:
-                    self.failed(error, thread)
-            finally:
-                if epoch == fork.epoch:
-                    self._working.release()
-
-    def _kill(self, thread: Thread) -> None:
+    def end(self, thread: Thread) -> None:
         side = self._open(thread)
         try:
             with side.cursor() as cursor:
@@ -164,8 +115,3 @@ class GreenKiller(Killer):
                     statement = steps.send(cursor.fetchone())
         except StopIteration:
             pass
-
-
-def pending() -> bool:
-    """Whether a statement abandoned so far is still to be ended."""
-    return any(killer.pending for killer in list(_killers))

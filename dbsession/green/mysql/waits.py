@@ -11,22 +11,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import gevent
 import gevent.socket
 import pymysql.connections
 from gevent import monkey
 
-from dbsession.core.backends.mysql_errors import HUNG_UP
-from dbsession.green import hub
+from dbsession.core.connection_info import HUNG_UP
+from dbsession.green.timers import KeepsTimers
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")  # which, with 0, never waits
-_TIMERS = 4  # lengths of time that are kept: a read's, a write's, a cleaning's, and one that a scope has set
 
 # Their stubs leave the private names out.
 _Connection: Any = pymysql.connections.Connection
 
 
-class Waits(_Connection):  # type: ignore[misc]  # of Any
+class Waits(KeepsTimers, _Connection):  # type: ignore[misc]  # of Any
     """The socket of one connection. Lives as it does."""
 
     # PyMySQL's own, whose first values say too little of their types.
@@ -40,8 +38,6 @@ class Waits(_Connection):  # type: ignore[misc]  # of Any
     _connect_by: float | None = None
     _cooperative = False  # its socket is gevent's, and its timeouts are kept here
     _encrypted = False
-    _timers: dict[float, Any] | None = None  # {seconds: one of `_timer_loop`, to be started again}
-    _timer_loop: Any = None
     _look: Any = None  # a poll object that knows the socket
     _asked = False  # everything was sent, and no piece of the answer has come yet
     _reading = False  # somebody waits for what comes from the socket
@@ -56,34 +52,6 @@ class Waits(_Connection):  # type: ignore[misc]  # of Any
         self._sock.settimeout(None if self._cooperative else self._read_timeout)
         self._current_timeout = self._read_timeout
 
-    def _in_time(self, seconds: float | None, operation: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what `operation(*arguments)` on the gevent socket does. Raises TimeoutError after `seconds`."""
-        here: Any = hub.here()
-        if seconds is None or here is None:  # without a hub it cannot wait; a last COM_QUIT is sent all the same
-            return operation(*arguments)
-        timers = self._timers
-        if timers is None or self._timer_loop is not here.loop:
-            self._close_timers()
-            timers = self._timers = {}
-            self._timer_loop = here.loop
-        timer = timers.pop(seconds, None)  # nobody else has it meanwhile
-        if timer is None:
-            if len(timers) > _TIMERS:
-                self._close_timers()
-                timers = self._timers = {}
-            timer = here.loop.timer(seconds, seconds, priority=-1)  # as hub.start_timer() has it
-        try:
-            # In here, as a signal's handler may raise: it repeats until somebody stops it.
-            # again(): started once more, a stopped timer would run for what was left of its time
-            timer.again(gevent.getcurrent().throw, TimeoutError, "timed out", update=True)
-            return operation(*arguments)
-        finally:
-            timer.stop()
-            if timers is self._timers and seconds not in timers:
-                timers[seconds] = timer
-            else:  # the connection was closed meanwhile
-                timer.close()
-
     def _happened(self) -> int:
         """What poll() knows of the socket, of POLLIN and HUNG_UP: 0 if nothing has come and it is open. Never waits."""
         look = self._look
@@ -92,13 +60,6 @@ class Waits(_Connection):  # type: ignore[misc]  # of Any
             look.register(self._sock.fileno(), select.POLLIN | HUNG_UP)
         found = look.poll(0)
         return found[0][1] if found else 0
-
-    def _close_timers(self) -> None:
-        timers, self._timers = self._timers, None
-        if timers:
-            for timer in timers.values():
-                with suppress(ValueError):  # its loop was destroyed, with its thread
-                    timer.close()
 
     def _send_cooperatively(self, data: Any) -> None:
         if not self._encrypted:  # gevent's TLS socket takes no timeout of one call

@@ -9,6 +9,7 @@ import pytest
 from dbsession.core import fork
 from dbsession.core.backends.mysql_kill import Thread
 from dbsession.core.pool.stats import Stats
+from dbsession.green import abandoned
 from dbsession.green.mysql import kill
 
 
@@ -37,12 +38,12 @@ def test_hub_that_connects_in_a_forked_child_does_the_work_of_its_threads(monkey
     killer = kill.GreenKiller("shop", Stats())
     monkeypatch.setattr(fork, "epoch", fork.epoch + 1)
     main_hub, aside = object(), []
-    monkeypatch.setattr(kill.hub, "here", lambda: main_hub)
-    monkeypatch.setattr(kill.hub, "lasts", lambda: True)
-    monkeypatch.setattr(kill.hub, "run_aside", lambda work, hub: aside.append(hub))
-    monkeypatch.setattr(kill.hub, "run_in_thread", aside.append)
+    monkeypatch.setattr(abandoned.hub, "here", lambda: main_hub)
+    monkeypatch.setattr(abandoned.hub, "lasts", lambda: True)
+    monkeypatch.setattr(abandoned.hub, "run_aside", lambda work, hub: aside.append(hub))
+    monkeypatch.setattr(abandoned.hub, "run_in_thread", aside.append)
     connection = SimpleNamespace(local=None, peer=None, seen_as="h:1", thread_id=lambda: 5)
     killer.opened(connection, {})
-    monkeypatch.setattr(kill.hub, "lasts", lambda: False)  # in a thread
+    monkeypatch.setattr(abandoned.hub, "lasts", lambda: False)  # in a thread
     connection.on_abandon(connection)
     assert aside == [main_hub] and [each.id for each in killer.abandoned] == [5]

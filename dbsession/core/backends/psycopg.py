@@ -1,0 +1,351 @@
+"""What a psycopg 3 connection of ours knows, in either half: what was sent on it, and whether it can still be used.
+
+psycopg's generators send and read, and yield where they would wait; each half waits in its own way, by its `wait()`. So
+what is here serves both: BEGIN goes with the first statement of a transaction, a COMMIT counts only if the server calls
+it one, and what is not needed is not sent. The names with an underscore are psycopg's; each has its line in
+tests/unit/test_private_names.py, which fails loudly when the name goes.
+"""
+
+from __future__ import annotations
+
+import select
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, ClassVar
+
+from psycopg import errors, generators, pq
+
+from dbsession.core import fork
+from dbsession.core.backends.postgresql_sent import Sent, kind_of
+from dbsession.core.connection_info import HUNG_UP, KnownConnection
+from dbsession.core.fork import KNOWN
+from dbsession.errors import ResultCut, RollbackRequired
+
+IDLE, ACTIVE = pq.TransactionStatus.IDLE, pq.TransactionStatus.ACTIVE
+OFF = pq.PipelineStatus.OFF
+_BAD = pq.ConnStatus.BAD
+_PREPARE_NOW = 3  # psycopg._preparing.Prepare.SHOULD
+
+CLOSED_BEFORE_COMMIT = "the server has closed the connection before COMMIT was sent: nothing was committed"
+
+
+class Known(KnownConnection):
+    """Before psycopg's Connection or AsyncConnection among the bases of ours. Lives as long as its place in the pool,
+    or until something interrupts it in the middle of an answer: then it is given up, and the exception goes on as it
+    is."""
+
+    # psycopg's, and what a half gives.
+    pgconn: Any
+    _pipeline: Any
+    _prepared: Any
+    _autocommit: bool
+    _tpc: Any
+    _num_transactions: int
+    _exec_command: Any
+    _get_tx_start_command: Any
+    _notify_handlers: Any
+    _notifies_backlog: Any
+    _poll: ClassVar[Callable[[], Any]] = select.poll
+
+    database: str | None = None
+    """Its name, for log lines."""
+    on_abandon: Callable[[Any], None] | None = None
+    """Called with this connection when nobody waits any more for a statement that may still run at the server; has to
+    close `pgconn` then. Must not wait."""
+    read_timeout_s: float | None = None
+    write_timeout_s: float | None = None
+    told_autocommit = False  # `Sent.taken` of MySQL asks for it
+    pinging = False
+    """A ping was sent that is not answered."""
+    given_up_by: BaseException | None = None
+    _due = False  # a BEGIN goes with what is sent next
+    _defers = False  # a statement comes with which it can go
+    _began_other = False  # the transaction has sent something else than reading and writing rows
+    _look: Any = None  # a poll object that knows the socket
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        fork.look()
+        super().__init__(*args, **kwargs)
+        self._epoch = fork.epoch
+        self.gave_up = self.commit_sent = False
+        self.sent = Sent()
+        self.streams: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._ended = True  # nothing was sent since the last COMMIT or ROLLBACK was answered
+        self._heard = monotonic()  # when the last answer came
+
+    # What it knows.
+
+    @property
+    def closed(self) -> bool:
+        """Whether it cannot be used any more."""
+        return self.gave_up or self.pgconn.status == _BAD
+
+    @property
+    def open(self) -> bool:  # type: ignore[override]  # an attribute there
+        """Whether it can still be used."""
+        return not self.closed
+
+    @property
+    def autocommits(self) -> bool:
+        """Whether each statement on the connection commits itself."""
+        return self._autocommit
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open, by the server's last answer."""
+        return bool(self.pgconn.transaction_status != IDLE)
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known that no transaction is open, by what was sent and answered. The server's word can only
+        make us doubt it."""
+        return self._ended and self.pgconn.transaction_status == IDLE
+
+    @property
+    def unread(self) -> bool:
+        """Whether an answer has not been read to its end: that of a COPY, or of psycopg's stream()."""
+        return bool(self.pgconn.transaction_status == ACTIVE)
+
+    @property
+    def streaming(self) -> bool:
+        """Whether a named cursor is open, or an answer is read piece by piece."""
+        return self.unread or (self.in_transaction and any(not each.closed for each in list(self.streams)))
+
+    def finish_at_hand(self) -> bool:
+        return not self.unread
+
+    def read_within(self, timeout_s: float | None) -> float | None:
+        before, self.read_timeout_s = self.read_timeout_s, timeout_s
+        return before
+
+    def read_within_at_most(self, timeout_s: float) -> float | None:
+        before = self.read_timeout_s
+        return self.read_within(timeout_s if before is None else min(before, timeout_s))
+
+    def happened(self) -> int:
+        """What poll() knows of the socket, of POLLIN and HUNG_UP: 0 if nothing has come and it is open. Never waits."""
+        look = self._look
+        if look is None:
+            look = self._look = type(self)._poll()
+            look.register(self.pgconn.socket, select.POLLIN | HUNG_UP)
+        found = look.poll(0)
+        return int(found[0][1]) if found else 0
+
+    # Its end.
+
+    def refuse_if_lost(self) -> None:
+        """Raise what keeps the connection from being used: whatever psycopg does on it asks here first."""
+        if not KNOWN[0]:
+            fork.found_out()
+        if self._epoch != fork.epoch:
+            raise errors.OperationalError(
+                "This connection was opened before this process was forked and belongs to the parent. Open a session "
+                "anew: get_dbsession()."
+            )
+        if self.gave_up:
+            current = sys.exception()
+            if current is not None and current is self.given_up_by:
+                raise current  # what psycopg does in its `finally` must not take the place of a kill
+            raise errors.OperationalError("the connection was given up in the middle of a statement, and is closed")
+
+    def give_up(self, error: BaseException) -> None:
+        """Close the connection, as nobody waits for the answer any more, and have the statement ended at the server."""
+        if self.gave_up or self.pgconn.status == _BAD:
+            return
+        self.gave_up, self.given_up_by = True, error
+        fork.look()
+        if self.on_abandon is not None and self._epoch == fork.epoch:  # in a forked child it is the parent's
+            self.on_abandon(self)
+        else:
+            self.pgconn.finish()
+
+    def interrupted(self, error: BaseException) -> None:
+        """Give the connection up if `error` has come in the middle of an answer."""
+        if not self.gave_up and (self.pgconn.transaction_status == ACTIVE or self.pgconn.pipeline_status != OFF):
+            self.give_up(error)
+
+    def close(self) -> Any:
+        """Close the connection. Idempotent; whoever gives it up has it closed."""
+        if not self.gave_up:
+            return super().close()  # type: ignore[misc]  # psycopg's
+        return None
+
+    # What is sent. All of these are generators of psycopg's, which hold its lock.
+
+    def _start_query(self) -> Any:
+        self._ended = self._ended and self._autocommit
+        if self._autocommit or self.pgconn.transaction_status != IDLE:
+            return
+        self._began_other = False
+        if self._defers:
+            self._due = True
+        else:
+            yield from super()._start_query()  # type: ignore[misc]
+
+    def note(self, text: bytes) -> None:
+        """Note a statement, or several in one text, about to be sent."""
+        kind = kind_of(text)
+        if kind.begins:
+            self._ended = False
+        if not kind.rows_only:
+            self._began_other = True
+        if kind.changes:
+            self.sent.note_change(text)
+
+    def _commit_gen(self) -> Any:
+        self.commit_sent = False
+        if self._num_transactions or self._tpc:
+            yield from super()._commit_gen()  # type: ignore[misc]  # which raises
+        if self.settled or (self._autocommit and not self.in_transaction):
+            return
+        if self.happened() & ~select.POLLIN:
+            self.pgconn.finish()
+            raise errors.OperationalError(CLOSED_BEFORE_COMMIT)
+        self.commit_sent = True
+        result = yield from self._exec_command(b"COMMIT")
+        self._note_end()
+        if result is not None and result.command_status == b"ROLLBACK":
+            self.commit_sent = False
+            raise RollbackRequired(
+                f"Database {self.database!r}: the server has rolled the transaction back where it was to be committed, "
+                "since a statement of it had failed: nothing was committed. Roll back, to a savepoint at least, where "
+                "an error is caught."
+            )
+
+    def _rollback_gen(self) -> Any:
+        if self.settled:
+            return
+        if self._num_transactions or self._tpc or self._pipeline:
+            yield from super()._rollback_gen()  # type: ignore[misc]
+            return
+        yield from self._exec_command(b"ROLLBACK")
+        other = self._began_other
+        self._note_end()
+        if other:  # psycopg does it always, which costs a round trip and all that was prepared
+            self._prepared.clear()
+            yield from self._prepared.maintain_gen(self)
+
+    def _tpc_finish_gen(self, action: str, xid: Any) -> Any:
+        self.commit_sent = action == "COMMIT"
+        yield from super()._tpc_finish_gen(action, xid)  # type: ignore[misc]
+
+    def _note_end(self) -> None:
+        self._ended = self.pgconn.transaction_status == IDLE
+        self._began_other = False
+
+    def _ping_gen(self) -> Any:
+        self.pgconn.send_query(b"")
+        results = yield from generators.execute(self.pgconn)
+        for result in results:
+            if result.status == pq.ExecStatus.FATAL_ERROR:
+                raise errors.error_from_result(result)
+
+    def was_heard(self, idle_s: float) -> bool:
+        """Whether the connection lives, as far as can be told without asking: it was heard less than `idle_s` seconds
+        ago, and nothing has come since. Raises the driver's error if the server has closed it."""
+        if self.pgconn.transaction_status != IDLE or self.gave_up:
+            self.pgconn.finish()
+            raise errors.OperationalError("the connection was left in the middle of a transaction")
+        seen = self.happened()
+        if seen & ~select.POLLIN:
+            self.pgconn.finish()
+            raise errors.OperationalError("the server has closed the connection")
+        return not seen and monotonic() - self._heard < idle_s  # what has come may be a notice
+
+    def _reset_gen(self) -> Any:
+        """Take back what the session has set, and set again what was set as it was opened."""
+        self._tpc = None
+        if not self.settled:
+            yield from self._exec_command(b"ROLLBACK")
+        yield from self._exec_command(b"DISCARD ALL")
+        self._prepared.clear()
+        self._prepared._to_flush.clear()  # the server has none any more
+        del self._notify_handlers[:]
+        self._notifies_backlog = deque()
+        for text in self.sent.settings or ():
+            yield from self._exec_command(text)
+        if self.pgconn.transaction_status != IDLE:
+            yield from self._exec_command(b"COMMIT")
+        self._note_end()
+
+
+class RidesAlong:
+    """Before psycopg's Cursor or AsyncCursor among the bases of ours: its statement takes a BEGIN that is due with it,
+    in one round trip. Lives as long as its result is read."""
+
+    __slots__ = ()
+
+    _conn: Any
+    _pgconn: Any
+    _get_prepared: Any
+    _execute_send: Any
+    _send_query_prepared: Any
+    _check_results: Any
+    _set_results: Any
+
+    def _execute_gen(self, *args: Any, **kwargs: Any) -> Any:
+        connection = self._conn
+        connection._defers = connection._pipeline is None
+        try:
+            yield from super()._execute_gen(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            connection._defers = connection._due = False
+
+    def _maybe_prepare_gen(self, pgq: Any, *, prepare: Any = None, binary: Any = None) -> Any:
+        connection, text = self._conn, pgq.query
+        connection.note(text)
+        if not connection._due:
+            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)  # type: ignore[misc]
+            return
+        connection._due = False
+        how, name = self._get_prepared(pgq, prepare)
+        # Several statements in one text need the protocol's simple query, which libpq's pipeline has not; COPY never
+        # comes out of it, and a statement is prepared in a round trip of its own.
+        if how == _PREPARE_NOW or (not pgq.params and b";" in text) or text.lstrip()[:4].lower() == b"copy":
+            yield from connection._exec_command(connection._get_tx_start_command())
+            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)  # type: ignore[misc]
+            return
+        pgconn = self._pgconn
+        pgconn.enter_pipeline_mode()
+        pgconn.send_query_params(connection._get_tx_start_command(), None)
+        if name:
+            self._send_query_prepared(name, pgq, binary=binary)
+        else:
+            self._execute_send(pgq, force_extended=True, binary=binary)
+        pgconn.pipeline_sync()
+        prepared = connection._prepared
+        key = prepared.maybe_add_to_cache(pgq, how, name)
+        begun = yield from generators.execute(pgconn)
+        results = yield from generators.fetch_many(pgconn)
+        yield from generators.fetch_many(pgconn)  # the end of the pipeline
+        pgconn.exit_pipeline_mode()
+        self._check_results(begun)
+        if key is not None:
+            prepared.validate(key, how, name, results)
+        self._check_results(results)
+        self._set_results(results)
+
+
+class Named:
+    """Before psycopg's ServerCursor or AsyncServerCursor among the bases of ours: one that its transaction's end has
+    closed says so. Lives until it is closed, at most as long as its transaction."""
+
+    __slots__ = ()
+
+    _conn: Any
+
+    def __init__(self, connection: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(connection, *args, **kwargs)  # type: ignore[call-arg]  # psycopg's
+        connection.streams.add(self)
+
+    def _fetch_gen(self, *args: Any) -> Any:
+        connection = self._conn
+        try:
+            if connection.gave_up:
+                raise ResultCut.because("its connection was given up in the middle of a statement")
+            return (yield from super()._fetch_gen(*args))  # type: ignore[misc]
+        except errors.InvalidCursorName as error:
+            raise ResultCut.because("its transaction was committed or rolled back") from error

@@ -1,0 +1,217 @@
+"""A psycopg 3 connection that waits in gevent's loop, or in its thread, and gives up what nobody waits for.
+
+psycopg decides at its import how all of its connections wait: imported before `monkey.patch_all()`, it stops the loop.
+Ours wait here, whenever it was imported. What is sent and known is in `core.backends.psycopg`.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from time import monotonic
+from typing import Any
+
+import psycopg
+from gevent import monkey
+from psycopg import errors
+from psycopg.adapt import AdaptersMap
+from psycopg.conninfo import conninfo_attempts, conninfo_to_dict, make_conninfo
+from psycopg.waiting import Ready, Wait
+
+from dbsession.core.backends.psycopg import ACTIVE, Known, Named, RidesAlong
+from dbsession.errors import describe
+from dbsession.green import hub
+from dbsession.green.timers import KeepsTimers
+
+_poll: Callable[[], Any] = monkey.get_original("select", "poll")
+
+_POLLED = {Wait.R: select.POLLIN, Wait.W: select.POLLOUT, Wait.RW: select.POLLIN | select.POLLOUT}
+_READY = {Wait.R: Ready.R, Wait.W: Ready.W}
+
+
+class Cursor(RidesAlong, psycopg.Cursor[Any]):
+    """A cursor that has all of its rows. Lives as long as they are read."""
+
+
+class ServerCursor(Named, psycopg.ServerCursor[Any]):
+    """A named cursor, whose rows are fetched piece by piece. Lives as long as its transaction, at most."""
+
+
+class Connection(Known, KeepsTimers, psycopg.Connection[Any]):
+    """A `psycopg.Connection`. Lives as `Known` says."""
+
+    _poll = _poll
+    _cooperative = False  # it was opened where sockets are gevent's; without a hub yet nobody else has to run
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lock = threading.Lock()  # psycopg's own may have been made before a monkey patch
+        self.cursor_factory = Cursor
+        self.server_cursor_factory = ServerCursor
+        self._cooperative = monkey.is_module_patched("socket")
+
+    @classmethod
+    def open_within(
+        cls,
+        seconds: float,
+        conninfo: str = "",
+        *,
+        autocommit: bool = False,
+        prepare_threshold: int | None = 5,
+        context: Any = None,
+        row_factory: Any = None,
+        cursor_factory: Any = None,
+        **arguments: Any,
+    ) -> Connection:
+        """Connect within so many seconds, all addresses of all hosts together; see psycopg's `connect()` for the
+        arguments. Switches.
+
+        Raises:
+            psycopg.Error: the server cannot be reached, refuses, or does not answer in time.
+        """
+        until = monotonic() + seconds
+        arguments.pop("connect_timeout", None)  # ours, by `seconds`
+        failed: list[tuple[Any, Exception]] = []
+        attempts = conninfo_attempts(conninfo_to_dict(conninfo, **arguments))
+        for n, attempt in enumerate(attempts):
+            left = until - monotonic()
+            by = monotonic() + left / (len(attempts) - n)  # a silent address leaves their time to the others
+            try:
+                connection: Connection = drive(cls._connect_gen(make_conninfo("", **attempt)), by)
+                break
+            except TimeoutError:
+                error: Exception = errors.ConnectionTimeout(
+                    f"no connection within {seconds:g} s, the handshake included"
+                )
+                failed.append((attempt, error))
+            except errors.Error as error:
+                failed.append((attempt, error))
+        else:
+            raise _not_connected(failed)
+        try:
+            connection.autocommit = autocommit
+            connection.prepare_threshold = prepare_threshold
+            if row_factory is not None:
+                connection.row_factory = row_factory
+            if cursor_factory is not None:
+                connection.cursor_factory = cursor_factory
+            if context is not None:
+                connection._adapters = AdaptersMap(context.adapters)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def wait(self, gen: Any, interval: float | None = None, timeout: float | None = None) -> Any:
+        """Drive one of psycopg's generators, and wait where it would: for each piece of an answer as long as
+        `read_timeout_s`, for the socket to take what is sent as long as `write_timeout_s`; where nothing was asked, as
+        for a notification, `timeout` seconds in all, or for ever. Switches."""
+        self.refuse_if_lost()
+        until = None if timeout is None else monotonic() + timeout
+        try:
+            wanted = next(gen)
+            while True:
+                wanted = gen.send(self._await(wanted, until))
+        except StopIteration as end:
+            self._heard = monotonic()
+            return end.value
+        except BaseException as error:
+            self.interrupted(error)
+            raise
+
+    def _await(self, wanted: Wait, until: float | None) -> Ready:
+        if until is not None:
+            seconds: float | None = until - monotonic()
+        elif self.pgconn.transaction_status == ACTIVE:
+            seconds = self.write_timeout_s if wanted == Wait.W else self.read_timeout_s
+        else:
+            seconds = None
+        here: Any = hub.here() if self._cooperative else None
+        try:
+            if here is None:
+                return _await_in_thread(self.pgconn.socket, wanted, seconds)
+            with closing(here.loop.io(self.pgconn.socket, int(wanted))) as watcher:
+                self._in_time(None if seconds is None else max(seconds, 0.001), here.wait, watcher)
+        except TimeoutError as error:
+            if str(error) != "timed out":
+                raise  # somebody else's
+            if until is not None:
+                raise errors._WaitTimeout("wait timeout expired") from None
+            raise errors.OperationalError(
+                f"no answer from the server within {seconds:g} s: the connection is given up"
+            ) from None
+        if wanted is not Wait.RW:
+            return _READY[wanted]
+        return _await_in_thread(self.pgconn.socket, wanted, 0.0)
+
+    def ping(self, idle_s: float, within_s: float) -> None:
+        """Raise an error if the connection is gone. One that answered less than `idle_s` seconds ago is looked at only.
+        Switches where it is asked, for `within_s` seconds at most."""
+        if self.was_heard(idle_s):
+            return
+        self.pinging = True
+        before = self.read_within_at_most(within_s)
+        try:
+            self.wait(self._ping_gen())
+        finally:
+            self.pinging = False
+            self.read_within(before)
+
+    def reset(self) -> None:
+        """Take back what the session has set; see `Known`. Switches."""
+        self.wait(self._reset_gen())
+
+    def close(self) -> None:
+        super().close()
+        self._close_timers()
+
+
+def drive(gen: Any, until: float) -> Any:
+    """Drive a generator of psycopg's that opens a connection or asks for a cancellation, until that time of the clock
+    monotonic(). Switches. Raises TimeoutError."""
+    with closing(gen):
+        try:
+            descriptor, wanted = next(gen)
+            while True:
+                seconds = until - monotonic()
+                if seconds <= 0:
+                    raise TimeoutError("timed out")
+                descriptor, wanted = gen.send(_await_once(descriptor, wanted, seconds))
+        except StopIteration as end:
+            return end.value
+
+
+def _await_once(descriptor: int, wanted: Wait, seconds: float) -> Ready:
+    here: Any = hub.here()
+    if here is None or not hub.timers_run():
+        return _await_in_thread(descriptor, wanted, seconds)
+    with closing(here.loop.io(descriptor, int(wanted))) as watcher:
+        waiter = hub.Waiter()
+        watcher.start(waiter.wake)
+        if not waiter.wait(seconds):
+            raise TimeoutError("timed out")
+    return _READY.get(wanted) or _await_in_thread(descriptor, wanted, 0.0)
+
+
+def _await_in_thread(descriptor: int, wanted: Wait, seconds: float | None) -> Ready:
+    """Wait in this thread, whatever is patched. Raises TimeoutError."""
+    look = _poll()
+    look.register(descriptor, _POLLED[wanted])
+    found = look.poll(None if seconds is None else max(seconds, 0.0) * 1000)
+    if not found:
+        raise TimeoutError("timed out")
+    events = found[0][1]
+    if not events & (select.POLLIN | select.POLLOUT):
+        return Ready.R if wanted == Wait.R else Ready.W  # an error, which libpq finds
+    return Ready((bool(events & select.POLLIN) and Ready.R) | (bool(events & select.POLLOUT) and Ready.W))
+
+
+def _not_connected(failed: list[tuple[Any, Exception]]) -> Exception:
+    """Return one error for all attempts to connect, of the last one's type, as psycopg has it."""
+    last = failed[-1][1]
+    if len(failed) == 1:
+        return last.with_traceback(None)
+    each = "; ".join(f"{one.get('host')} {one.get('hostaddr') or ''}: {describe(error)}" for one, error in failed)
+    return type(last)(f"{last}. None of {len(failed)} addresses could be connected to: {each}")
