@@ -338,8 +338,8 @@ async def test_configure_takes_every_key_of_its_database(half, tmp_path):
         ("mysql+asyncmy://u@h/a", OF_MYSQL.keys() - {"write_timeout_s", "reset"}),
         ("mysql+aiomysql://u@h/a", OF_MYSQL.keys() - {"write_timeout_s", "reset"}),
         ("mysql+mysqldb://u@h/a", {"readonly"}),  # in asyncio asyncmy stands in for it
-        ("postgresql+psycopg://u@h/a", ()),
-        ("postgresql://u@h/a", ()),
+        ("postgresql+psycopg://u@h/a", OF_MYSQL),
+        ("postgresql://u@h/a", OF_MYSQL),
         ("mssql+pyodbc://u@h/a", ()),
     ],
 )

@@ -40,8 +40,8 @@ class PostgreSQL(Backend):
         return f"PostgreSQL {connection.exec_driver_sql('SHOW server_version').scalar()}"
 
     def on_do_connect(self, dialect: Any, record: Any, args: Any, arguments: dict[str, Any]) -> None:
-        """Have a `readonly` database's sessions begin read-only. As they start: a SET would, behind a pooler, be left to
-        whoever gets the server's session next."""
+        """Have a `readonly` database's sessions start read-only: a SET would, behind a pooler, be left to whoever gets
+        the server's session next."""
         if not self.config.readonly:
             return
         if dialect.driver == "asyncpg":

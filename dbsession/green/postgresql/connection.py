@@ -20,7 +20,8 @@ from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import conninfo_attempts, conninfo_to_dict, make_conninfo
 from psycopg.waiting import Ready, Wait
 
-from dbsession.core.backends.psycopg import ACTIVE, Known, Named, RidesAlong
+from dbsession.core.backends.psycopg import ACTIVE, Known
+from dbsession.core.backends.psycopg_cursors import Named, RidesAlong
 from dbsession.errors import describe
 from dbsession.green import hub
 from dbsession.green.timers import KeepsTimers

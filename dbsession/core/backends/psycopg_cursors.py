@@ -1,0 +1,93 @@
+"""What a psycopg 3 cursor of ours does, in either half: a BEGIN goes with its statement, and one that was cut says so.
+
+The names with an underscore are psycopg's; each has its line in tests/unit/test_private_names.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from psycopg import errors, generators
+
+from dbsession.errors import ResultCut
+
+_PREPARE_NOW = 3  # psycopg._preparing.Prepare.SHOULD
+
+
+class RidesAlong:
+    """Before psycopg's Cursor or AsyncCursor among the bases of ours: its statement takes a BEGIN that is due with it,
+    in one round trip. Lives as long as its result is read."""
+
+    __slots__ = ()
+
+    _conn: Any
+    _pgconn: Any
+    _get_prepared: Any
+    _execute_send: Any
+    _send_query_prepared: Any
+    _check_results: Any
+    _set_results: Any
+
+    def _execute_gen(self, *args: Any, **kwargs: Any) -> Any:
+        connection = self._conn
+        connection._defers = connection._pipeline is None
+        try:
+            yield from super()._execute_gen(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            connection._defers = connection._due = False
+
+    def _maybe_prepare_gen(self, pgq: Any, *, prepare: Any = None, binary: Any = None) -> Any:
+        connection, text = self._conn, pgq.query
+        connection.note(text)
+        if not connection._due:
+            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)  # type: ignore[misc]
+            return
+        connection._due = False
+        how, name = self._get_prepared(pgq, prepare)
+        # Several statements in one text need the protocol's simple query, which libpq's pipeline has not; COPY never
+        # comes out of it, and a statement is prepared in a round trip of its own.
+        if how == _PREPARE_NOW or (not pgq.params and b";" in text) or text.lstrip()[:4].lower() == b"copy":
+            yield from connection._exec_command(connection._get_tx_start_command())
+            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)  # type: ignore[misc]
+            return
+        pgconn = self._pgconn
+        pgconn.enter_pipeline_mode()
+        pgconn.send_query_params(connection._get_tx_start_command(), None)
+        if name:
+            self._send_query_prepared(name, pgq, binary=binary)
+        else:
+            self._execute_send(pgq, force_extended=True, binary=binary)
+        pgconn.pipeline_sync()
+        prepared = connection._prepared
+        key = prepared.maybe_add_to_cache(pgq, how, name)
+        begun = yield from generators.execute(pgconn)
+        results = yield from generators.fetch_many(pgconn)
+        yield from generators.fetch_many(pgconn)  # the end of the pipeline
+        pgconn.exit_pipeline_mode()
+        self._check_results(begun)
+        if key is not None:
+            prepared.validate(key, how, name, results)
+        self._check_results(results)
+        self._set_results(results)
+
+
+class Named:
+    """Before psycopg's ServerCursor or AsyncServerCursor among the bases of ours: one that its transaction's end has
+    closed says so. Lives until it is closed, at most as long as its transaction."""
+
+    __slots__ = ()
+
+    _conn: Any
+
+    def __init__(self, connection: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(connection, *args, **kwargs)  # type: ignore[call-arg]  # psycopg's
+        connection.streams.add(self)
+
+    def _fetch_gen(self, *args: Any) -> Any:
+        connection = self._conn
+        try:
+            if connection.gave_up:
+                raise ResultCut.because("its connection was given up in the middle of a statement")
+            return (yield from super()._fetch_gen(*args))  # type: ignore[misc]
+        except errors.InvalidCursorName as error:
+            raise ResultCut.because("its transaction was committed or rolled back") from error
