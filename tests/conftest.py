@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pytest
 
 # So that a failing assert inside a helper shows its values, too.
 pytest.register_assert_rewrite("support.gunicorn", "support.processes", "support.waiting")
 
-from support.mariadb import MariaDBMissing, MariaDBServer  # noqa: E402  # after the line above
+from support.mariadb import MariaDBServer  # noqa: E402  # after the line above
+from support.pgbouncer import PgBouncer  # noqa: E402  # as well
+from support.postgresql import PostgreSQLServer  # noqa: E402  # as well
 from support.processes import MODES  # noqa: E402  # as well
+from support.servers import Server, ServerMissing  # noqa: E402  # as well
 
 
 def pytest_configure() -> None:
-    # dbsession reads these; the developer's own must not reach a test.
-    for name in [name for name in os.environ if name.startswith("DBSESSION_")]:
+    # dbsession reads these, and PostgreSQL's drivers; the developer's own must not reach a test.
+    for name in [name for name in os.environ if name.startswith(("DBSESSION_", "PG"))]:
         del os.environ[name]
     os.environ["DBSESSION_GUARD"] = "warn"  # a session that crosses over anywhere in these tests is in their logs
 
@@ -26,17 +31,18 @@ def pytest_configure() -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "mariadb" in getattr(item, "fixturenames", ()):
-            item.add_marker("mariadb")
+        for server in {"mariadb", "postgresql"}.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(server)
 
 
-@pytest.fixture(scope="session")
-def mariadb() -> Iterator[MariaDBServer]:
-    """The tests' own server, for the whole run. A test that stops or pauses it gets it back after the test by
-    asking for `mariadb_url` as well."""
+S = TypeVar("S", bound=Server)
+
+
+@contextlib.contextmanager
+def lived(make: Callable[[], S]) -> Iterator[S]:
     try:
-        server = MariaDBServer()
-    except MariaDBMissing as missing:
+        server = make()
+    except ServerMissing as missing:
         pytest.fail(f"{missing}; tests/run does that where it may", pytrace=False)
     try:
         yield server
@@ -44,15 +50,76 @@ def mariadb() -> Iterator[MariaDBServer]:
         server.close()
 
 
+@contextlib.contextmanager
+def empty_database(server: MariaDBServer | PostgreSQLServer | PgBouncer) -> Iterator[str]:
+    server.ensure_running()
+    name = f"test_{secrets.token_hex(4)}"
+    url = server.create_database(name)
+    yield url
+    server.ensure_running()
+    server.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[MariaDBServer]:
+    """The tests' own server, for the whole run. A test that stops or pauses it gets it back after the test by
+    asking for `mariadb_url` as well."""
+    with lived(MariaDBServer) as server:
+        yield server
+
+
 @pytest.fixture
 def mariadb_url(mariadb: MariaDBServer) -> Iterator[str]:
     """The URL of an empty database, dropped after the test, with the server running before and after."""
-    mariadb.ensure_running()
-    name = f"test_{secrets.token_hex(4)}"
-    url = mariadb.create_database(name)
-    yield url
-    mariadb.ensure_running()
-    mariadb.drop_database(name)
+    with empty_database(mariadb) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQLServer]:
+    """A PostgreSQL server as `mariadb` is one of MariaDB; `postgresql_url` gives it back after the test."""
+    with lived(PostgreSQLServer) as server:
+        yield server
+
+
+@pytest.fixture
+def postgresql_url(postgresql: PostgreSQLServer) -> Iterator[str]:
+    """The URL of an empty database of PostgreSQL's, for psycopg, dropped after the test, with the server running."""
+    with empty_database(postgresql) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgresql: PostgreSQLServer) -> Iterator[PgBouncer]:
+    """A PgBouncer in transaction mode in front of `postgresql`."""
+    with lived(lambda: PgBouncer(postgresql)) as server:
+        yield server
+
+
+@pytest.fixture
+def pgbouncer_url(pgbouncer: PgBouncer) -> Iterator[str]:
+    """The URL of an empty database through PgBouncer, dropped after the test, with both servers running."""
+    with empty_database(pgbouncer) as url:
+        yield url
+
+
+SERVERS = ["mariadb", "postgresql"]
+
+
+@pytest.fixture(params=[pytest.param(each, marks=getattr(pytest.mark, each)) for each in SERVERS])
+def server(request: pytest.FixtureRequest) -> MariaDBServer | PostgreSQLServer | PgBouncer:
+    """Runs the test with each kind of server; `server_url` gives it back after the test, as the server's own does.
+
+    With PgBouncer as well: `@pytest.mark.parametrize("server", SERVERS, indirect=True)`, and its own list.
+    """
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def server_url(server: MariaDBServer | PostgreSQLServer | PgBouncer) -> Iterator[str]:
+    """The URL of an empty database, dropped after the test, with the server running before and after."""
+    with empty_database(server) as url:
+        yield url
 
 
 # Patched late is patched, but for what was made before; that is seldom the subject.

@@ -20,8 +20,9 @@ from pathlib import Path
 import pymysql
 
 from .galera_node import GaleraNode
-from .mariadb import OPTIONS, MariaDBMissing, find_program
+from .mariadb import OPTIONS
 from .processes import Supervised
+from .servers import ServerMissing, find_program
 from .waiting import wait_until
 
 SIZE = 3
@@ -100,8 +101,8 @@ class GaleraCluster:
     @staticmethod
     def _program(name: str) -> str:
         try:
-            return find_program(name)
-        except MariaDBMissing:
+            return find_program(name, "mariadb-server")
+        except ServerMissing:
             raise GaleraMissing(f"{name} not found: apt-get install mariadb-server galera-4 haproxy rsync") from None
 
     def _node_command(self) -> list[str]:

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import shutil
-import signal
 import socket
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pymysql
 import pymysql.cursors
 from sqlalchemy.engine import make_url
 
-from .processes import Supervised, pause_process
-from .waiting import wait_until
-
-# Where distributions put it; not on every user's PATH.
-SBIN = os.pathsep.join(["/usr/sbin", "/usr/local/sbin", "/sbin"])
+from .servers import Server, find_program
 
 # Small and fast: the data need not survive the machine.
 OPTIONS = [
@@ -35,25 +25,6 @@ OPTIONS = [
     "--skip-name-resolve",
     "--max-connections=500",
 ]
-
-
-class MariaDBMissing(Exception):
-    """No MariaDB server is installed; the message says what to do."""
-
-
-def find_program(name: str) -> str:
-    """The path of one of MariaDB's programs; MariaDBMissing when there is none."""
-    found = shutil.which(name, path=os.environ.get("PATH", "") + os.pathsep + SBIN)
-    if found is None:
-        raise MariaDBMissing(f"{name} not found: install MariaDB (Debian: apt-get install mariadb-server)")
-    return found
-
-
-def free_port() -> int:
-    """A loopback port that was free a moment ago; whoever uses it must be ready to try another."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def login(url: str, **more: Any) -> dict[str, Any]:
@@ -73,47 +44,33 @@ def connected(to: Callable[..., Any], url: str, **more: Any) -> Iterator[Any]:
         connection.close()
 
 
-class MariaDBServer:
-    """A running server; lives until `close()` or the end of this process, and its data folder with it.
-
-    `stop()`, `kill()` and `pause()` take it away for a while, on the same port; `start()` and `resume()`
-    bring it back. Two accounts: `root` over the socket in its private folder, and `app` over TCP, with all
-    rights on the databases that `create_database` made.
+class MariaDBServer(Server):
+    """A running MariaDB server. Two accounts: `root` over the socket in its private folder, and `app` over TCP, with
+    all rights on the databases that `create_database` made.
 
     Args:
         options: command line options in addition to OPTIONS, or in place of some: the last one counts.
     """
 
+    PROGRAM = "mariadbd"
+
     def __init__(self, *options: str) -> None:
-        mariadbd, install_db = find_program("mariadbd"), find_program("mariadb-install-db")
-        self.folder = Path(tempfile.mkdtemp(prefix="dbs-"))
-        if len(os.fsencode(self.folder)) > 80:  # a unix socket's path is limited to 107 bytes
-            self.folder.rmdir()
-            self.folder = Path(tempfile.mkdtemp(prefix="dbs-", dir="/tmp"))
-        self.log = self.folder / "log"
+        self._mariadbd = find_program("mariadbd", "mariadb-server")
+        install_db = find_program("mariadb-install-db", "mariadb-server")
+        super().__init__()
         self.socket = self.folder / "sock"
-        self.password = secrets.token_hex(8)
-        self.port = 0
-        self._process: Supervised | None = None
         try:
             # --no-defaults comes first: no configuration of the machine or the user is read.
             common = ["--no-defaults", f"--datadir={self.folder / 'data'}"]
             if os.geteuid() == 0:
                 common.append("--user=root")  # mariadbd refuses root unless told; the folder is root's alone
-            self._command = [mariadbd, *common, *OPTIONS, *options]
-            self._command += [f"--socket={self.socket}", "--bind-address=127.0.0.1"]
-            self._command += [f"--pid-file={self.folder / 'pid'}", f"--tmpdir={self.folder}"]
+            self._options = [*common, *OPTIONS, *options]
+            self._options += [f"--socket={self.socket}", "--bind-address=127.0.0.1"]
+            self._options += [f"--pid-file={self.folder / 'pid'}", f"--tmpdir={self.folder}"]
             install = [install_db, *common, "--auth-root-authentication-method=normal", "--skip-test-db"]
             # A server that starts removes what it takes for temporary tables left behind, another's in /tmp as well.
             install.append(f"--tmpdir={self.folder}")
-            done = subprocess.run(
-                [*install, "--skip-name-resolve", "--innodb-log-file-size=16M"],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
-            assert done.returncode == 0, f"mariadb-install-db failed:\n{done.stdout}\n{done.stderr}"
+            self._install([*install, "--skip-name-resolve", "--innodb-log-file-size=16M"])
             self.start()
             with self.root() as cursor:
                 # Their passwords are empty, and TCP is open to every user of the machine.
@@ -125,35 +82,8 @@ class MariaDBServer:
             self.close()
             raise
 
-    # -- its life ------------------------------------------------------------------------------------------
-
-    @property
-    def pid(self) -> int:
-        """Of mariadbd itself."""
-        assert self._process is not None, "the server is stopped"
-        return self._process.pid
-
-    def start(self) -> None:
-        """Returns when it answers; on the port it had before, if it had one."""
-        for attempt in range(5):
-            if self._process is not None:
-                self._process.close(keep_folder=True)
-            port = self.port or free_port()
-            log_start = self.log.stat().st_size if self.log.exists() else 0
-            self._process = Supervised(
-                [*self._command, f"--port={port}"], log=self.log, remove=self.folder, cwd=self.folder
-            )
-            wait_until(lambda: self._ended() or self._answers(), 60, f"mariadbd answers; see {self.log}")
-            if not self._ended():
-                self.port = port
-                return
-            text = self.log.read_text(errors="replace")[log_start:]
-            if self.port or "Address already in use" not in text or attempt == 4:
-                raise RuntimeError(f"mariadbd ended at once:\n{text}")
-
-    def _ended(self) -> bool:
-        assert self._process is not None
-        return self._process.poll() is not None
+    def _command(self, port: int) -> list[str]:
+        return [self._mariadbd, *self._options, f"--port={port}"]
 
     def _answers(self) -> bool:
         # By the socket: nobody else's server can answer there. Tried plainly first, because PyMySQL forgets
@@ -167,56 +97,13 @@ class MariaDBServer:
         except pymysql.err.OperationalError:
             return False
 
-    def stop(self) -> None:
-        """An orderly shutdown: clients get an error packet or a closed socket."""
-        self._end(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """SIGKILL: what it has not written is lost, the kernel closes its sockets."""
-        self._end(signal.SIGKILL)
-
-    def _end(self, signum: int) -> None:
-        # Its supervisor stays until start() or close(), and still removes the folder if this process dies.
-        if self._process is not None:
-            self.resume()
-            self._process.signal(signum)
-            self._process.wait(60)
-
-    def restart(self) -> None:
-        """`stop()`, then `start()`."""
-        self.stop()
-        self.start()
-
-    def pause(self) -> None:
-        """SIGSTOP: the kernel still accepts connections and bytes, but no answer comes until `resume()`."""
-        assert self._process is not None and self._process.poll() is None
-        pause_process(self._process.pid)
-
-    def resume(self) -> None:
-        """Ends a `pause()`; does nothing otherwise."""
-        assert self._process is not None
-        self._process.signal(signal.SIGCONT)
-
-    def ensure_running(self) -> None:
-        """Undoes whatever a test did to it."""
-        self.resume()
-        if self._ended():
-            self.start()
-
-    def close(self) -> None:
-        """Kills it and removes its folder. Idempotent."""
-        if self._process is not None:
-            self._process.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    # -- its content ---------------------------------------------------------------------------------------
-
     @contextlib.contextmanager
-    def root(self) -> Iterator[pymysql.cursors.DictCursor]:
-        """A cursor with all rights, in autocommit mode, that no test's TCP trouble reaches."""
+    def root(self, database: str | None = None) -> Iterator[pymysql.cursors.DictCursor]:
+        """A cursor with all rights, in autocommit mode, that no test's TCP trouble reaches; in this database."""
         connection = pymysql.connect(
             unix_socket=str(self.socket),
             user="root",
+            database=database,
             autocommit=True,
             connect_timeout=20,
             read_timeout=30,
@@ -228,9 +115,9 @@ class MariaDBServer:
         finally:
             connection.close()
 
-    def url(self, database: str, *, port: int | None = None) -> str:
+    def url(self, database: str, *, port: int | None = None, driver: str = "pymysql") -> str:
         """What `configure` takes; `port` for the way through a proxy."""
-        return f"mysql+pymysql://app:{self.password}@127.0.0.1:{port or self.port}/{database}"
+        return f"mysql+{driver}://app:{self.password}@127.0.0.1:{port or self.port}/{database}"
 
     def create_database(self, name: str) -> str:
         """An empty utf8mb4 database on which `app` has all rights; returns its `url`."""

@@ -32,12 +32,13 @@ def missing(what: str) -> NoReturn:
 
 
 class Supervised:
-    """A running command; `close()`, or the death of this process in any way, kills it and its group.
+    """A running command; `close()`, or the death of this process in any way, kills it, its group and its children.
 
     Args:
         command: the program and its arguments; it gets a process group of its own.
         log: its stdout and stderr are appended to this file.
         remove: a folder that is removed at the end, too.
+        end: a signal with which it ends by itself, sent before it is killed; 0 for none.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Supervised:
         remove: Path | None = None,
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
+        end: int = 0,
     ) -> None:
         self.log = log
         self._status: int | None = None
+        supervisor = str(Path(__file__).with_name("supervise.py"))
         with log.open("ab") as output:
             self._supervisor = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("supervise.py")), str(remove or ""), *command],
+                [sys.executable, supervisor, str(remove or ""), str(int(end)), *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,

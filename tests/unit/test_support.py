@@ -11,48 +11,69 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-import pymysql
 import pytest
-from sqlalchemy.engine import make_url
+from sqlalchemy import URL, Connection, NullPool, create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
 
 from support.gunicorn import Gunicorn
 from support.mariadb import MariaDBServer
+from support.pgbouncer import PgBouncer
+from support.postgresql import PostgreSQLServer
 from support.processes import Supervised, pause_process, pid_alive, run_python, run_script, script_env, wait_gone
 from support.proxy import Proxy
 from support.waiting import wait_until
 
+AnyServer = MariaDBServer | PostgreSQLServer | PgBouncer
 
-def connect(url: str, port: int | None = None) -> pymysql.Connection:
-    parts = make_url(url)
-    return pymysql.connect(
-        host=parts.host,
-        port=port or parts.port,
-        user=parts.username,
-        password=parts.password,
-        database=parts.database,
-        read_timeout=10,
+
+@contextlib.contextmanager
+def connected(url: str | URL, port: int | None = None) -> Iterator[Connection]:
+    """A connection in autocommit mode, without a pool."""
+    where = make_url(url)
+    engine = create_engine(where.set(port=port or where.port), poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        yield connection
+
+
+ALL_SERVERS = pytest.mark.parametrize("server", ["mariadb", "postgresql", "pgbouncer"], indirect=True)
+
+
+@ALL_SERVERS
+def test_server_answers_and_shows_the_connection(server: AnyServer, server_url: str) -> None:
+    with connected(server_url) as connection:
+        connection.execute(text("CREATE TABLE t (x INT)"))
+        assert connection.execute(text("SELECT 1 FROM t")).all() == []
+        number = "CONNECTION_ID()" if isinstance(server, MariaDBServer) else "pg_backend_pid()"
+        mine = connection.scalar(text(f"SELECT {number}"))
+        (shown,) = [row for row in server.processlist() if row["id"] == mine]
+    host, _, port = shown["host"].partition(":")
+    assert (shown["user"], shown["db"], host, shown["info"]) == (
+        "app",
+        make_url(server_url).database,
+        "127.0.0.1",
+        None,
     )
+    assert port.isdigit() and shown["command"] == "Sleep"
 
 
-def test_mariadb_answers_and_shows_the_connection(mariadb: MariaDBServer, mariadb_url: str) -> None:
-    with connect(mariadb_url) as connection, connection.cursor() as cursor:
-        cursor.execute("CREATE TABLE t (x INT)")
-        assert cursor.execute("SELECT 1 FROM t") == 0
-        assert connection.thread_id() in [row["id"] for row in mariadb.processlist()]
-        assert int(mariadb.status("Threads_connected")) >= 1
+def test_server_lets_nobody_in_without_the_password(server: AnyServer, server_url: str) -> None:
+    for user in ("app", "root", "postgres"):
+        with pytest.raises(OperationalError), connected(make_url(server_url).set(username=user, password="")):
+            pass
 
 
-def test_mariadb_comes_back_with_its_data_when_killed(mariadb: MariaDBServer, mariadb_url: str) -> None:
-    port = mariadb.port
-    with connect(mariadb_url) as connection:
-        connection.cursor().execute("CREATE TABLE t (x INT)")
-    mariadb.kill()
-    with pytest.raises(pymysql.err.OperationalError):
-        connect(mariadb_url)
-    mariadb.start()
-    assert mariadb.port == port
-    with connect(mariadb_url) as connection:
-        connection.cursor().execute("SELECT x FROM t")
+@ALL_SERVERS
+def test_server_comes_back_with_its_data_when_killed(server: AnyServer, server_url: str) -> None:
+    port = server.port
+    with connected(server_url) as connection:
+        connection.execute(text("CREATE TABLE t (x INT)"))
+    server.kill()
+    with pytest.raises(OperationalError), connected(server_url):
+        pass
+    server.start()
+    assert server.port == port
+    with connected(server_url) as connection:
+        connection.execute(text("SELECT x FROM t"))
 
 
 def test_paused_process_has_no_thread_that_runs() -> None:
@@ -79,15 +100,46 @@ def test_paused_process_has_no_thread_that_runs() -> None:
             process.kill()
 
 
-def test_mariadb_is_silent_when_paused(mariadb: MariaDBServer, mariadb_url: str) -> None:
-    with connect(mariadb_url) as connection, contextlib.closing(socket.socket()) as quiet:
-        mariadb.pause()
+@ALL_SERVERS
+def test_server_is_silent_when_paused(server: AnyServer, server_url: str) -> None:
+    with connected(server_url) as connection, contextlib.closing(socket.socket()) as quiet:
+        server.pause()
         quiet.settimeout(0.3)
-        quiet.connect(("127.0.0.1", mariadb.port))
+        quiet.connect(("127.0.0.1", server.port))
+        if not isinstance(server, MariaDBServer):
+            quiet.sendall(b"\0\0\0\x08\x04\xd2\x16\x2f")  # PostgreSQL's clients speak first: SSLRequest
         with pytest.raises(TimeoutError):
             quiet.recv(1)
-        mariadb.resume()
-        connection.ping(reconnect=False)
+        server.resume()
+        connection.execute(text("SELECT 1"))
+
+
+def test_server_that_is_paused_ends_when_its_starter_is_killed(tmp_path: Path) -> None:
+    """PostgreSQL's processes are in groups of their own, and what it had of shared memory is no file of its folder."""
+    source = """
+        import time
+        from support.postgresql import PostgreSQLServer
+        from support.processes import child_pids
+        server = PostgreSQLServer()
+        print(server.folder, server.pid, *child_pids(server.pid), flush=True)
+        server.pause()
+        print("paused", flush=True)
+        time.sleep(600)  # it is killed before
+    """
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(source))
+    starter = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=script_env(), text=True)
+    assert starter.stdout is not None
+    try:
+        folder, *pids = starter.stdout.readline().split()
+        assert starter.stdout.readline() == "paused\n"
+        assert len(pids) > 1
+    finally:
+        starter.kill()
+        starter.wait(10)
+        starter.stdout.close()
+    wait_gone([int(pid) for pid in pids])
+    wait_until(lambda: not Path(folder).exists(), what="the folder's end")
 
 
 def test_supervised_command_dies_when_its_starter_is_killed(tmp_path: Path) -> None:
@@ -198,9 +250,10 @@ def test_proxy_dribbles_every_byte(echo_port: int) -> None:
         assert len(parts) > 1
 
 
-def test_proxy_passes_mariadb(mariadb: MariaDBServer, mariadb_url: str) -> None:
-    with Proxy(mariadb.port) as proxy, connect(mariadb_url, proxy.port) as connection:
-        connection.cursor().execute("SELECT 'marker'")
+@ALL_SERVERS
+def test_proxy_passes_the_server(server: AnyServer, server_url: str) -> None:
+    with Proxy(server.port) as proxy, connected(server_url, proxy.port) as connection:
+        connection.execute(text("SELECT 'marker'"))
         assert b"SELECT 'marker'" in proxy.sent(0)
 
 
