@@ -18,7 +18,7 @@ from support.mariadb import MariaDBServer  # noqa: E402  # after the line above
 from support.pgbouncer import PgBouncer  # noqa: E402  # as well
 from support.postgresql import PostgreSQLServer  # noqa: E402  # as well
 from support.processes import MODES  # noqa: E402  # as well
-from support.servers import Server, ServerMissing  # noqa: E402  # as well
+from support.servers import SERVERS, Server, ServerMissing  # noqa: E402  # as well
 
 
 def pytest_configure() -> None:
@@ -51,7 +51,7 @@ def lived(make: Callable[[], S]) -> Iterator[S]:
 
 
 @contextlib.contextmanager
-def empty_database(server: MariaDBServer | PostgreSQLServer | PgBouncer) -> Iterator[str]:
+def empty_database(server: MariaDBServer | PostgreSQLServer) -> Iterator[str]:
     server.ensure_running()
     name = f"test_{secrets.token_hex(4)}"
     url = server.create_database(name)
@@ -103,20 +103,15 @@ def pgbouncer_url(pgbouncer: PgBouncer) -> Iterator[str]:
         yield url
 
 
-SERVERS = ["mariadb", "postgresql"]
-
-
-@pytest.fixture(params=[pytest.param(each, marks=getattr(pytest.mark, each)) for each in SERVERS])
-def server(request: pytest.FixtureRequest) -> MariaDBServer | PostgreSQLServer | PgBouncer:
-    """Runs the test with each kind of server; `server_url` gives it back after the test, as the server's own does.
-
-    With PgBouncer as well: `@pytest.mark.parametrize("server", SERVERS, indirect=True)`, and its own list.
-    """
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest) -> MariaDBServer | PostgreSQLServer:
+    """Runs the test with each kind of server, and with PostgreSQL in the slow run; `support.servers.on` names others.
+    `server_url` gives it back after the test, as the server's own does."""
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
-def server_url(server: MariaDBServer | PostgreSQLServer | PgBouncer) -> Iterator[str]:
+def server_url(server: MariaDBServer | PostgreSQLServer) -> Iterator[str]:
     """The URL of an empty database, dropped after the test, with the server running before and after."""
     with empty_database(server) as url:
         yield url

@@ -33,7 +33,7 @@ def test_task_leaves_nothing_behind_when_cancelled_at_any_await(mariadb, mariadb
     """The cancellation comes out, every session of the scope is closed, its connection's place is free, the next four
     tasks read their own rows, no transaction stays open, and nothing is stored that its caller believes to be rolled
     back: a cancellation at COMMIT says so."""
-    report = run_sweep(mariadb_url.replace("pymysql", driver), mariadb.socket, variant, kind)
+    report = run_sweep(mariadb, mariadb_url.replace("pymysql", driver), variant, kind)
     assert report.cancelled > 10
     assert not report.faults, shown(report.faults)
 
@@ -44,7 +44,7 @@ def test_task_leaves_nothing_behind_when_cancelled_at_any_await(mariadb, mariadb
 )
 def test_task_leaves_nothing_behind_in_a_file_when_cancelled_at_any_await(tmp_path, variant, kind):
     """With aiosqlite, whose thread carries out the COMMIT that nobody waits for any more."""
-    report = run_sweep(f"sqlite+aiosqlite:///{tmp_path}/a.db", None, variant, kind)
+    report = run_sweep(None, f"sqlite+aiosqlite:///{tmp_path}/a.db", variant, kind)
     assert report.cancelled >= 9  # three a statement, and one at the end: each is a way to the thread and back
     assert not report.faults, shown(report.faults)
 
@@ -52,7 +52,7 @@ def test_task_leaves_nothing_behind_in_a_file_when_cancelled_at_any_await(tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_task_leaves_nothing_behind_when_cancelled_at_any_await_under_uvloop(mariadb, mariadb_url, variant):
-    report = run_sweep(mariadb_url.replace("pymysql", "asyncmy"), mariadb.socket, variant, "cancel", "uvloop")
+    report = run_sweep(mariadb, mariadb_url.replace("pymysql", "asyncmy"), variant, "cancel", "uvloop")
     assert report.cancelled >= 4  # about one a round trip, the COMMIT's among them
     assert not report.faults, shown(report.faults)
 
@@ -60,5 +60,5 @@ def test_task_leaves_nothing_behind_when_cancelled_at_any_await_under_uvloop(mar
 @pytest.mark.slow
 def test_sweep_finds_the_fault_of_async_scoped_session_without_dbsession(mariadb, mariadb_url):
     """So that a sweep without faults means something."""
-    report = run_sweep(mariadb_url.replace("pymysql", "asyncmy"), mariadb.socket, "small", "cancel", bare=True)
+    report = run_sweep(mariadb, mariadb_url.replace("pymysql", "asyncmy"), "small", "cancel", bare=True)
     assert LOST in [fault["what"] for fault in report.faults]

@@ -10,22 +10,29 @@ import pytest
 from support.processes import run_script
 from support.steering import steering
 
+SLOW = [
+    ("mariadb", 3, 2000, 2, "compiled"),
+    ("mariadb", 3, 2000, 2, "python"),
+    ("postgresql", 3, 2000, 2, "compiled"),
+    ("pgbouncer", 1, 400, 1, "compiled"),
+]
 CASES = [
-    (1, 400, 1, "compiled"),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in [(3, 2000, 2, "compiled"), (3, 2000, 2, "python")]),
+    ("mariadb", 1, 400, 1, "compiled"),
+    ("postgresql", 1, 400, 1, "compiled"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
 ]
 
 
-@pytest.mark.parametrize(("waves", "size", "restarts", "parser"), CASES, indirect=["parser"])
-def test_f09_pool_is_whole_and_nobody_was_told_a_lie_after_stress(mariadb, mariadb_url, waves, size, restarts, parser):
+@pytest.mark.parametrize(("server", "waves", "size", "restarts", "parser"), CASES, indirect=["server", "parser"])
+def test_f09_pool_is_whole_and_nobody_was_told_a_lie_after_stress(server, server_url, waves, size, restarts, parser):
     """Every request ends, each has read its own rows, every place of the pool is usable afterwards, every commit that
     returned is stored once, and nothing is that its caller believes to be rolled back."""
     seed = random.randrange(10**9)
-    with steering(mariadb) as control_port:
+    with steering(server) as control_port:
         done = run_script(
             "patched",
             "from support import stress\nstress.main()",
-            *(mariadb_url, control_port, seed, waves, size, restarts),
+            *(server_url, control_port, seed, waves, size, restarts),
             timeout=600,
         )
     report = json.loads(done.stdout)

@@ -24,10 +24,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dbsession.core import session as sessions
-from support.aio_admin import MariaDBAdmin, SQLiteAdmin
+from support.admin import ServerAdmin, SQLiteAdmin
 from support.aio_cancel import KINDS, Kind, stepped
 from support.aio_victim import VARIANTS, Bare, Managed, Told, Variant, Work, WrongRow
 from support.processes import run_python
+from support.steering import steering
 
 LOST = "places of the pool lost"
 
@@ -45,13 +46,12 @@ class Report:
     faults: list[dict[str, Any]] = field(default_factory=list)
 
 
-def run_sweep(
-    url: str, root_socket: object, variant: str, kind: str, loop: str = "asyncio", *, bare: bool = False
-) -> Report:
-    """The report of a sweep in a process of its own, against the database `url` (of the server behind `root_socket`,
-    or a file); `bare`: of SQLAlchemy alone, up to the first lost place."""
+def run_sweep(server: Any, url: str, variant: str, kind: str, loop: str = "asyncio", *, bare: bool = False) -> Report:
+    """The report of a sweep in a process of its own, against the database `url` (of the server, or a file: None);
+    `bare`: of SQLAlchemy alone, up to the first lost place."""
     source = "from support import aio_sweep\naio_sweep.main()"
-    done = run_python(source, url, root_socket, variant, kind, loop, int(bare), timeout=400)
+    with contextlib.nullcontext(0) if server is None else steering(server) as control:
+        done = run_python(source, url, control, variant, kind, loop, int(bare), timeout=400)
     report = Report(**json.loads(done.stdout))
     if done.stderr and not report.faults:  # a connection left to the garbage collector, a task's lost exception
         report.faults.append({"what": "it wrote to stderr", "detail": done.stderr})
@@ -61,13 +61,13 @@ def run_sweep(
 class Sweep:
     """One variant and one kind of cancellation. Lives as long as its process."""
 
-    def __init__(self, url: str, root_socket: str, variant: Variant, kind: str, bare: bool) -> None:
+    def __init__(self, url: str, control_port: int, variant: Variant, kind: str, bare: bool) -> None:
         self._make_world = lambda: (Bare if bare else Managed)(url, variant)
         self._bare, self._variant, self._kind = bare, variant, KINDS[kind]
         self._armed = False
         self._said: list[str] = []
         self.report = Report()
-        self._admin = SQLiteAdmin(url) if url.startswith("sqlite") else MariaDBAdmin(url, root_socket)
+        self._admin = ServerAdmin(url, control_port) if control_port else SQLiteAdmin(url)
 
     async def run(self) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: self._said.append(str(context)))
@@ -270,13 +270,13 @@ async def until(predicate: Callable[[], object], deadline_s: float) -> None:
 
 
 def main() -> None:
-    url, root_socket, variant, kind, loop, bare = sys.argv[1:]
+    url, control_port, variant, kind, loop, bare = sys.argv[1:]
     factory = None
     if loop == "uvloop":
         import uvloop
 
         factory = uvloop.new_event_loop
-    sweep = Sweep(url, root_socket, VARIANTS[variant], kind, bare == "1")
+    sweep = Sweep(url, int(control_port), VARIANTS[variant], kind, bare == "1")
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(sweep.run())
     print(json.dumps(asdict(sweep.report)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
-from typing import Any
 
 import psycopg
 from psycopg.rows import DictRow
@@ -29,20 +29,22 @@ server_login_retry = 1
 """
 
 
-class PgBouncer(Server):
-    """A running PgBouncer, which has what a PostgreSQLServer has, whose databases it leads to: a server connection is a
-    client's for one transaction.
+class PgBouncer(PostgreSQLServer):
+    """A running PgBouncer, whose databases are those of the server behind it: one of its connections to the server is a
+    client's for one transaction. Whatever is done with all rights does not go through it.
 
     Args:
-        server: where it leads to; `root`, `create_database` and `processlist` are this server's.
-        pool_size: its server connections, for each database.
+        server: where it leads to.
+        pool_size: its connections to the server, for each database.
     """
 
     PROGRAM = "pgbouncer"
+    STOP = signal.SIGTERM
+    END = 0
 
     def __init__(self, server: PostgreSQLServer, pool_size: int = 20) -> None:
         self._pgbouncer = find_program("pgbouncer", "pgbouncer")
-        super().__init__(unprivileged("postgres", "nobody"))  # it refuses root
+        Server.__init__(self, unprivileged("postgres", "nobody"))  # it refuses root
         self.server, self.password, self._pool_size = server, server.password, pool_size
         try:
             (self.folder / "users").write_text(f'"app" "{self.password}"\n')
@@ -53,29 +55,17 @@ class PgBouncer(Server):
 
     def _command(self, port: int) -> list[str]:
         config = self.folder / "pgbouncer.ini"
-        config.write_text(
-            CONFIG.format(server=self.server.port, port=port, folder=self.folder, pool_size=self._pool_size)
-        )
+        values = {"server": self.server.port, "port": port, "folder": self.folder, "pool_size": self._pool_size}
+        config.write_text(CONFIG.format_map(values))
         return [self._pgbouncer, str(config)]
 
     def _answers(self) -> bool:
         # By the socket: nobody else's can answer there.
-        try:
-            with contextlib.closing(self._connect("pgbouncer", host=str(self.folder))):
-                return True
-        except psycopg.OperationalError:
-            return False
-
-    def _connect(self, database: str, host: str) -> psycopg.Connection[Any]:
-        return psycopg.connect(
-            host=host,
-            port=self.port,
-            user="app",
-            password=self.password,
-            dbname=database,
-            autocommit=True,
-            connect_timeout=20,
-        )
+        with contextlib.suppress(psycopg.OperationalError):
+            where = {"host": str(self.folder), "port": self.port, "dbname": "pgbouncer"}
+            psycopg.connect(**where, user="app", password=self.password, connect_timeout=20).close()
+            return True
+        return False
 
     def ensure_running(self) -> None:
         """Undoes whatever a test did to it, or to the server behind it."""
@@ -84,23 +74,6 @@ class PgBouncer(Server):
 
     @contextlib.contextmanager
     def root(self, database: str | None = None) -> Iterator[psycopg.Cursor[DictRow]]:
-        """A cursor of the server, which does not go through here."""
+        """The server's own, as it is."""
         with self.server.root(database) as cursor:
             yield cursor
-
-    def url(self, database: str, *, port: int | None = None, driver: str = "psycopg") -> str:
-        """What `configure` takes; `port` for the way through a proxy."""
-        return self.server.url(database, port=port or self.port, driver=driver)
-
-    def create_database(self, name: str) -> str:
-        """An empty database that is `app`'s; returns its `url`."""
-        self.server.create_database(name)
-        return self.url(name)
-
-    def drop_database(self, name: str) -> None:
-        """Drops it, after killing the connections that still use it."""
-        self.server.drop_database(name)
-
-    def processlist(self, user: str = "app") -> list[dict[str, Any]]:
-        """PgBouncer's connections to the server, as PostgreSQLServer.processlist gives them."""
-        return self.server.processlist(user)

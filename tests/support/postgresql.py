@@ -12,7 +12,9 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import DictRow, dict_row
 
+from .dialects import PostgreSQL
 from .servers import Server, find_program, unprivileged
+from .waiting import wait_until
 
 # Small and fast: the data need not survive the machine.
 OPTIONS = [
@@ -37,7 +39,8 @@ SELECT pid AS id, usename AS user, host(client_addr) || ':' || client_port AS ho
     CASE WHEN state LIKE 'idle%%' THEN 'Sleep' ELSE 'Query' END AS command,
     EXTRACT(EPOCH FROM clock_timestamp() - state_change)::int AS time,
     CASE WHEN wait_event_type = 'Lock' THEN 'waiting for a lock' ELSE state END AS state,
-    CASE WHEN state LIKE 'idle%%' THEN NULL ELSE query END AS info
+    CASE WHEN state LIKE 'idle%%' THEN NULL ELSE query END AS info,
+    xact_start IS NOT NULL AND state <> 'idle' AS in_transaction
 FROM pg_stat_activity WHERE usename = %s AND backend_type = 'client backend'
 """
 
@@ -51,6 +54,7 @@ class PostgreSQLServer(Server):
     """
 
     PROGRAM = "postgres"
+    dialect = PostgreSQL()
     STOP = signal.SIGINT  # "fast": SIGTERM's waits for the clients
     END = signal.SIGQUIT  # "immediate", which takes its shared memory away, too
 
@@ -116,6 +120,8 @@ class PostgreSQLServer(Server):
         """An empty database that is `app`'s; returns its `url`."""
         with self.root() as cursor:
             cursor.execute(sql.SQL("CREATE DATABASE {} OWNER app").format(sql.Identifier(name)))
+        with self.root(name) as cursor:  # what a test creates in it with all rights is `app`'s to use, too
+            cursor.execute("ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO app")
         return self.url(name)
 
     def drop_database(self, name: str) -> None:
@@ -124,6 +130,39 @@ class PostgreSQLServer(Server):
             cursor.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
     def processlist(self, user: str = "app") -> list[dict[str, Any]]:
-        """The user's connections at the server: id, user, host, db, command, time, state, info."""
+        """The user's connections at the server: id, user, host, db, command, time, state, info; and whether it is
+        in_transaction."""
         with self.root() as cursor:
             return list(cursor.execute(PROCESSLIST, (user,)).fetchall())
+
+    def open_transactions(self) -> int:
+        """How many of `app`'s there are at the server, just now."""
+        return sum(process["in_transaction"] for process in self.processlist())
+
+    def kill_connection(self, number: int) -> None:
+        """What an operator does, or a proxy: the connection is gone."""
+        with self.root() as cursor:
+            cursor.execute("SELECT pg_terminate_backend(%s)", (number,))
+
+    def kill_statement(self, number: int) -> None:
+        """End what a connection runs; the connection stays."""
+        with self.root() as cursor:
+            cursor.execute("SELECT pg_cancel_backend(%s)", (number,))
+
+    def setting(self, name: str) -> Any:
+        """What new sessions have of a setting."""
+        with self.root() as cursor:
+            return cursor.execute("SELECT current_setting(%s) AS value", (name,)).fetchone()["value"]
+
+    def set_global(self, name: str, value: Any) -> None:
+        """For new sessions, and at its next statement for each that there is."""
+        with self.root() as cursor:
+            text = sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(str(value)))
+            cursor.execute(text)
+            cursor.execute("SELECT pg_reload_conf()")
+        # The first process reads it a moment later.
+        wait_until(lambda: self.setting(name) == str(value), 20, f"{name} is {value}")
+
+    def refuse_writes(self, refuse: bool) -> None:
+        """Be a primary that was demoted; False: be one again."""
+        self.set_global("default_transaction_read_only", "on" if refuse else "off")

@@ -47,9 +47,9 @@ class ProxyControl:
         """Ends `stall` and `dribble`; what was held back arrives."""
         self._call(verb="resume")
 
-    def dribble(self, size: int) -> None:
+    def dribble(self, size: int, direction: str = "both") -> None:
         """At most `size` bytes at a time from now on, about a millisecond apart."""
-        self._call(verb="dribble", size=size)
+        self._call(verb="dribble", size=size, direction=direction)
 
     def lie(self, set: int = 0, clear: int = 0) -> None:
         """From now on these bits of the server's status are set, or cleared, in each OK and EOF packet of MySQL's."""
@@ -126,7 +126,7 @@ class Gates:
         self.resume()
 
     def resume(self) -> None:
-        self.size = FULL_SIZE
+        self.size = dict.fromkeys(DIRECTIONS, FULL_SIZE)
         self.lie: tuple[int, int] | None = None
         for event in self.open.values():
             event.set()
@@ -172,7 +172,7 @@ class Connection:
                 while data:
                     self._until_cut(self._pass, gate)
                     # Asked for now, and not when recv() began to wait: that may have been before dribble().
-                    size = self.gates.size
+                    size = self.gates.size[direction]
                     piece, data = data[:size], data[size:]
                     self.data[direction] += piece
                     while piece:
@@ -229,6 +229,10 @@ def lied(data: bytes, set: int, clear: int) -> tuple[bytes, bytes]:
     return bytes(told), data[at:]
 
 
+def wanted(request: dict[str, Any]) -> tuple[str, ...]:
+    return DIRECTIONS if request["direction"] == "both" else (request["direction"],)
+
+
 def reset(end: socket.socket) -> None:
     """Closes with RST instead of FIN, which is what "linger for 0 seconds" means."""
     with contextlib.suppress(OSError):
@@ -243,13 +247,12 @@ def serve(target_port: int) -> None:
     def answer(request: dict[str, Any]) -> Any:
         match request["verb"]:
             case "stall":
-                wanted = DIRECTIONS if request["direction"] == "both" else (request["direction"],)
-                for direction in wanted:
+                for direction in wanted(request):
                     gates.open[direction].clear()
             case "resume":
                 gates.resume()
             case "dribble":
-                gates.size = int(request["size"])
+                gates.size |= dict.fromkeys(wanted(request), int(request["size"]))
             case "lie":
                 gates.lie = request["set"], request["clear"]
             case "lead_to":

@@ -16,12 +16,32 @@ import tempfile
 from pathlib import Path
 from typing import ClassVar
 
+import pytest
+
 from .processes import Supervised, child_pids, pause_process, wait_gone
 from .waiting import wait_until
 
 # Where distributions put servers; not on every user's PATH.
 FOLDERS = ["/usr/sbin", "/usr/local/sbin", "/sbin"]
 POSTGRESQL_FOLDERS = sorted(glob.glob("/usr/lib/postgresql/*/bin"), key=lambda path: -int(Path(path).parent.name))
+
+
+# The fixtures that a test of every kind of server is run with; all but the first one in the slow run.
+SERVERS = [
+    pytest.param("mariadb", marks=pytest.mark.mariadb),
+    pytest.param("postgresql", marks=[pytest.mark.postgresql, pytest.mark.slow]),
+]
+
+
+def on(*names: str, slow: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """The fixture `server` is these ones, of `mariadb`, `postgresql` and `pgbouncer`; those `slow` in the slow run.
+
+    With fewer of them than there are, the claim is these servers' own: the test says why.
+    """
+    kinds = {"pgbouncer": "postgresql"}
+    marks = {name: [getattr(pytest.mark, kinds.get(name, name))] for name in names + slow}
+    params = [pytest.param(name, marks=marks[name] + [pytest.mark.slow] * (name in slow)) for name in names + slow]
+    return pytest.mark.parametrize("server", params, indirect=True)
 
 
 class ServerMissing(Exception):

@@ -1,4 +1,4 @@
-"""Lets a script in a process of its own take the tests' MariaDB server away, bring it back and ask it things.
+"""Lets a script in a process of its own take a database server of the tests away, bring it back and ask it things.
 
 The server belongs to the test's process. `steering` serves a loopback port there for as long as its block runs;
 `ServerControl` calls it from a script that was given the number, patched or not.
@@ -11,12 +11,15 @@ import json
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from .mariadb import MariaDBServer
+from .postgresql import PostgreSQLServer
 
-VERBS = ("stop", "kill", "start", "restart", "pause", "resume")
+VERBS = ("stop", "kill", "start", "restart", "pause", "resume", "processlist", "open_transactions")
+VERBS += ("kill_connection", "kill_statement", "refuse_writes")
 
 
 class ServerControl:
@@ -34,57 +37,41 @@ class ServerControl:
             raise RuntimeError(f"server: {answer['error']}")
         return answer["result"]
 
-    def stop(self) -> None:
-        self._call("stop")
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        """Each of VERBS, as the server's class has it."""
+        if verb not in VERBS:
+            raise AttributeError(verb)
+        return partial(self._call, verb)
 
-    def kill(self) -> None:
-        self._call("kill")
-
-    def start(self) -> None:
-        self._call("start")
-
-    def restart(self) -> None:
-        self._call("restart")
-
-    def pause(self) -> None:
-        self._call("pause")
-
-    def resume(self) -> None:
-        self._call("resume")
-
-    def sql(self, statement: str, *args: Any) -> list[dict[str, Any]]:
+    def sql(self, statement: str, *args: Any, database: str | None = None) -> list[dict[str, Any]]:
         """The rows of one statement with all rights, on a connection of its own."""
-        return list(self._call("sql", statement, *args))
+        return list(self._call("sql", database, statement, *args))
 
     def set_global(self, name: str, value: Any) -> None:
-        """SET GLOBAL, until the end of the test."""
+        """A setting of the server's, until the end of the test."""
         self._call("set_global", name, value)
 
-    def processlist(self) -> list[dict[str, Any]]:
-        """The connections of the account that tests use, as `MariaDBServer.processlist` gives them."""
-        return list(self._call("processlist"))
-
     def ids(self) -> set[int]:
-        """Of those connections, the server's numbers."""
+        """The server's numbers of the connections of the account that tests use."""
         return {process["id"] for process in self.processlist()}
 
 
 @contextlib.contextmanager
-def steering(server: MariaDBServer) -> Iterator[int]:
+def steering(server: MariaDBServer | PostgreSQLServer) -> Iterator[int]:
     """Serves a control port, which it gives; at its end the server runs, with the globals it had before."""
     changed: dict[str, Any] = {}
 
-    def sql(statement: str, *args: Any) -> list[dict[str, Any]]:
-        with server.root() as cursor:
+    def sql(database: str | None, statement: str, *args: Any) -> list[dict[str, Any]]:
+        with server.root(database) as cursor:
             cursor.execute(statement, args or None)
-            return list(cursor.fetchall())
+            return list(cursor.fetchall()) if cursor.description else []
 
     def set_global(name: str, value: Any) -> None:
-        changed.setdefault(name, sql(f"SELECT @@GLOBAL.{name} AS value")[0]["value"])
-        sql(f"SET GLOBAL {name} = %s", value)
+        changed.setdefault(name, server.setting(name))
+        server.set_global(name, value)
 
     calls: dict[str, Any] = {verb: getattr(server, verb) for verb in VERBS}
-    calls |= {"sql": sql, "set_global": set_global, "processlist": server.processlist}
+    calls |= {"sql": sql, "set_global": set_global}
 
     class Control(socketserver.StreamRequestHandler):
         def handle(self) -> None:
@@ -107,4 +94,4 @@ def steering(server: MariaDBServer) -> Iterator[int]:
             thread.join()
             server.ensure_running()
             for name, value in changed.items():
-                sql(f"SET GLOBAL {name} = %s", value)
+                server.set_global(name, value)

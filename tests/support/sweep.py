@@ -6,7 +6,8 @@ loop, as `Greenlet.kill` and `gevent.Timeout` do; k grows until the victim ends 
 
 The answer of a local server is often there before anybody waits for it, and no switch would be made. So the victim's
 reads and writes make their own: each read one before the answer is there and one when it is, and gives a few bytes;
-what is sent goes in two pieces or more. There is a k for the middle of every packet, in both directions.
+what is sent goes in two pieces or more. There is a k for the middle of every packet, in both directions. Where a driver
+in C reads and writes, the way to the server is a proxy that lets a few bytes pass at a time.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ import gevent.event
 import gevent.hub
 import gevent.socket
 import greenlet
-import pymysql
 from sqlalchemy import text
 
-from support.innodb import INNODB_STATUS, open_transactions
+from support.admin import ServerAdmin
 from support.processes import run_script
+from support.proxy import Proxy
+from support.steering import steering
 from support.victim import KILLS, VARIANTS, Bare, Managed, Told, Variant, WrongRow, work
 from support.waiting import wait_until
 
@@ -54,13 +56,17 @@ class Report:
     faults: list[dict[str, Any]] = field(default_factory=list)
 
 
-def run_sweep(
-    url: str, root_socket: object, variant: str, kill: str, *, bare: bool = False, timeout: float = 400
-) -> Report:
-    """The report of a sweep in a process of its own, against the database `url` of the server behind `root_socket`;
-    `bare`: of SQLAlchemy alone, with the pattern that everybody writes by hand, up to the first lost place."""
+def run_sweep(server: Any, url: str, variant: str, kill: str, *, bare: bool = False, timeout: float = 400) -> Report:
+    """The report of a sweep in a process of its own, against this database of the server; `bare`: of SQLAlchemy alone,
+    with the pattern that everybody writes by hand, up to the first lost place."""
     source = "from support import sweep\nsweep.main()"
-    done = run_script("patched", source, url, root_socket, variant, kill, int(bare), timeout=timeout)
+    with contextlib.ExitStack() as stack:
+        control = stack.enter_context(steering(server))
+        if not url.startswith("mysql"):
+            proxy = stack.enter_context(Proxy(server.port))
+            proxy.dribble(RECV_MAX, "to_client")
+            url = url.replace(f":{server.port}/", f":{proxy.port}/")
+        done = run_script("patched", source, url, control, variant, kill, int(bare), timeout=timeout)
     report = Report(**json.loads(done.stdout))
     if done.stderr and not report.faults:  # a socket left to the garbage collector, an error in a greenlet of ours
         report.faults.append({"what": "it wrote to stderr", "detail": done.stderr})
@@ -70,7 +76,7 @@ def run_sweep(
 class Sweep:
     """One variant and one kind of kill. Lives as long as its process."""
 
-    def __init__(self, url: str, root_socket: str, variant: Variant, kill: str, bare: bool) -> None:
+    def __init__(self, url: str, control_port: int, variant: Variant, kill: str, bare: bool) -> None:
         self._make_world = lambda: (Bare if bare else Managed)(url, variant)
         self._bare, self._variant, self._make_kill = bare, variant, KILLS[kill]
         self._hub = gevent.get_hub()
@@ -78,12 +84,12 @@ class Sweep:
         self._armed = False
         self._logged: list[str] = []
         self.report = Report()
-        root = pymysql.connect(unix_socket=root_socket, user="root", autocommit=True, database=url.rpartition("/")[2])
-        self._admin = root.cursor()
-        self._admin.execute("CREATE TABLE unit (token VARCHAR(40), payload LONGTEXT, KEY (token))")
+        self._admin = ServerAdmin(url, control_port)
+        self._by_proxy = not url.startswith("mysql")
 
     def run(self) -> None:
-        self._slow_down_the_victim()
+        if not self._by_proxy:
+            self._slow_down_the_victim()
         self._listen_to_warnings()
         gc.disable()  # what is left behind must not be found by the collector
         world, missed = self._fresh_world("before"), 0
@@ -196,11 +202,10 @@ class Sweep:
             self._follow(world, f"after-{token}")
         yield from fault
         with self._failing("a transaction is still open at the server") as fault:
-            wait_until(lambda: not self._open_transactions(), 10.0)
+            wait_until(lambda: not self._admin.open_transactions(), 10.0)
         yield from fault
         for name in self._variant.names:
-            self._admin.execute("SELECT COUNT(*) FROM unit WHERE token = %s", (f"{token}-{name}",))
-            (stored,) = self._admin.fetchone()
+            stored = self._admin.stored(f"{token}-{name}")
             detail = f"outcome {told.outcome!r}, {told.error!r}"
             if told.lie(name, stored):
                 yield f"{name}: {told.lie(name, stored)}", detail
@@ -232,10 +237,6 @@ class Sweep:
         gevent.killall(running, block=False)
         assert not running, f"{len(running)} of 4 requests wait for ever"
         assert not any(engine.pool.checkedout() for engine in world.engines) or "reset" in variant.entry
-
-    def _open_transactions(self) -> int:
-        self._admin.execute(INNODB_STATUS)
-        return open_transactions(self._admin.fetchone()[2])
 
     def _listen_to_warnings(self) -> None:
         handler = logging.Handler(logging.WARNING)
@@ -272,7 +273,7 @@ class Sweep:
 
 
 def main() -> None:
-    url, root_socket, variant, kill, bare = sys.argv[1:]
-    sweep = Sweep(url, root_socket, VARIANTS[variant], kill, bare == "1")
+    url, control_port, variant, kill, bare = sys.argv[1:]
+    sweep = Sweep(url, int(control_port), VARIANTS[variant], kill, bare == "1")
     sweep.run()
     print(json.dumps(asdict(sweep.report)))

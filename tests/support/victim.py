@@ -16,6 +16,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.orm import scoped_session, sessionmaker
 
 from dbsession import SessionManager
+from support.dialects import dialect_of
 
 
 class Boom(Exception):
@@ -64,6 +65,7 @@ class Managed:
     """dbsession, by a manager of its own."""
 
     def __init__(self, url: str, variant: Variant) -> None:
+        self.dialect = dialect_of(url)
         options = {"pool_size": 2, "pool_timeout": 10, **variant.options}
         entry = {"url": url, "options": options, **variant.entry}
         self._manager = SessionManager(dict.fromkeys(variant.names, entry))
@@ -75,6 +77,7 @@ class Bare:
     """SQLAlchemy's QueuePool and a scoped session, removed at the end of each unit of work."""
 
     def __init__(self, url: str, variant: Variant) -> None:
+        self.dialect = dialect_of(url)
         engine = create_engine(url, pool_size=2, max_overflow=0, pool_timeout=4, pool_pre_ping=True)
         self._session = scoped_session(sessionmaker(engine, autoflush=False), scopefunc=greenlet.getcurrent)
         self.engines, self.dispose = [engine], engine.dispose
@@ -134,7 +137,7 @@ def work(world: Any, variant: Variant, token: str, told: Told) -> None:
             session, mine = world.get(name), {"token": f"{token}-{name}"}
             expect(session.scalar(text("SELECT :token"), mine), mine["token"])
             if variant.stream:
-                rows = text("SELECT :token FROM seq_1_to_20")
+                rows = text(f"SELECT :token FROM {world.dialect.numbers(20)}")
                 part = session.execute(rows, mine, execution_options={"stream_results": True}).fetchmany(3)
                 expect([row[0] for row in part], [mine["token"]] * 3)
             row = mine | {"payload": "x" * variant.payload}

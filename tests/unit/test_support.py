@@ -9,21 +9,23 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from sqlalchemy import URL, Connection, NullPool, create_engine, make_url, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
+from support.dialects import dialect_of
 from support.gunicorn import Gunicorn
 from support.mariadb import MariaDBServer
-from support.pgbouncer import PgBouncer
 from support.postgresql import PostgreSQLServer
 from support.processes import Supervised, pause_process, pid_alive, run_python, run_script, script_env, wait_gone
 from support.proxy import Proxy
+from support.servers import on
 from support.waiting import wait_until
 
-AnyServer = MariaDBServer | PostgreSQLServer | PgBouncer
+AnyServer = MariaDBServer | PostgreSQLServer
 
 
 @contextlib.contextmanager
@@ -35,7 +37,7 @@ def connected(url: str | URL, port: int | None = None) -> Iterator[Connection]:
         yield connection
 
 
-ALL_SERVERS = pytest.mark.parametrize("server", ["mariadb", "postgresql", "pgbouncer"], indirect=True)
+ALL_SERVERS = on("mariadb", "postgresql", "pgbouncer")
 
 
 @ALL_SERVERS
@@ -43,8 +45,7 @@ def test_server_answers_and_shows_the_connection(server: AnyServer, server_url: 
     with connected(server_url) as connection:
         connection.execute(text("CREATE TABLE t (x INT)"))
         assert connection.execute(text("SELECT 1 FROM t")).all() == []
-        number = "CONNECTION_ID()" if isinstance(server, MariaDBServer) else "pg_backend_pid()"
-        mine = connection.scalar(text(f"SELECT {number}"))
+        mine = connection.scalar(text(f"SELECT {server.dialect.who}"))
         (shown,) = [row for row in server.processlist() if row["id"] == mine]
     host, _, port = shown["host"].partition(":")
     assert (shown["user"], shown["db"], host, shown["info"]) == (
@@ -54,6 +55,52 @@ def test_server_answers_and_shows_the_connection(server: AnyServer, server_url: 
         None,
     )
     assert port.isdigit() and shown["command"] == "Sleep"
+
+
+@ALL_SERVERS
+def test_server_says_what_is_done_in_the_words_of_each(server: AnyServer, server_url: str) -> None:
+    """What tests do to it with all rights, and the dialect's words."""
+    words = server.dialect
+    assert dialect_of(server_url) == words
+    with connected(server_url) as connection, connection.execution_options(isolation_level="READ COMMITTED"):
+        connection.execute(text(f"CREATE TABLE t (id {words.serial}, payload {words.payload})"))
+        connection.commit()
+        assert server.open_transactions() == 0
+        connection.execute(text("INSERT INTO t (payload) VALUES ('x')"))
+        assert server.open_transactions() == 1
+        assert connection.execute(text(f"SELECT * FROM t WHERE {words.sleep(0.01)} = 0")).all() == [(1, "x")]
+        connection.rollback()
+        assert len(connection.execute(text(f"SELECT 1 FROM {words.numbers(20)}")).all()) == 20
+        connection.rollback()
+        server.refuse_writes(True)
+        try:
+            with pytest.raises(DBAPIError) as refused:
+                connection.execute(text("INSERT INTO t (payload) VALUES ('x')"))
+        finally:
+            server.refuse_writes(False)
+        assert words.code(refused.value) == words.READ_ONLY
+        connection.rollback()
+        with pytest.raises(DBAPIError) as unknown:
+            connection.execute(text("SELECT * FROM nothing"))
+        assert words.code(unknown.value) == words.UNKNOWN_TABLE and not words.is_lost(unknown.value)
+        connection.rollback()
+        statement = f"SELECT {words.sleep(50)}"
+
+        def running() -> list[int]:
+            return [row["id"] for row in server.processlist() if row["info"] == statement]
+
+        mine = connection.scalar(text(f"SELECT {words.who}"))
+        with ThreadPoolExecutor(1) as aside:
+            for kill in (server.kill_statement, server.kill_connection):
+                job = aside.submit(connection.execute, text(statement))
+                assert wait_until(running) == [mine]
+                kill(mine)
+                error = job.exception(20)
+                if kill == server.kill_statement:
+                    assert words.code(error) == words.CANCELLED and not words.is_lost(error)
+                else:
+                    assert words.is_lost(error)
+                connection.rollback()
 
 
 def test_server_lets_nobody_in_without_the_password(server: AnyServer, server_url: str) -> None:

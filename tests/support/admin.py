@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from typing import Any
 
-import pymysql
-
-from support.innodb import INNODB_STATUS, open_transactions
-
-TABLE = "CREATE TABLE unit (id INTEGER PRIMARY KEY {}, token VARCHAR(40), payload LONGTEXT)"
+from support.dialects import dialect_of
+from support.steering import ServerControl
 
 
-class MariaDBAdmin:
-    """Lives as long as the sweep."""
+class ServerAdmin:
+    """Asks a server, through the test's process. Lives as long as the sweep."""
 
-    def __init__(self, url: str, root_socket: str) -> None:
+    TABLE = "CREATE TABLE unit (id {0.serial}, token VARCHAR(40), payload {0.payload}, UNIQUE (token, id))"
+
+    def __init__(self, url: str, control_port: int) -> None:
         self._database = url.rpartition("/")[2]
-        root = pymysql.connect(unix_socket=root_socket, user="root", autocommit=True, database=self._database)
-        self._cursor = root.cursor()
-        self._cursor.execute(TABLE.format("AUTO_INCREMENT"))
-        self._cursor.execute("CREATE INDEX token ON unit (token)")
+        self.control = ServerControl(control_port)
+        self.sql(self.TABLE.format(dialect_of(url)))
+
+    def sql(self, statement: str, *args: Any) -> list[dict[str, Any]]:
+        return self.control.sql(statement, *args, database=self._database)
 
     def stored(self, token: str) -> int:
         """How often the row of `token` is there."""
-        self._cursor.execute("SELECT COUNT(*) FROM unit WHERE token = %s", (token,))
-        return int(self._cursor.fetchone()[0])
+        return int(self.sql("SELECT COUNT(*) AS n FROM unit WHERE token = %s", token)[0]["n"])
 
     def open_transactions(self) -> int:
-        self._cursor.execute(INNODB_STATUS)
-        return open_transactions(self._cursor.fetchone()[2])
+        return int(self.control.open_transactions())
 
     def connections(self) -> int:
-        """How many there are of the database, ours aside."""
-        self._cursor.execute(
-            "SELECT COUNT(*) FROM information_schema.processlist WHERE db = %s AND user = 'app'", (self._database,)
-        )
-        return int(self._cursor.fetchone()[0])
+        """How many of `app` there are of the database."""
+        return sum(process["db"] == self._database for process in self.control.processlist())
 
 
 class SQLiteAdmin:
@@ -44,7 +40,7 @@ class SQLiteAdmin:
 
     def __init__(self, url: str) -> None:
         self._connection = sqlite3.connect(url.partition("///")[2], timeout=0, isolation_level=None)
-        self._connection.execute(TABLE.format(""))
+        self._connection.execute("CREATE TABLE unit (id INTEGER PRIMARY KEY, token VARCHAR(40), payload LONGTEXT)")
 
     def stored(self, token: str) -> int:
         return int(self._connection.execute("SELECT COUNT(*) FROM unit WHERE token = ?", (token,)).fetchone()[0])
