@@ -280,16 +280,19 @@ def raised_at(error: BaseException) -> str:
     return f"{place.filename}:{place.lineno}"
 
 
-def describe(error: BaseException) -> str:
-    """Return `error` for a log line: its type and, where the driver gave one, its number.
+def describe(error: BaseException, number: int | str | None = None) -> str:
+    """Return `error` for a log line: its type and its `number`, else, where the driver gave one, the driver's.
 
     Never its text: that of a database error carries statements and parameter values.
     """
-    number, name = driver_number(error), type(error).__name__
+    number, name = number or driver_number(error), type(error).__name__
     return name if number is None else f"{name} ({number})"
 
 
-def driver_number(error: BaseException) -> int | None:
-    """The number that a driver gave this error, or the one that SQLAlchemy wrapped."""
-    number = next(iter(getattr(getattr(error, "orig", error), "args", ())), None)
-    return number if isinstance(number, int) else None
+def driver_number(error: BaseException) -> int | str | None:
+    """The number that a driver gave this error, or the one that SQLAlchemy wrapped; PostgreSQL's give the SQLSTATE."""
+    raised = getattr(error, "orig", error)
+    number = next(iter(getattr(raised, "args", ())), None)
+    if not isinstance(number, int):
+        number = getattr(raised, "sqlstate", None) or getattr(raised, "pgcode", None)
+    return number if isinstance(number, (int, str)) else None

@@ -65,7 +65,7 @@ def test_check_has_stable_keys_when_json_is_asked_for(mariadb_url):
     assert " ".join(facts) == ("name driver pool version latency_ms cooperative server file error error_number")
     assert list(facts["pool"]) == ["limit", "keeps", "recycle_s", "pre_ping"]
     assert " ".join(facts["server"]) == (
-        "host port account tls time_zone utc_offset_s sql_mode isolation max_connections max_user_connections "
+        "host port account tls time_zone utc_offset_s isolation max_connections sql_mode max_user_connections "
         "wait_timeout_s threads_connected"
     )
     for finding in found["findings"]:

@@ -25,8 +25,8 @@ from dbsession.core.keys import COMMON_KEYS, KEYS
 from dbsession.core.pool.stats import Stats
 from dbsession.green.mysql.backend import PyMySQL
 from dbsession.watch.check.budget import Workers
-from dbsession.watch.check.findings import Finding
-from dbsession.watch.check.probe import Facts
+from dbsession.watch.check.facts import Facts
+from dbsession.watch.check.finding import Finding
 from dbsession.watch.check.report import Report
 from dbsession.watch.inspection.client import collect
 from support import log_lines

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
-from dbsession.watch.check.findings import Finding
-from dbsession.watch.check.probe import Facts, ServerFacts
+from dbsession.watch.check.facts import Facts, Limit, ServerFacts
+from dbsession.watch.check.finding import Finding
+
+T = TypeVar("T")
 
 _ONE_AT_A_TIME = ("sync", "gunicorn.workers.sync.SyncWorker", "SyncWorker")
 _THREADED = ("gthread", "gunicorn.workers.gthread.ThreadWorker", "ThreadWorker")
@@ -67,17 +69,23 @@ def of(workers: Workers, all_facts: Sequence[Facts]) -> Iterator[Finding]:
     for facts in all_facts:
         if facts.version is not None:
             yield from _of_pool(workers, facts)
-    for databases in _grouped(all_facts, attrgetter("host", "port")):
-        yield from _of_server(workers, databases)
-    for databases in _grouped(all_facts, attrgetter("host", "port", "account")):
-        yield from _of_account(workers, databases)
+    servers = [(facts, facts.server) for facts in all_facts if facts.server is not None]
+    for group in _grouped(((server.identity, server.pooled), (facts, server)) for facts, server in servers):
+        yield (_of_pooler if group[0][1].pooled else _of_server)(workers, dict(group))
+    limited = (
+        ((server.identity, limit.check, limit.owner), (facts, limit))
+        for facts, server in servers
+        if not server.pooled
+        for limit in server.limits
+    )
+    for group_of_limit in _grouped(limited):
+        yield _of_limit(workers, dict(group_of_limit))
 
 
-def _grouped(all_facts: Sequence[Facts], key: Callable[[ServerFacts], object]) -> Iterable[dict[Facts, ServerFacts]]:
-    groups: dict[object, dict[Facts, ServerFacts]] = {}
-    for facts in all_facts:
-        if facts.server is not None:
-            groups.setdefault(key(facts.server), {})[facts] = facts.server
+def _grouped(keyed: Iterable[tuple[object, T]]) -> Iterable[list[T]]:
+    groups: dict[object, list[T]] = {}
+    for key, each in keyed:
+        groups.setdefault(key, []).append(each)
     return groups.values()
 
 
@@ -114,33 +122,45 @@ def _needed(workers: Workers, databases: Collection[Facts]) -> tuple[int, str]:
     return needed, f"{least}{needed} connections ({workers.workers} {plural} x {f'({each})' if ' ' in each else each})"
 
 
-def _of_server(workers: Workers, databases: Mapping[Facts, ServerFacts]) -> Iterator[Finding]:
+def _of_server(workers: Workers, databases: Mapping[Facts, ServerFacts]) -> Finding:
     names = tuple(facts.name for facts in databases)
     servers = list(databases.values())
     # One of those in use is ours for each database: they are asked at the same time.
-    others = max(max(server.threads_connected for server in servers) - len(servers), 0)
-    most = servers[0].max_connections
+    others = max(max(server.in_use for server in servers) - len(servers), 0)
+    reserved = servers[0].reserved
+    free = servers[0].max_connections - reserved - others
     needed, reckoned = _needed(workers, databases.keys())
-    found = f"{reckoned} at most, of max_connections {most} less {others} that others use now"
-    advice = f"Raise max_connections to {needed + others} at least, or lower workers, pool_size or max_overflow."
-    if needed > most - others:
-        yield Finding("error", "budget", names, f"{found}: {needed - (most - others)} too many", advice)
-    elif 2 * needed > most - others:
-        advice = f"A reload runs old and new workers side by side; {2 * needed + others} would be enough for that, too."
-        yield Finding("info", "budget", names, found, advice)
-    else:
-        yield Finding("ok", "budget", names, found)
+    less = f"{reserved} reserved ones and {others}" if reserved else f"{others}"
+    found = f"{reckoned} at most, of max_connections {servers[0].max_connections} less {less} that others use now"
+    if needed > free:
+        least = needed + reserved + others
+        advice = f"Raise max_connections to {least} at least, or lower workers, pool_size or max_overflow."
+        return Finding("error", "budget", names, f"{found}: {needed - free} too many", advice)
+    if 2 * needed > free:
+        enough = 2 * needed + reserved + others
+        advice = f"A reload runs old and new workers side by side; {enough} would be enough for that, too."
+        return Finding("info", "budget", names, found, advice)
+    return Finding("ok", "budget", names, found)
 
 
-def _of_account(workers: Workers, databases: Mapping[Facts, ServerFacts]) -> Iterator[Finding]:
-    most = min(server.max_user_connections for server in databases.values())
-    if not most:
-        return
+def _of_pooler(workers: Workers, databases: Mapping[Facts, ServerFacts]) -> Finding:
+    needed, reckoned = _needed(workers, databases.keys())
+    server = next(iter(databases.values()))
+    found = f"{reckoned} at most, to the pooler; the server behind it has max_connections {server.max_connections}"
+    advice = (
+        f"See that the pooler takes {2 * needed} clients (PgBouncer: max_client_conn), for a reload, too; and that its "
+        f"own connections (default_pool_size for each database and user) stay below "
+        f"{server.max_connections - server.reserved}."
+    )
+    return Finding("info", "budget", tuple(facts.name for facts in databases), found, advice)
+
+
+def _of_limit(workers: Workers, databases: Mapping[Facts, Limit]) -> Finding:
+    limit = min(databases.values(), key=attrgetter("most"))
     names = tuple(facts.name for facts in databases)
     needed, reckoned = _needed(workers, databases.keys())
-    found = f"{reckoned} at most, of max_user_connections {most}"
-    if needed > most:
+    found = f"{reckoned} at most, of {limit.setting}"
+    if needed > limit.most:
         advice = f"Raise it to {needed} at least, or lower workers, pool_size or max_overflow."
-        yield Finding("error", "account_budget", names, found, advice)
-    else:
-        yield Finding("ok", "account_budget", names, found)
+        return Finding("error", limit.check, names, found, advice)
+    return Finding("ok", limit.check, names, found)

@@ -4,102 +4,26 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
 
 import gevent
 from gevent import monkey
 from sqlalchemy import Integer, literal_column, select
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool, Pool, QueuePool, StaticPool
 
-from dbsession.core.backends import KINDS, kind_of
-from dbsession.core.backends.base import Backend
-from dbsession.core.backends.mysql import MySQL
-from dbsession.core.backends.sqlite import SQLite, in_transaction
-from dbsession.errors import describe, driver_number
+from dbsession.core.backends import kind_of as backend_of
+from dbsession.errors import describe
 from dbsession.green import hub
+from dbsession.watch.check.facts import Facts, PoolFacts
+from dbsession.watch.check.kinds import kind_of
 
 BOUND_S = 15.0
 """Seconds that all databases have together; above PyMySQL's connect timeout of 10, which says more."""
 
 ROUND_TRIPS = 5
 _ONE = select(literal_column("1", Integer))
-
-
-@dataclass(frozen=True)
-class PoolFacts:
-    """What is known of one process's pool.
-
-    Attributes:
-        limit: connections that it opens at most; None: as many as are asked for.
-        keeps: whether it keeps idle ones.
-        recycle_s: age at which one is replaced; None: never.
-        pre_ping: whether one is tested at its checkout.
-    """
-
-    limit: int | None
-    keeps: bool
-    recycle_s: int | None
-    pre_ping: bool
-
-
-@dataclass(frozen=True)
-class ServerFacts:
-    """What a MySQL or MariaDB server says of itself. `host` and `port` are by their own account, the same for every way
-    to the server."""
-
-    host: str
-    port: int
-    account: str
-    tls: str | None
-    time_zone: str
-    utc_offset_s: int
-    sql_mode: str
-    isolation: str
-    max_connections: int
-    max_user_connections: int
-    wait_timeout_s: int
-    threads_connected: int
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """What SQLite says of its file. `writable`: None if the database is configured as read-only, or somebody holds its
-    lock."""
-
-    journal_mode: str
-    writable: bool | None
-
-
-@dataclass(frozen=True)
-class Facts:
-    """One database. `version` is None when it could not be reached; `error` says why, or what went wrong later.
-
-    Attributes:
-        driver: as in the URL, `mysql+pymysql`.
-        latency_ms: a round trip, the median of ROUND_TRIPS.
-        cooperative: whether another greenlet ran while the driver waited; None: not patched, or not measured.
-        error_number: the driver's.
-    """
-
-    name: str
-    driver: str
-    pool: PoolFacts
-    version: str | None = None
-    latency_ms: float | None = None
-    cooperative: bool | None = None
-    server: ServerFacts | None = None
-    file: FileFacts | None = None
-    error: str | None = None
-    error_number: int | None = None
-
-    @property
-    def is_file(self) -> bool:
-        """Whether the database is a file, and no server."""
-        return KINDS.get(self.driver.partition("+")[0], Backend).IS_FILE
 
 
 def gather_all(engines: Mapping[str, Engine]) -> list[Facts]:
@@ -148,18 +72,18 @@ class _Job:
 def gather(name: str, engine: Engine) -> Facts:
     """Ask one database, on a connection opened by its engine, and so by whatever listens to that, but outside the
     limit of its pool, and closed at the end. Switches greenlets, or blocks, for as long as the driver does."""
-    found, kind = _blank(name, engine), kind_of(engine.url)
+    found = _blank(name, engine)
+    kind, rules = kind_of(found), backend_of(engine.url)
     try:
         with engine.connect() as connection:
             if isinstance(engine.pool, QueuePool):
                 connection.detach()  # a connection belongs to its thread, which ends
-            found = replace(found, version=kind.product(connection), latency_ms=_latency_ms(connection))
-            asked = _QUESTIONS.get(kind)
-            if asked is not None:
-                found = replace(found, **asked(connection))
+            found = replace(found, version=rules.product(connection), latency_ms=_latency_ms(connection))
+            found = replace(found, **kind.ask(connection))
             return replace(found, cooperative=_cooperates(connection))
     except Exception as error:  # a driver may raise anything; its text may hold the password and is not shown
-        return replace(found, error=describe(error), error_number=driver_number(error))
+        number = kind.number(error)
+        return replace(found, error=describe(error, number), error_number=number)
 
 
 def _blank(name: str, engine: Engine) -> Facts:
@@ -186,57 +110,6 @@ def _latency_ms(connection: Connection) -> float:
     return round(statistics.median(taken), 3)
 
 
-def _server(connection: Connection) -> dict[str, ServerFacts]:
-    result = connection.exec_driver_sql(
-        "SELECT @@hostname AS host, @@port AS port, CURRENT_USER() AS account, @@session.time_zone AS time_zone,"
-        " @@system_time_zone AS system_zone, TIMESTAMPDIFF(SECOND, UTC_TIMESTAMP(), NOW()) AS utc_offset_s,"
-        " @@session.sql_mode AS sql_mode, @@max_connections AS max_connections,"
-        " @@session.max_user_connections AS max_user_connections, @@session.wait_timeout AS wait_timeout_s"
-    )
-    found = dict(result.mappings().one())
-    system_zone = found.pop("system_zone")
-    if found["time_zone"] == "SYSTEM":
-        found["time_zone"] = f"SYSTEM ({system_zone})"
-    cipher, protocol = (_status(connection, f"SESSION STATUS LIKE 'Ssl_{name}'") for name in ("cipher", "version"))
-    server = ServerFacts(
-        **found,
-        tls=f"{protocol}, {cipher}" if cipher else None,
-        isolation=connection.get_isolation_level(),
-        threads_connected=int(_status(connection, "GLOBAL STATUS LIKE 'Threads_connected'")),
-    )
-    return {"server": server}
-
-
-def _status(connection: Connection, what: str) -> str:
-    row = connection.exec_driver_sql(f"SHOW {what}").first()
-    return "" if row is None else str(row[1])
-
-
-def _file(connection: Connection) -> dict[str, FileFacts]:
-    journal_mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar())
-    if connection.exec_driver_sql("PRAGMA query_only").scalar():
-        return {"file": FileFacts(journal_mode, None)}
-    try:
-        # Rolled back. BEGIN IMMEDIATE alone does not fail where only reading is allowed.
-        if not in_transaction(connection.connection.dbapi_connection):  # one is, with autocommit=False
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-        version = connection.exec_driver_sql("PRAGMA user_version").scalar()
-        connection.exec_driver_sql(f"PRAGMA user_version = {version:d}")
-    except SQLAlchemyError as error:
-        name = getattr(getattr(error, "orig", None), "sqlite_errorname", "")
-        if name.startswith("SQLITE_BUSY"):
-            return {"file": FileFacts(journal_mode, None)}
-        if name.startswith("SQLITE_READONLY"):
-            return {"file": FileFacts(journal_mode, False)}
-        raise
-    connection.rollback()
-    return {"file": FileFacts(journal_mode, True)}
-
-
-# What is asked of a kind of database besides its name and its latency, as Facts' attributes.
-_QUESTIONS: dict[type[Backend], Callable[[Connection], dict[str, Any]]] = {MySQL: _server, SQLite: _file}
-
-
 def _patched() -> bool:
     return monkey.is_module_patched("socket")
 
@@ -244,7 +117,7 @@ def _patched() -> bool:
 def _cooperates(connection: Connection) -> bool | None:
     """Measure whether greenlets run while the driver waits, since no list of drivers knows what was patched. A greenlet
     just spawned runs first thing when anybody switches to the hub, however long the wait is then."""
-    pause = kind_of(connection.engine.url).PAUSES.get(connection.dialect.name)
+    pause = backend_of(connection.engine.url).PAUSES.get(connection.dialect.name)
     if pause is None or not _patched():
         return None
     turns: list[bool] = []

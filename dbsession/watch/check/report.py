@@ -13,8 +13,8 @@ from dbsession.errors import DBSessionError, describe, masked, plain, raised_at
 from dbsession.green import api, hub
 from dbsession.watch.check import budget, findings, probe
 from dbsession.watch.check.budget import Workers
-from dbsession.watch.check.findings import Finding
-from dbsession.watch.check.probe import Facts
+from dbsession.watch.check.facts import Facts
+from dbsession.watch.check.finding import Finding, worst
 
 logger = logging.getLogger("dbsession.watch.check")
 
@@ -36,7 +36,7 @@ class Report:
     @property
     def status(self) -> str:
         """`error`, `warning` or `ok`."""
-        return findings.worst(self.findings)
+        return worst(self.findings)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`; README.md lists the keys."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import create_engine
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool, StaticPool
 
 from dbsession import SessionManager
 from dbsession.watch.check import budget, findings, probe
 from dbsession.watch.check.budget import Workers
-from dbsession.watch.check.probe import Facts, PoolFacts, ServerFacts
+from dbsession.watch.check.facts import Facts, PoolFacts
+from dbsession.watch.check.finding import worst
+from dbsession.watch.check.kinds import kind_of
+from dbsession.watch.check.mysql import MySQLFacts
+from dbsession.watch.check.postgresql import PostgreSQLFacts
 
-SERVER = ServerFacts(
+SERVER = MySQLFacts(
     host="db",
     port=3306,
     account="app@%",
@@ -30,6 +36,36 @@ SERVER = ServerFacts(
 POOL = PoolFacts(limit=20, keeps=True, recycle_s=3600, pre_ping=True)
 
 
+POSTGRESQL = PostgreSQLFacts(
+    host="10.0.0.7",
+    port=5432,
+    account="app",
+    tls="TLSv1.3, TLS_AES_256_GCM_SHA384",
+    time_zone="Etc/UTC",
+    utc_offset_s=0,
+    isolation="READ COMMITTED",
+    max_connections=100,
+    database="shop",
+    started_at="2026-11-29T11:36:32.167488Z",
+    superuser_reserved_connections=3,
+    reserved_connections=2,
+    role_limit=None,
+    database_limit=None,
+    client_backends=1,
+    statement_timeout_s=90.0,
+    idle_in_transaction_session_timeout_s=600.0,
+    idle_session_timeout_s=0.0,
+    standby=False,
+    read_only=None,
+    sslmode="verify-full",
+    pooler=False,
+)
+
+
+def postgresql(name="default", **server):
+    return replace(database(name), driver="postgresql+psycopg", server=replace(POSTGRESQL, **server))
+
+
 def database(name="default", pool=None, **server):
     return Facts(
         name,
@@ -38,7 +74,7 @@ def database(name="default", pool=None, **server):
         version="MariaDB 11",
         latency_ms=0.5,
         cooperative=True,
-        server=ServerFacts(**{**vars(SERVER), **server}),
+        server=MySQLFacts(**{**vars(SERVER), **server}),
     )
 
 
@@ -52,8 +88,8 @@ def budget_of(workers, *databases):
 
 def test_all_is_ok_when_nothing_is_wrong():
     found = list(findings.of(database())) + list(budget.of(Workers(2, 20), [database()]))
-    assert {finding.level for finding in found} == {"ok"}
-    assert findings.worst(found) == "ok"
+    assert {each.level for each in found} == {"ok"}
+    assert worst(found) == "ok"
 
 
 def test_every_finding_says_what_to_change_when_it_is_not_ok():
@@ -105,6 +141,103 @@ def test_budget_says_at_least_when_a_pool_has_no_limit():
     (finding,) = budget_of(Workers(2, 20), database("a"), unlimited)
     assert "at least 40 connections" in finding.found
     assert levels(budget.of(Workers(2, 20), [unlimited]))["pool"] == "warning"
+
+
+def test_all_is_ok_when_nothing_is_wrong_with_postgresql():
+    found = list(findings.of(postgresql())) + list(budget.of(Workers(2, 20), [postgresql()]))
+    assert {each.level for each in found} == {"ok"}
+    assert {"pooler", "pool_recycle"}.isdisjoint(levels(found))
+
+
+@pytest.mark.parametrize(
+    ("server", "check", "level"),
+    [
+        ({"tls": None}, "tls", "info"),
+        ({"tls": None, "host": "[local]"}, "tls", "ok"),
+        ({"tls": None, "host": "[local]", "pooler": True}, "tls", "info"),  # the pooler's way to the server
+        ({"sslmode": "prefer"}, "tls", "info"),
+        ({"sslmode": "require"}, "tls", "ok"),
+        ({"sslmode": None}, "tls", "ok"),  # a driver that does not tell
+        ({"standby": True}, "writable", "warning"),
+        ({"standby": True, "read_only": "client"}, "writable", "ok"),
+        ({"read_only": "session"}, "writable", "ok"),
+        ({"read_only": "database user"}, "writable", "warning"),
+        ({"statement_timeout_s": 0.0}, "statement_timeout", "info"),
+        ({"idle_in_transaction_session_timeout_s": 0.0}, "idle_in_transaction", "info"),
+        ({"idle_session_timeout_s": 3600.0}, "pool_recycle", "warning"),
+        ({"idle_session_timeout_s": 3600.5}, "pool_recycle", "ok"),
+        ({"pooler": True}, "pooler", "info"),
+        ({"utc_offset_s": 19800}, "time_zone", "info"),
+    ],
+    ids=str,
+)
+def test_finding_on_postgresql_has_its_level_and_says_what_to_change(server, check, level):
+    (found,) = [each for each in findings.of(postgresql(**server)) if each.check == check]
+    assert found.level == level
+    assert found.change.endswith(".") if level != "ok" else not found.change
+
+
+@pytest.mark.parametrize(
+    ("max_connections", "level"), [(167, "ok"), (166, "info"), (87, "info"), (86, "error")], ids=str
+)
+def test_budget_leaves_the_reserved_connections_out_when_the_server_has_some(max_connections, level):
+    # 2 workers x 2 engines x 20; 5 are reserved, and 4 in use, 2 of which are the check's. Two ways, one server.
+    server = {"max_connections": max_connections, "client_backends": 4}
+    both = [postgresql("a", **server), postgresql("b", **server, host="127.0.0.1")]
+    (found,) = budget_of(Workers(2, 20), *both)
+    assert (found.level, found.databases) == (level, ("a", "b"))
+    assert f"of max_connections {max_connections} less 5 reserved ones and 2 that others use now" in found.found
+    if level == "error":
+        assert "1 too many" in found.found and "to 87 at least" in found.change
+    started_again = postgresql("b", **server, started_at="2026-11-29T12:00:00.000000Z")
+    assert len(budget_of(Workers(2, 20), both[0], started_again)) == 2
+
+
+def test_budget_behind_a_pooler_is_the_poolers_and_the_direct_one_the_servers():
+    pooled, direct = postgresql("a", pooler=True, max_connections=30, role_limit=1), postgresql("b")
+    found = list(budget.of(Workers(2, 20), [pooled, direct]))
+    assert levels(found) == {"pool": "ok", "budget": "ok"}  # no limit of the role's: the pooler keeps it
+    of_pooler, of_server = [each for each in found if each.check == "budget"]
+    assert (of_pooler.databases, of_pooler.level) == (("a",), "info")
+    assert "takes 80 clients" in of_pooler.change and "below 25" in of_pooler.change
+    assert of_server.databases == ("b",) and "40 connections (2 workers x 20) at most" in of_server.found
+
+
+def test_budget_of_a_role_and_of_a_database_is_its_own_when_they_have_a_limit():
+    limits = {"role_limit": 79, "database_limit": 79}
+    databases = [postgresql("a", **limits), postgresql("b", **limits, database="audit")]
+    found = {(each.databases, each.check): each for each in budget.of(Workers(2, 20), databases)}
+    of_role = found[("a", "b"), "account_budget"]
+    assert of_role.level == "error" and "of the CONNECTION LIMIT 79 of the role app" in of_role.found
+    assert "Raise it to 80 at least" in of_role.change
+    assert found[("a",), "database_budget"].level == found[("b",), "database_budget"].level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("said", "state"),
+    [
+        ('FATAL:  password authentication failed for user "app"', "28P01"),
+        ("FATAL:  SASL authentication failed", "28P01"),
+        ('FATAL:  no pg_hba.conf entry for host "10.0.0.7", user "app", database "shop", no encryption', "28000"),
+        ('FATAL:  role "app" is not permitted to log in', "28000"),
+        ('FATAL:  database "shop" does not exist', "3D000"),
+        ('FATAL:  permission denied for database "shop"', "42501"),
+        ("FATAL:  sorry, too many clients already", "53300"),
+        ("FATAL:  remaining connection slots are reserved for non-replication superuser connections", "53300"),
+        ('FATAL:  too many connections for role "app"', "53300"),
+        ("FATAL:  no more connections allowed (max_client_conn)", "53300"),
+        ("FATAL:  the database system is starting up", "57P03"),
+        ("Connection refused", None),
+    ],
+)
+def test_error_at_connecting_to_postgresql_is_known_by_what_libpq_says(said, state):
+    kind = kind_of(postgresql())
+    error = OperationalError("SELECT 1", {}, RuntimeError(f"connection failed: {said}"))
+    assert kind.number(error) == state
+    advice = kind.how_to_connect(state)
+    assert advice.endswith(".") and ("TLS arguments" in advice) is (state is None)
+    told = OperationalError("SELECT 1", {}, SimpleNamespace(args=("password authentication failed",), sqlstate="57P01"))
+    assert kind.number(told) == "57P01"
 
 
 @pytest.mark.parametrize(
