@@ -26,8 +26,7 @@ READ_TIMEOUT = "dbsession.read_timeout"
 """In `info`: the read timeout that it had before its scope set another."""
 
 WIRE = "dbsession.wire"
-"""In `info`: what knows whether the connection is `pinging` or has something `unread`, where its DBAPI object does
-not."""
+"""In `info`: what knows whether the connection is `pinging` or `streaming`, where its DBAPI object does not."""
 
 DETACHED_USER = "dbsession.detached_user"
 """In `info` of a connection detached from its pool, which has no Checkout any more: a weak reference to the Connection
@@ -69,6 +68,12 @@ class KnownConnection:
     def unread(self) -> bool:
         """Whether a server-side stream has not been read to its end."""
         raise NotImplementedError
+
+    @property
+    def streaming(self) -> bool:
+        """Whether a server-side cursor is open, for those who look in: its rows may be left `unread`, or at the
+        server, where a ROLLBACK ends it at once."""
+        return self.unread
 
     def finish_at_hand(self) -> bool:
         """Read what is left of a server-side stream if it has come already and is little; return whether it was."""

@@ -47,7 +47,13 @@ def end_statements(within_s: float, at_least_s: float = 0.0) -> int:
 def _running() -> list[Checkout]:
     """The notes of the connections on which the server is at a statement."""
     notes = [note for database in process_databases() for note in database.held.notes()]
-    return [note for note in notes if note.state() in ("executing", "streaming") and _is_open(_connection(note))]
+    return [note for note in notes if _runs(note) and _is_open(_connection(note))]
+
+
+def _runs(note: Checkout) -> bool:
+    state = note.state()
+    # Between two pieces of PostgreSQL's streams nothing runs there.
+    return state == "executing" or (state == "streaming" and bool(getattr(_connection(note), "unread", False)))
 
 
 def _connection(note: Checkout) -> Any:

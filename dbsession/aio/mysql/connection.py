@@ -93,6 +93,11 @@ class Wire:
         self.stream: weakref.ref[Any] | None = None
         """That cursor, a `results.Stream`."""
 
+    @property
+    def streaming(self) -> bool:
+        """Whether the rows of a server-side cursor have not all been sent yet."""
+        return self.unread is not None
+
     def expect(self, seconds: float) -> float | None:
         """Close the connection if, until `done()`, the answer is not there in so many seconds. Returns until when what
         this is a part of is expected."""

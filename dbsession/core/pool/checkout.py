@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy.engine import Connection
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from dbsession.core.connection_info import COMMITTING, WIRE
+from dbsession.core.connection_info import COMMITTING, WIRE, driver_of
 from dbsession.core.pool import callsites
 
 
@@ -60,10 +60,10 @@ class Checkout:
             return "idle"
         if COMMITTING in record.info:
             return "committing"
-        wire = record.info.get(WIRE, record.dbapi_connection)
+        wire = record.info.get(WIRE) or driver_of(record.dbapi_connection)
         if getattr(wire, "pinging", False):
             return "pinging"
-        if getattr(wire, "unread", False):
+        if getattr(wire, "streaming", False):
             return "streaming"
         user = None if self.connection is None else self.connection()
         return "idle in transaction" if _in_transaction(record.dbapi_connection, user) else "idle"

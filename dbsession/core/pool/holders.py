@@ -39,15 +39,16 @@ from dbsession.errors import SHOWN_HOLDERS, PoolTimeout
 class Holder:
     """One connection in use, at one moment.
 
-    `scope` is what holds it (`GET /orders/7`, the label of a `session_scope()`, or the greenlet's function),
-    `greenlet` who; in asyncio that is the task. `state` is "executing", "committing", "idle in transaction"
-    (SQLAlchemy's: it lasts from a statement to the commit or rollback, with autocommit there is none) or "idle", and on
-    MySQL and MariaDB "pinging" (the server has not answered yet whether the connection lives) or "streaming" (a
-    server-side cursor is not read to its end); `state_s` how long no statement began or ended. `place` is where the
-    holder is now, as `file:line in function`: the innermost frame outside the standard library, gevent, SQLAlchemy, the
-    drivers and dbsession. `stack` begins with it and goes outwards; empty where the greenlet, task or thread has ended,
-    as `place` says then. `statement` is the last one, its literals masked, cut at 120 characters. `taken_at` is the
-    stack of the checkout; empty before the first leak or PoolTimeout of the database, as none is recorded till then.
+    `scope` is what holds it (`GET /orders/7`, the label of a `session_scope()`, or the greenlet's function), `greenlet`
+    who; in asyncio that is the task. `state` is "executing", "committing", "idle in transaction" (SQLAlchemy's: it
+    lasts from a statement to the commit or rollback, with autocommit there is none) or "idle", and by the drivers whose
+    connections are ours "pinging" (the server has not answered yet whether the connection lives) or "streaming" (a
+    server-side cursor is open, not read to its end); `state_s` how long no statement began or ended. `place` is where
+    the holder is now, as `file:line in function`: the innermost frame outside the standard library, gevent, SQLAlchemy,
+    the drivers and dbsession. `stack` begins with it and goes outwards; empty where the greenlet, task or thread has
+    ended, as `place` says then. `statement` is the last one, its literals masked, cut at 120 characters. `taken_at` is
+    the stack of the checkout; empty before the first leak or PoolTimeout of the database, as none is recorded till
+    then.
     """
 
     database: str
