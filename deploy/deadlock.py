@@ -89,10 +89,16 @@ def retries() -> int:
     return sum(database.retries for database in dbsession.snapshot().databases)
 
 
+_CHANGED = "each has changed the row that the other wants"
+_KINDS = {
+    "sqlite": ("SQLite", "SQLITE_BUSY_SNAPSHOT, SQLite's counterpart of a deadlock: both read, then both write"),
+    "mysql": ("MariaDB", f"a deadlock, error 1213: {_CHANGED}"),
+    "mariadb": ("MariaDB", f"a deadlock, error 1213: {_CHANGED}"),
+    "postgresql": ("PostgreSQL", f"a deadlock, error 40P01: {_CHANGED}"),
+}
+
+
 def kind_of(engine: Any) -> tuple[str, str]:
     """The database's name, and what two units of work that meet come to there."""
-    if engine.dialect.name == "sqlite":
-        return "SQLite", "SQLITE_BUSY_SNAPSHOT, SQLite's counterpart of a deadlock: both read, then both write"
-    if engine.dialect.name in ("mysql", "mariadb"):
-        return "MariaDB", "a deadlock, error 1213: each has changed the row that the other wants"
-    return engine.dialect.name, "a deadlock: each has changed the row that the other wants"
+    name = engine.dialect.name
+    return _KINDS.get(name, (name, f"a deadlock: {_CHANGED}"))
