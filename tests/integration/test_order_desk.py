@@ -18,9 +18,9 @@ from support.desks import (
     asgi_desk,
     empty_tables,
     flask_desk,
-    mariadb_urls,
     post_csv,
     rows,
+    server_urls,
     sqlite_urls,
     stored,
 )
@@ -29,7 +29,13 @@ from support.waiting import wait_until
 
 @pytest.fixture(
     scope="module",
-    params=["flask-sqlite", "asgi-sqlite", pytest.param("asgi-mariadb", marks=[pytest.mark.mariadb, pytest.mark.slow])],
+    params=[
+        "flask-sqlite",
+        "asgi-sqlite",
+        pytest.param("asgi-mariadb", marks=[pytest.mark.mariadb, pytest.mark.slow]),
+        pytest.param("flask-postgresql", marks=[pytest.mark.postgresql, pytest.mark.slow]),
+        pytest.param("asgi-postgresql", marks=[pytest.mark.postgresql, pytest.mark.slow]),
+    ],
 )
 def desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """(a client of the running desk, what counts its connections in use), on two databases."""
@@ -39,8 +45,12 @@ def desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     elif request.param == "asgi-sqlite":
         with asgi_desk(sqlite_urls(tmp_path_factory.mktemp("desk"))) as client:
             yield client, client.in_use
+    elif request.param == "flask-postgresql":
+        with server_urls(request.getfixturevalue("postgresql")) as urls, flask_desk(urls) as module:
+            yield module.app.test_client(), lambda: [dbsession.get_engine(name).pool.checkedout() for name in NAMES]
     else:
-        with mariadb_urls(request.getfixturevalue("mariadb")) as urls, asgi_desk(urls) as client:
+        server = request.getfixturevalue(request.param.removeprefix("asgi-"))
+        with server_urls(server) as urls, asgi_desk(urls) as client:
             yield client, client.in_use
 
 

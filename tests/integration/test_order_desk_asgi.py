@@ -20,9 +20,9 @@ from support.desks import (
     check_page_of_failure,
     environment,
     http_client,
-    mariadb_urls,
     post_csv,
     rows,
+    server_urls,
     sqlite_urls,
     stored,
     uvicorn_desk,
@@ -39,7 +39,7 @@ def urls(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, s
     if request.param == "sqlite":
         yield sqlite_urls(tmp_path)
     else:
-        with mariadb_urls(request.getfixturevalue("mariadb")) as found:
+        with server_urls(request.getfixturevalue("mariadb")) as found:
             yield found
 
 
@@ -104,7 +104,7 @@ def test_server_leaves_no_connection_at_the_database_when_it_ends(kind: str, mar
             cursor.execute("SELECT id FROM information_schema.processlist WHERE user = 'app'")
             return [row["id"] for row in cursor.fetchall()]
 
-    with mariadb_urls(mariadb) as urls:
+    with server_urls(mariadb) as urls:
         before = set(connected())
         with under(kind, urls) as server, http_client(server) as client:
             assert client.post("/orders", json=ORDER).status_code == 201

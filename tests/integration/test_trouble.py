@@ -17,9 +17,10 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from support.dashboard import chromium
-from support.desks import environment, flask_desk, mariadb_urls, sqlite_urls
+from support.desks import environment, flask_desk, server_urls, sqlite_urls
 from support.gunicorn import DEMO_CONFIG, Gunicorn
 from support.mariadb import MariaDBServer
+from support.postgresql import PostgreSQLServer
 from support.waiting import wait_until
 
 expect.set_options(timeout=30_000)
@@ -38,7 +39,11 @@ ANSWERS = {
     "burst": r"200 of 200 answered 200; longest wait for a connection \d+\.\d s, median .* requests\.",
     "deadlock": r"attempt 1 was ended with {}, attempt 2 committed.*dbsession counted [12] retr(y|ies)\.",
 }
-ENDED_WITH = {"sqlite": "SQLITE_BUSY_SNAPSHOT", "mariadb": r"OperationalError \(1213\)"}
+ENDED_WITH = {
+    "sqlite": "SQLITE_BUSY_SNAPSHOT",
+    "mariadb": r"OperationalError \(1213\)",
+    "postgresql": r"OperationalError \(40P01\)",
+}
 
 # The words that are shown in two pieces: a line ends inside them.
 BROKEN_WORDS = """() => {
@@ -236,14 +241,21 @@ def test_page_shows_each_trouble_live_and_fits_when_it_is_narrow(
 
 
 @pytest.mark.slow
-@pytest.mark.mariadb
-def test_page_shows_a_true_deadlock_when_the_database_is_mariadb(
-    tmp_path: Path, mariadb: MariaDBServer, open_page: Callable[..., Page]
+@pytest.mark.parametrize(
+    ("name", "number", "width"),
+    [
+        pytest.param("mariadb", "1213", 1280, marks=pytest.mark.mariadb),
+        pytest.param("postgresql", "40P01", 320, marks=pytest.mark.postgresql),
+        pytest.param("postgresql", "40P01", 1280, marks=pytest.mark.postgresql),
+    ],
+)
+def test_page_shows_a_true_deadlock_when_the_database_is_a_server(
+    request: pytest.FixtureRequest, tmp_path: Path, open_page: Callable[..., Page], name: str, number: str, width: int
 ) -> None:
-    with mariadb_urls(mariadb) as urls, served(tmp_path, urls) as server:
-        page = open_page(server.url, 1280)
-        expect(page.get_by_text("a deadlock, error 1213")).to_be_visible()
-        press_all(page, "mariadb")
+    with server_urls(request.getfixturevalue(name)) as urls, served(tmp_path, urls) as server:
+        page = open_page(server.url, width)
+        expect(page.get_by_text(f"a deadlock, error {number}")).to_be_visible()
+        press_all(page, name)
 
 
 @pytest.mark.slow
@@ -284,22 +296,31 @@ def kill(pids: list[int]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+# What libpq says of a server that does not answer has no SQLSTATE.
 @pytest.mark.slow
-@pytest.mark.mariadb
-def test_page_says_that_the_database_does_not_answer(tmp_path: Path, open_page: Callable[..., Page]) -> None:
-    database = MariaDBServer()
+@pytest.mark.parametrize(
+    ("make", "number"),
+    [
+        pytest.param(MariaDBServer, r" \(2\d+\)", marks=pytest.mark.mariadb, id="mariadb"),
+        pytest.param(PostgreSQLServer, "", marks=pytest.mark.postgresql, id="postgresql"),
+    ],
+)
+def test_page_says_that_the_database_does_not_answer(
+    tmp_path: Path, open_page: Callable[..., Page], make: Callable[[], Any], number: str
+) -> None:
+    database = make()
     try:
-        with mariadb_urls(database) as urls, served(tmp_path, urls) as server:
+        with server_urls(database) as urls, served(tmp_path, urls) as server:
             page = open_page(server.url, 1280)
             database.kill()
             for kind in ("hold", "deadlock"):
                 page.get_by_role("button", name=BUTTONS[kind]).click()
                 expect(answer_of(page, kind)).to_have_text(
-                    re.compile(r"Answered 503, OperationalError \(2\d+\): the database is not available, try again\.")
+                    re.compile(rf"Answered 503, OperationalError{number}: the database is not available, try again\.")
                 )
             page.get_by_role("button", name=BUTTONS["burst"]).click()
             expect(answer_of(page, "burst")).to_have_text(
-                re.compile(r"0 of 200 answered 200, .*answered 503 \(OperationalError \(2\d+\)\)")
+                re.compile(rf"0 of 200 answered 200, .*answered 503 \(OperationalError{number}\)")
             )
             page.get_by_role("button", name=BUTTONS["abandon"]).click()
             expect(answer_of(page, "abandon")).to_contain_text("could not begin: it was answered HTTP/1.1 503")

@@ -21,6 +21,7 @@ from sqlalchemy import text
 import dbsession
 
 from .mariadb import MariaDBServer
+from .postgresql import PostgreSQLServer
 from .uvicorn import Uvicorn
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -35,7 +36,7 @@ def sqlite_urls(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def mariadb_urls(server: MariaDBServer) -> Iterator[dict[str, str]]:
+def server_urls(server: MariaDBServer | PostgreSQLServer) -> Iterator[dict[str, str]]:
     """Two empty databases, which are dropped at the end."""
     names = {name: f"desk_{secrets.token_hex(4)}" for name in NAMES}
     yield {name: server.create_database(database) for name, database in names.items()}
