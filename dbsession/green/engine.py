@@ -14,7 +14,7 @@ from dbsession.core.config import DatabaseConfig
 from dbsession.core.engine import Database, all_databases, driver_of, made
 from dbsession.core.entries import refuse_useless_keys
 from dbsession.core.sources import Source
-from dbsession.errors import ConfigError
+from dbsession.errors import ConfigError, to_install
 from dbsession.green import ident
 from dbsession.green.connections import GreenConnections
 from dbsession.green.hub import Waiter
@@ -101,7 +101,8 @@ def build(config: DatabaseConfig, owner: Any) -> ProcessDatabase:
         create_engine,
         QueuePool,
         FairPool,
-        install="Install it, or name another one in the URL, such as 'mysql+pymysql://'.",
+        install=f"Install it (`{to_install('postgresql')}` brings psycopg), or name another one in the URL, such as "
+        "'mysql+pymysql://'.",
         hint="what a pool takes depends on `poolclass`",
     )
     connections.follow(engine)

@@ -1,10 +1,11 @@
-"""`dbsession check` on a real MariaDB: what the server says is what the report says."""
+"""`dbsession check` on a real MariaDB and a real PostgreSQL: what the server says is what the report says."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from datetime import UTC
 from urllib.parse import urlsplit
 
 import pytest
@@ -263,3 +264,88 @@ def test_check_shows_no_secret_and_sees_the_others_when_the_configuration_raises
     assert refused.returncode == 2 and "RuntimeError at " in refused.stderr
     for each in (done, refused):
         assert "tell-nobody" not in each.stdout + each.stderr and "Traceback" not in each.stderr
+
+
+# -- PostgreSQL ------------------------------------------------------------------------------------------------
+
+
+def test_check_tells_what_postgresql_says_and_that_a_pooler_stands_between(postgresql, postgresql_url, pgbouncer_url):
+    """Through PgBouncer it is another account of the same server, and its connections are the pooler's."""
+    env = {"DBSESSION_URL": postgresql_url, "DBSESSION_POOLED_URL": pgbouncer_url}
+    found, findings = report("--workers=2", "--worker-connections=10", **env)
+    assert {each["level"] for each in found["findings"]} <= {"ok", "info"}
+    facts = found["databases"]["default"]
+    assert facts["version"].startswith("PostgreSQL ") and facts["cooperative"] is True
+    direct, pooled = facts["server"], found["databases"]["pooled"]["server"]
+    assert " ".join(direct) == (
+        "host port account tls time_zone utc_offset_s isolation max_connections database started_at "
+        "superuser_reserved_connections reserved_connections role_limit database_limit client_backends "
+        "statement_timeout_s idle_in_transaction_session_timeout_s idle_session_timeout_s standby read_only sslmode "
+        "pooler"
+    )
+    with postgresql.root() as cursor:
+        cursor.execute("SELECT version(), pg_postmaster_start_time() AS started")
+        row = cursor.fetchone()
+    assert facts["version"].split()[1] in row["version"]
+    assert direct["started_at"] == pooled["started_at"] == f"{row['started'].astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+    assert (direct["host"], direct["port"], direct["account"]) == ("127.0.0.1", postgresql.port, "app")
+    assert (direct["max_connections"], direct["superuser_reserved_connections"]) == (300, 3)
+    assert (direct["isolation"], direct["tls"], direct["sslmode"]) == ("READ COMMITTED", None, "prefer")
+    assert (direct["pooler"], pooled["pooler"]) == (False, True)
+    assert findings[("default", "budget")]["level"] == "ok" and ("default", "pooler") not in findings
+    assert findings[("default", "writable")]["found"] == "it takes writes"
+    assert "less 3 reserved ones and " in findings[("default", "budget")]["found"]
+    assert "SET LOCAL" in findings[("pooled", "pooler")]["change"]
+    assert "max_client_conn" in findings[("pooled", "budget")]["change"]
+
+
+def test_check_says_why_postgresql_lets_nobody_in_and_shows_no_password(postgresql, postgresql_url, pgbouncer_url):
+    """And what is hidden from the account, it leaves out."""
+    with postgresql.root(urlsplit(postgresql_url).path[1:]) as cursor:
+        cursor.execute("CREATE ROLE few LOGIN PASSWORD 'tell-nobody' CONNECTION LIMIT 0")
+        cursor.execute("REVOKE SELECT ON pg_stat_activity FROM PUBLIC")
+    env = {
+        "DBSESSION_URL": postgresql_url,
+        "DBSESSION_WRONG_URL": postgresql_url.replace(postgresql.password, "n0tth1s"),
+        "DBSESSION_BEHIND_URL": pgbouncer_url.replace(postgresql.password, "n0tth1s"),
+        "DBSESSION_FULL_URL": postgresql_url.replace(f"app:{postgresql.password}", "few:tell-nobody"),
+        "DBSESSION_NONE_URL": f"{postgresql_url}_none",
+        "DBSESSION_DOWN_URL": postgresql_url.replace(f":{postgresql.port}/", ":1/"),
+    }
+    try:
+        found, findings = report(status=1, **env)
+    finally:
+        with postgresql.root() as cursor:
+            cursor.execute("DROP ROLE few")
+    numbers = {name: each["error_number"] for name, each in found["databases"].items()}
+    assert numbers == {
+        **{"default": "42501", "wrong": "28P01", "behind": "28P01", "full": "53300", "none": "3D000", "down": None}
+    }
+    assert findings[("wrong", "reachable")]["found"] == "no connection: OperationalError (28P01)"
+    assert "CONNECTION LIMIT" in findings[("full", "reachable")]["change"]
+    assert findings[("default", "reachable")]["level"] == "ok"
+    assert findings[("default", "facts")]["found"] == "it did not tell everything: ProgrammingError (42501)"
+    assert not any(secret in json.dumps(found) for secret in ("n0tth1s", "tell-nobody", postgresql.password))
+
+
+@pytest.mark.slow
+def test_check_sees_what_is_set_for_the_database_of_postgresql(postgresql, postgresql_url, tmp_path):
+    """A database that begins read-only is warned of, unless it is configured so."""
+    name = urlsplit(postgresql_url).path[1:]
+    with postgresql.root(name) as cursor:
+        for setting in (
+            "statement_timeout = '90s'",
+            "default_transaction_read_only = on",
+            "idle_session_timeout = '9min'",
+        ):
+            cursor.execute(f"ALTER DATABASE {name} SET {setting}")
+        cursor.execute(f"ALTER DATABASE {name} CONNECTION LIMIT 39")
+    databases = {"default": postgresql_url, "reader": {"url": postgresql_url, "readonly": True}}
+    (tmp_path / "conf.py").write_text(f"databases = {databases!r}")
+    found, findings = report("--config=conf:databases", status=1, cwd=tmp_path)
+    assert found["databases"]["default"]["server"]["read_only"] == "database"
+    assert findings[("default", "writable")]["level"] == "warning"
+    assert findings[("reader", "writable")]["found"] == "read-only by this configuration"
+    assert findings[("default", "statement_timeout")]["found"] == "statement_timeout 90 s"
+    assert findings[("default", "pool_recycle")]["change"].startswith("Set pool_recycle below 540")
+    assert "of the CONNECTION LIMIT 39 of the database" in findings[("default+reader", "database_budget")]["found"]

@@ -232,6 +232,8 @@ def _of_timeouts(name: tuple[str, ...], server: PostgreSQLFacts) -> Iterator[Fin
 
 # What the SQLSTATE means to whoever deploys.
 _ADVICE: dict[int | str, str] = {
+    "08P01": "The pooler refuses what the connection asks for as it starts: `options`, or `readonly`, which is one "
+    "(PgBouncer: ignore_startup_parameters). Give the URL of the server itself.",
     "28000": "The server refuses the account from here: see its pg_hba.conf, and the role's LOGIN.",
     "28P01": "The server refuses the account or its password: correct the URL, or the account at the server.",
     "3D000": "The server has no database of that name: create it, or correct the URL.",
@@ -243,6 +245,7 @@ _ADVICE: dict[int | str, str] = {
 
 # libpq gives an error at connecting no SQLSTATE, only a text; these are the server's and PgBouncer's, in English.
 _TEXTS = (
+    (re.compile(r"unsupported startup parameter"), "08P01"),
     (re.compile(r"(password|SASL) authentication failed|no password supplied|wrong password"), "28P01"),
     (re.compile(r'role ".*" (does not exist|is not permitted)|no pg_hba\.conf entry|no such user'), "28000"),
     (re.compile(r"(peer|ident) authentication failed", re.I), "28000"),

@@ -218,6 +218,7 @@ def test_budget_of_a_role_and_of_a_database_is_its_own_when_they_have_a_limit():
     [
         ('FATAL:  password authentication failed for user "app"', "28P01"),
         ("FATAL:  SASL authentication failed", "28P01"),
+        ("FATAL:  unsupported startup parameter: options", "08P01"),
         ('FATAL:  no pg_hba.conf entry for host "10.0.0.7", user "app", database "shop", no encryption', "28000"),
         ('FATAL:  role "app" is not permitted to log in', "28000"),
         ('FATAL:  database "shop" does not exist', "3D000"),
