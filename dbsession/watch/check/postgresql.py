@@ -232,8 +232,8 @@ def _of_timeouts(name: tuple[str, ...], server: PostgreSQLFacts) -> Iterator[Fin
 
 # What the SQLSTATE means to whoever deploys.
 _ADVICE: dict[int | str, str] = {
-    "08P01": "The pooler refuses what the connection asks for as it starts: `options`, or `readonly`, which is one "
-    "(PgBouncer: ignore_startup_parameters). Give the URL of the server itself.",
+    "08P01": "The pooler refuses what the connection asks for as it starts: `options`, which `readonly` needs, too. "
+    "Give the URL of the server itself; PgBouncer's ignore_startup_parameters would only drop it.",
     "28000": "The server refuses the account from here: see its pg_hba.conf, and the role's LOGIN.",
     "28P01": "The server refuses the account or its password: correct the URL, or the account at the server.",
     "3D000": "The server has no database of that name: create it, or correct the URL.",

@@ -17,6 +17,8 @@ from sqlalchemy.orm import Session
 from dbsession import DBSessionMiddleware, PoolTimeout, SessionManager
 from support.pools import make
 from support.processes import run_python
+from support.proxy import Proxy
+from support.waiting import wait_until
 
 
 @pytest.fixture
@@ -368,3 +370,47 @@ def test_holder_is_called_by_its_threads_name_when_threads_are_greenlets(tmp_pat
         """,
         tmp_path,
     )
+
+
+# -- what the connections of ours tell ---------------------------------------------------------------------------------
+
+
+def test_state_on_a_server_is_what_the_connection_is_busy_with(server, server_url):
+    """Each thread is seen by this one; a stalled proxy makes what is short last."""
+    streams = {"mysql": "SELECT seq FROM seq_1_to_5000", "postgresql": "SELECT generate_series(1, 5000)"}
+    states = []
+    with Proxy(server.port) as proxy:
+        url = server_url.replace(f":{server.port}/", f":{proxy.port}/")
+        manager = SessionManager({"default": {"url": url, "ping_idle_s": 0, "options": {"pool_size": 1}}})
+        engine = manager.engine()
+
+        def stalled(state, work):
+            proxy.stall()
+            thread = threading.Thread(target=work)
+            thread.start()
+            try:
+                wait_until(lambda: [each.state for each in held(manager)] == [state], 20, state)
+                states.append(state)
+            finally:
+                proxy.resume()
+                thread.join(20)
+
+        with engine.connect() as connection:
+            assert held(manager)[0].state == "idle"
+            stalled("executing", lambda: connection.execute(text("SELECT 1")))
+            assert held(manager)[0].state == "idle in transaction"
+            connection.rollback()
+            connection.execute(text("CREATE TABLE t (n INTEGER)"))
+            connection.execute(text("INSERT INTO t VALUES (1)"))
+            stalled("committing", connection.commit)
+            assert held(manager)[0].state == "idle"
+            stream = text(streams[engine.dialect.name]).execution_options(yield_per=10)
+            result = connection.execute(stream)
+            result.fetchone()
+            assert held(manager)[0].state == "streaming"
+            assert len(result.all()) == 4999
+            assert held(manager)[0].state == "idle in transaction"
+        stalled("pinging", lambda: engine.connect().close())
+        assert states == ["executing", "committing", "pinging"]
+        nothing_left(manager)
+        manager.dispose()
