@@ -35,6 +35,10 @@ class PostgreSQL(Backend):
     savepoints_hold = True
     has_to_go = "to a savepoint that was set before it, or the whole transaction,"
 
+    pooled: bool | None = None
+    """A pooler (PgBouncer, say) stands between, and each transaction may be in another session; None: nobody has
+    asked yet."""
+
     @staticmethod
     def product(connection: Connection) -> str:
         return f"PostgreSQL {connection.exec_driver_sql('SHOW server_version').scalar()}"

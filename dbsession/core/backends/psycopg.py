@@ -98,6 +98,11 @@ class Known(KnownConnection):
         return bool(self.pgconn.transaction_status != IDLE)
 
     @property
+    def is_listened_to(self) -> bool:
+        """Whether its user has left a handler of notifications on it."""
+        return bool(self._notify_handlers)
+
+    @property
     def settled(self) -> bool:
         """Whether it is known that no transaction is open, by what was sent and answered. The server's word can only
         make us doubt it."""
@@ -234,6 +239,12 @@ class Known(KnownConnection):
     def _note_end(self) -> None:
         self._ended = self.pgconn.transaction_status == IDLE
         self._began_other = False
+
+    def is_pooled(self) -> Any:
+        """Ask, as one of psycopg's generators, whether a pooler stands between: the server process that answers is not
+        the one that the connection was told of as it began."""
+        result = yield from self._exec_command(b"SELECT pg_backend_pid()")
+        return int(result.get_value(0, 0)) != self.pgconn.backend_pid
 
     def _ping_gen(self) -> Any:
         self.pgconn.send_query(b"")

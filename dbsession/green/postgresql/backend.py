@@ -36,7 +36,18 @@ class Psycopg(Cleans, PostgreSQL):
         connection.read_timeout_s, connection.write_timeout_s = config.read_timeout_s, config.write_timeout_s
         if self._canceller is not None:
             self._canceller.opened(connection)
+        try:
+            if self.pooled is None:
+                self.pooled = connection.wait(connection.is_pooled())
+            if self.pooled and "prepare_threshold" not in cparams:
+                connection.prepare_threshold = None  # a statement prepared in one session is not there in the next
+        except BaseException:
+            connection.close()
+            raise
         return connection
+
+    def is_to_be_reset(self, connection: Any) -> bool:
+        return super().is_to_be_reset(connection) or connection.is_listened_to
 
     def around_do_ping(self, _: Callable[[Any], bool]) -> Callable[[Any], bool]:
         def do_ping(dbapi_connection: Any) -> bool:

@@ -160,6 +160,11 @@ class Connection(Known, KeepsTimers, psycopg.Connection[Any]):
             self.pinging = False
             self.read_within(before)
 
+    def rollback(self) -> None:
+        """Roll back, unless it is known that there is nothing to. Switches."""
+        if not self.gave_up:  # else the server does, which has lost it
+            super().rollback()
+
     def reset(self) -> None:
         """Take back what the session has set; see `Known`. Switches."""
         self.wait(self._reset_gen())
