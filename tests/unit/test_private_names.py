@@ -574,3 +574,69 @@ def test_pymysql_sends_each_command_by_one_method(mariadb_url):
         del driver._execute_command
         assert commands == [3, 3, 3, 2, 14, 3]
     engine.dispose()
+
+
+def test_psycopg_runs_a_statement_by_the_generators_that_ours_override(postgresql_url):
+    """core/backends/psycopg and psycopg_cursors: what is sent goes through these, in this order."""
+    import psycopg
+    from psycopg import errors
+    from psycopg._preparing import Prepare
+
+    from dbsession.core.backends import psycopg_cursors
+
+    called = []
+
+    def noted(cls, name):
+        stock = getattr(cls, name)
+
+        def method(self, *args, **kwargs):
+            called.append(name)
+            return stock(self, *args, **kwargs)
+
+        return method
+
+    of_connection = ("_start_query", "_exec_command", "_get_tx_start_command", "_commit_gen", "_rollback_gen")
+    of_cursor = (
+        "_execute_gen",
+        "_maybe_prepare_gen",
+        "_get_prepared",
+        "_execute_send",
+        "_check_results",
+        "_set_results",
+    )
+    Watched = type("Watched", (psycopg.Connection,), {name: noted(psycopg.Connection, name) for name in of_connection})
+    WatchedCursor = type("WatchedCursor", (psycopg.Cursor,), {name: noted(psycopg.Cursor, name) for name in of_cursor})
+    url = make_url(postgresql_url)
+    arguments = {"host": url.host, "port": url.port, "user": url.username, "password": url.password}
+    with Watched.connect(**arguments, dbname=url.database, cursor_factory=WatchedCursor) as connection:
+        connecting = Watched._connect_gen(psycopg.conninfo.make_conninfo(**arguments))
+        assert [type(each) for each in next(connecting)] == [int, psycopg.waiting.Wait]
+        connecting.close()
+        connection.execute("SELECT %s", (1,))
+        assert called == [
+            *("_execute_gen", "_start_query", "_exec_command", "_get_tx_start_command", "_maybe_prepare_gen"),
+            *("_get_prepared", "_execute_send", "_check_results", "_set_results"),
+        ] or called == [
+            *("_execute_gen", "_start_query", "_get_tx_start_command", "_exec_command", "_maybe_prepare_gen"),
+            *("_get_prepared", "_execute_send", "_check_results", "_set_results"),
+        ]
+        called.clear()
+        connection.commit()
+        connection.rollback()
+        assert called == ["_commit_gen", "_exec_command", "_rollback_gen"]
+        assert (connection._autocommit, connection._tpc, connection._num_transactions) == (False, None, 0)
+        assert connection._pipeline is None and connection._notify_handlers == []
+        assert len(connection._notifies_backlog) == 0 and connection._adapters is connection.adapters
+        prepared = connection._prepared
+        assert len(prepared._to_flush) == 0 and prepared.clear() is False
+        assert list(inspect.signature(prepared.validate).parameters) == ["key", "prep", "name", "results"]
+        assert list(inspect.signature(prepared.maybe_add_to_cache).parameters) == ["query", "prep", "name"]
+        with connection.cursor("named") as cursor:
+            cursor.execute("SELECT 1")
+            assert connection.wait(cursor._fetch_gen(1)) == [(1,)]
+        connection.rollback()
+        with pytest.raises(errors._WaitTimeout):
+            connection.wait(psycopg.generators.notifies(connection.pgconn), timeout=0.001)
+        assert list(inspect.signature(connection._tpc_finish_gen).parameters) == ["action", "xid"]
+        assert callable(cursor._send_query_prepared)
+    assert Prepare.SHOULD == psycopg_cursors._PREPARE_NOW
