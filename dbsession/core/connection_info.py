@@ -41,6 +41,14 @@ HUNG_UP: int = getattr(select, "POLLRDHUP", 0)
 same."""
 
 
+OPENING, USED, ASIDE = "opening", "used", "aside"
+"""Who sends on a connection: whoever opens it, or its `checkout` listeners; its user; SQLAlchemy or we ourselves, who
+take back what its user has set."""
+
+CLEANING_S = 5.0
+"""Seconds that the server has for each answer while a returned connection is cleaned; then it is discarded."""
+
+
 def nobody() -> None:
     """Stand for a weak reference whose object is gone: `info.get(SCOPE, nobody)()`."""
 

@@ -12,13 +12,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from dbsession.core.backends.base import Backend
 from dbsession.core.config import DatabaseConfig
-
-OPENING, USED, ASIDE = "opening", "used", "aside"
-"""Who sends on a connection: whoever opens it, or its `checkout` listeners; its user; SQLAlchemy or we ourselves, who
-take it back."""
-
-CLEANING_S = 5.0
-"""Seconds that the server has for each answer while a returned connection is cleaned; then it is discarded."""
+from dbsession.core.connection_info import ASIDE, CLEANING_S, OPENING
 
 
 class Cleans(Backend):
@@ -60,9 +54,6 @@ class Cleans(Backend):
         """Take back what the session of a connection that comes back has set. Switches."""
         connection.reset()
 
-    def forget_answer(self, connection: Any) -> None:
-        """Let go of what an idle connection need not keep. Never waits."""
-
     def cleaning(self, record: ConnectionPoolEntry) -> Callable[[], None] | None:
         """Return what a returned connection needs before somebody else gets it; None: nothing."""
         connection: Any = record.dbapi_connection
@@ -78,7 +69,7 @@ class Cleans(Backend):
         elif sent.level_changed:
             how = self.reset_level
         elif connection.settled:
-            self.forget_answer(connection)
+            connection.forget_answer()
             sent.phase = OPENING
             return None
         else:
@@ -99,7 +90,7 @@ class Cleans(Backend):
             connection.sent.phase = ASIDE
             self._clean(connection, self.reset)
         elif connection.settled:
-            self.forget_answer(connection)
+            connection.forget_answer()
 
     def around_reset_isolation_level(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
         self._take_level_back = inner

@@ -50,7 +50,7 @@ class GreenConnections(EngineConnections):
         if not isinstance(engine.pool, FairPool):  # which sees to the pools that come after it by itself
             event.listen(engine, "engine_disposed", lambda engine: await_first_in_any_hub(engine.pool))
         backend = self.backend
-        if isinstance(backend, PyMySQL | Cleans):
+        if isinstance(backend, Cleans):
             backend.made(engine, cleans=isinstance(engine.pool, FairPool))
             if isinstance(engine.pool, FairPool):
                 engine.pool.cleaning = backend.cleaning

@@ -22,12 +22,12 @@ from dbsession.aio.mysql.connection import NOT_KNOWN, Wire, wire_of
 from dbsession.aio.mysql.kill import SIDE, LoopKiller, open_side
 from dbsession.aio.mysql.known import make_known
 from dbsession.aio.mysql.results import ROLLED_BACK, context_class, quick_class
-from dbsession.core.backends.mysql import CLEANING_S, MySQL
+from dbsession.core.backends.mysql import MySQL
 from dbsession.core.backends.mysql_errors import CLOSED_BEFORE_COMMIT
-from dbsession.core.backends.mysql_sent import OPENING, Sent
+from dbsession.core.backends.mysql_sent import Sent
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.config import DatabaseConfig
-from dbsession.core.connection_info import SCOPE, WIRE, driver_of, nobody
+from dbsession.core.connection_info import CLEANING_S, OPENING, SCOPE, WIRE, driver_of, nobody
 from dbsession.core.pool.stats import Stats
 
 # The driver's number for a server that cannot be reached, CR_CONN_HOST_ERROR.

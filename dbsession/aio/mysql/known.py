@@ -11,7 +11,8 @@ from typing import Any
 
 from pymysql.constants import SERVER_STATUS
 
-from dbsession.core.backends.mysql_sent import ASIDE, RESET_CONNECTION, Sent
+from dbsession.core.backends.mysql_sent import RESET_CONNECTION, Sent
+from dbsession.core.connection_info import ASIDE
 
 
 def make_known(connection: Any, arguments: Mapping[str, Any]) -> None:

@@ -9,9 +9,9 @@ from sqlalchemy.engine import Connection
 
 from dbsession.core.backends import mysql_errors
 from dbsession.core.backends.base import Backend, Verdict
-from dbsession.core.backends.mysql_sent import ASIDE, USED, Sent, sets_autocommit_on
+from dbsession.core.backends.mysql_sent import Sent, sets_autocommit_on
 from dbsession.core.config import TIMEOUTS
-from dbsession.core.connection_info import TIMEOUT_UNDOES_ALL, driver_of
+from dbsession.core.connection_info import ASIDE, TIMEOUT_UNDOES_ALL, USED, driver_of
 from dbsession.errors import ConfigError
 
 READ_ONLY = (
@@ -21,9 +21,6 @@ READ_ONLY = (
 """Answered with a row for each reason for which the server takes no writes."""
 
 _BOTH_HALVES = {"connect_timeout_s", "read_timeout_s", "kill_abandoned", "ping_idle_s"}
-
-CLEANING_S = 5.0
-"""Seconds that the server has for each answer while a returned connection is cleaned; then it is discarded."""
 
 
 class MySQL(Backend):

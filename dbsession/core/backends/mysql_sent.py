@@ -14,6 +14,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from dbsession.core.connection_info import OPENING, USED
+
 INIT_DB, QUERY, PING, CHANGE_USER, PREPARE, EXECUTE, SET_OPTION, RESET_CONNECTION = (
     *(0x02, 0x03, 0x0E, 0x11),
     *(0x16, 0x17, 0x1B, 0x1F),
@@ -22,9 +24,6 @@ INIT_DB, QUERY, PING, CHANGE_USER, PREPARE, EXECUTE, SET_OPTION, RESET_CONNECTIO
 MULTI_STATEMENTS = 0x10000
 """The client's flag by which one text may hold several statements."""
 
-OPENING, USED, ASIDE = "opening", "used", "aside"
-"""Who sends: whoever opens the connection, or its `checkout` listeners; its user; SQLAlchemy or we ourselves, who take
-it back."""
 _MOST_SETTINGS = 50
 
 _COMMENTS = rb"--[^\n]*(?:\n|\Z)|\#[^\n]*(?:\n|\Z)"

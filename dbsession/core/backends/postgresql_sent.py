@@ -11,9 +11,8 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-OPENING, USED, ASIDE = "opening", "used", "aside"
-"""Who sends: whoever opens the connection, or its `checkout` listeners; its user; SQLAlchemy or we ourselves, who take
-it back."""
+from dbsession.core.connection_info import OPENING, USED
+
 _MOST_SETTINGS = 50
 
 

@@ -118,6 +118,9 @@ class Known(KnownConnection):
         """Whether a named cursor is open, or an answer is read piece by piece."""
         return self.unread or (self.in_transaction and any(not each.closed for each in list(self.streams)))
 
+    def forget_answer(self) -> None:
+        """Let go of what an idle connection need not keep: psycopg's cursors keep the rows."""
+
     def finish_at_hand(self) -> bool:
         return not self.unread
 

@@ -2,62 +2,45 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from pymysql.constants import SERVER_STATUS
 from sqlalchemy.engine import Engine
-from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
-from dbsession.core.backends.mysql import CLEANING_S, MySQL
-from dbsession.core.backends.mysql_sent import ASIDE, OPENING, USED
+from dbsession.core.backends.mysql import MySQL
 from dbsession.core.backends.mysql_tls import TLSContexts
 from dbsession.core.config import TIMEOUTS, DatabaseConfig
+from dbsession.core.connection_info import USED
 from dbsession.core.interceptors import StatementNotes
 from dbsession.core.pool.stats import Stats
+from dbsession.green.cleaning import Cleans
 from dbsession.green.mysql import session_state
 from dbsession.green.mysql.connection import Connection
 from dbsession.green.mysql.kill import SIDE, GreenKiller
 
-logger = logging.getLogger("dbsession.mysql")
 
-
-class PyMySQL(MySQL):
+class PyMySQL(Cleans, MySQL):
     """The rules of one engine by PyMySQL, and its connections. Lives as long as the engine."""
+
+    CONNECTION: ClassVar[type[Any]] = Connection
+    LOGGER = "dbsession.mysql"
 
     def __init__(self, config: DatabaseConfig, stats: Stats) -> None:
         super().__init__(config)
         self._tls = TLSContexts()
         self._killer = GreenKiller(config.name, stats, self._tls) if config.kill_abandoned else None
-        self._take_level_back: Callable[[Any], None]
-        self.cleans = False
-        """The pool is ours, and cleans what comes back."""
 
     def engine_options(self) -> dict[str, Any]:
         # PyMySQL waits for ever by default: a silent server would hang every request.
         timeouts = {key.removesuffix("_s"): getattr(self.config, key) for key in TIMEOUTS}
         return {"connect_args": self.driver_arguments(**timeouts)}
 
-    def fair_pool_options(self) -> dict[str, Any]:
-        # Our pool cleans what comes back, and what the server calls clean costs no round trip.
-        return {} if "creator" in self.config.options else {"pool_reset_on_return": None}
-
     def made(self, engine: Engine, cleans: bool) -> None:
-        """Take note of the new engine, whose pool `cleans` what comes back; log what the user's own options take away
-        from what is promised of its connections."""
+        super().made(engine, cleans)
         if self._killer is not None:
             self._killer.engine = weakref.ref(engine)
-        self.cleans = cleans
-        name, options = self.config.name, self.config.options
-        if "creator" in options:
-            logger.warning(
-                "Database %r: its `creator` opens stock connections, so a kill or a timeout may leave them out of step "
-                "with the server, and abandoned statements run on there. Remove it, and use `connect_args`.",
-                name,
-            )
 
     # Opening.
 
@@ -109,30 +92,7 @@ class PyMySQL(MySQL):
 
     # Coming back.
 
-    def cleaning(self, record: ConnectionPoolEntry) -> Callable[[], None] | None:
-        """Return what a returned connection needs before somebody else gets it; None: nothing."""
-        connection = record.dbapi_connection
-        if connection is not None and not isinstance(connection, Connection):
-            # A `do_connect` listener's own. (With a `creator`, SQLAlchemy's reset is on.) Its state we do not know.
-            return None if "creator" in self.config.options else connection.rollback
-        if connection is None or not connection.open:
-            return None
-        sent = connection.sent
-        how: Callable[[Connection], None]
-        if self._is_to_be_reset(connection):
-            how = self._reset
-        elif sent.level_changed:
-            how = self._reset_level
-        elif connection.settled:
-            connection.forget_answer()
-            sent.phase = OPENING
-            return None
-        else:
-            how = Connection.rollback
-        sent.phase = ASIDE
-        return partial(self._clean, connection, how)
-
-    def _is_to_be_reset(self, connection: Connection) -> bool:
+    def is_to_be_reset(self, connection: Any) -> bool:
         # sent.is_changed(), without its call for each connection that comes back
         sent = connection.sent
         if sent.changed or (self.config.reset == "connection" and connection.used):
@@ -140,55 +100,17 @@ class PyMySQL(MySQL):
         told = connection.server_status & SERVER_STATUS.SERVER_STATUS_AUTOCOMMIT != 0
         return told is not sent.told_at_first and not sent.level_changed and sent.phase is USED
 
-    @staticmethod
-    def on_stock_checkout(connection: Any, *_: object) -> None:
-        """Note that a connection of another pool than ours is its user's from now on."""
-        if isinstance(connection, Connection):
-            connection.sent.taken(connection)
-
-    def on_stock_reset(self, connection: Any, _: ConnectionPoolEntry, state: PoolResetState) -> None:
-        """Reset a connection that comes back to another pool than ours."""
-        if state.terminate_only or not isinstance(connection, Connection) or not connection.open:
-            return
-        if self._is_to_be_reset(connection):
-            connection.sent.phase = ASIDE
-            self._clean(connection, self._reset)
-        elif connection.settled:
-            connection.forget_answer()
-
-    def around_reset_isolation_level(self, inner: Callable[[Any], None]) -> Callable[[Any], None]:
-        self._take_level_back = inner
-
-        def reset_isolation_level(dbapi_conn: Any) -> None:
-            # SQLAlchemy takes an isolation level back in the middle of the return, where a kill costs the slot.
-            if self.cleans and isinstance(dbapi_conn, Connection):
-                dbapi_conn.sent.level_changed = True
-            else:
-                inner(dbapi_conn)
-
-        return reset_isolation_level
-
-    def _reset_level(self, connection: Any) -> None:
-        connection.rollback()
-        self._take_level_back(connection)
-        connection.sent.level_changed = False
-        if connection.told_autocommit is not connection.sent.told_at_first:
-            self._reset(connection)
-
-    def _clean(self, connection: Connection, how: Callable[[Connection], None]) -> None:
-        before = connection.read_within_at_most(CLEANING_S)
-        how(connection)
-        connection.read_within(before)
-        if not connection.open:  # an unread stream, say
-            raise ConnectionAbortedError("the connection was given up while it was cleaned")
-        connection.sent.returned()
-
-    def _reset(self, connection: Connection) -> None:
+    def reset(self, connection: Any) -> None:
         if connection.unread:  # is not read to its end, unless the rest has come and is little
             connection.rollback()
         if connection.open:
             session_state.reset(connection)
             connection.used = False
+
+    def reset_level(self, connection: Any) -> None:
+        super().reset_level(connection)
+        if connection.told_autocommit is not connection.sent.told_at_first:
+            self.reset(connection)
 
 
 def _read_later_results(driver: Connection, *_: object) -> None:
