@@ -13,6 +13,14 @@ from dbsession.green import hub
 _TIMERS = 4  # lengths of time that are kept: a read's, a write's, a cleaning's, and one that a scope has set
 
 
+class TooLate(TimeoutError):
+    """A wait of ours has taken too long. A TimeoutError that is none may be anybody's, thrown in as
+    `gevent.Timeout(1, TimeoutError)` does."""
+
+    def __init__(self, text: str = "timed out") -> None:
+        super().__init__(text)
+
+
 class KeepsTimers:
     """Before a driver's class among the bases of our connections: bounds its waits. Lives as the connection does.
 
@@ -24,7 +32,7 @@ class KeepsTimers:
     _timer_loop: Any = None
 
     def _in_time(self, seconds: float | None, operation: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what `operation(*arguments)`, which waits in this thread's hub, does. Raises TimeoutError after
+        """Return what `operation(*arguments)`, which waits in this thread's hub, does. Raises TooLate after
         `seconds`."""
         here: Any = hub.here()
         if seconds is None or here is None:  # without a hub it cannot wait; a last COM_QUIT is sent all the same
@@ -40,7 +48,7 @@ class KeepsTimers:
         try:
             # In here, as a signal's handler may raise: it repeats until somebody stops it.
             # again(): started once more, a stopped timer would run for what was left of its time
-            timer.again(gevent.getcurrent().throw, TimeoutError, "timed out", update=True)
+            timer.again(gevent.getcurrent().throw, TooLate, update=True)
             return operation(*arguments)
         finally:
             timer.stop()

@@ -83,6 +83,10 @@ class Named:
         super().__init__(connection, *args, **kwargs)  # type: ignore[call-arg]  # psycopg's
         connection.streams.add(self)
 
+    def __del__(self, *_: Any) -> None:
+        # psycopg's warns of one that was not closed; the end of the transaction closes these.
+        pass
+
     def _fetch_gen(self, *args: Any) -> Any:
         connection = self._conn
         try:

@@ -12,6 +12,7 @@ from dbsession.core.pool.stats import Stats
 from dbsession.green import hub
 from dbsession.green.abandoned import EndsAbandoned
 from dbsession.green.postgresql.connection import Connection, drive
+from dbsession.green.timers import TooLate
 
 
 class GreenCanceller(Cancels, EndsAbandoned):
@@ -61,7 +62,7 @@ class GreenCanceller(Cancels, EndsAbandoned):
 
 def _in_thread(cancel: Any) -> None:
     """Call what blocks in a thread of ours, and wait for it as long as it may take. Raises what it raises,
-    TimeoutError."""
+    TooLate."""
     waiter, failed = hub.Waiter(), []
 
     def work() -> None:
@@ -74,6 +75,6 @@ def _in_thread(cancel: Any) -> None:
 
     hub.run_in_thread(work)
     if not waiter.wait(TIMEOUT_S):
-        raise TimeoutError("timed out")
+        raise TooLate
     if failed:
         raise failed[0]

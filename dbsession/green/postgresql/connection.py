@@ -24,7 +24,7 @@ from dbsession.core.backends.psycopg import ACTIVE, Known
 from dbsession.core.backends.psycopg_cursors import Named, RidesAlong
 from dbsession.errors import describe
 from dbsession.green import hub
-from dbsession.green.timers import KeepsTimers
+from dbsession.green.timers import KeepsTimers, TooLate
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")
 
@@ -82,7 +82,7 @@ class Connection(Known, KeepsTimers, psycopg.Connection[Any]):
             try:
                 connection: Connection = drive(cls._connect_gen(make_conninfo("", **attempt)), by)
                 break
-            except TimeoutError:
+            except TooLate:
                 error: Exception = errors.ConnectionTimeout(
                     f"no connection within {seconds:g} s, the handshake included"
                 )
@@ -135,9 +135,7 @@ class Connection(Known, KeepsTimers, psycopg.Connection[Any]):
                 return _await_in_thread(self.pgconn.socket, wanted, seconds)
             with closing(here.loop.io(self.pgconn.socket, int(wanted))) as watcher:
                 self._in_time(None if seconds is None else max(seconds, 0.001), here.wait, watcher)
-        except TimeoutError as error:
-            if str(error) != "timed out":
-                raise  # somebody else's
+        except TooLate:
             if until is not None:
                 raise errors._WaitTimeout("wait timeout expired") from None
             raise errors.OperationalError(
@@ -176,14 +174,14 @@ class Connection(Known, KeepsTimers, psycopg.Connection[Any]):
 
 def drive(gen: Any, until: float) -> Any:
     """Drive a generator of psycopg's that opens a connection or asks for a cancellation, until that time of the clock
-    monotonic(). Switches. Raises TimeoutError."""
+    monotonic(). Switches. Raises TooLate."""
     with closing(gen):
         try:
             descriptor, wanted = next(gen)
             while True:
                 seconds = until - monotonic()
                 if seconds <= 0:
-                    raise TimeoutError("timed out")
+                    raise TooLate
                 descriptor, wanted = gen.send(_await_once(descriptor, wanted, seconds))
         except StopIteration as end:
             return end.value
@@ -197,17 +195,17 @@ def _await_once(descriptor: int, wanted: Wait, seconds: float) -> Ready:
         waiter = hub.Waiter()
         watcher.start(waiter.wake)
         if not waiter.wait(seconds):
-            raise TimeoutError("timed out")
+            raise TooLate
     return _READY.get(wanted) or _await_in_thread(descriptor, wanted, 0.0)
 
 
 def _await_in_thread(descriptor: int, wanted: Wait, seconds: float | None) -> Ready:
-    """Wait in this thread, whatever is patched. Raises TimeoutError."""
+    """Wait in this thread, whatever is patched. Raises TooLate."""
     look = _poll()
     look.register(descriptor, _POLLED[wanted])
     found = look.poll(None if seconds is None else max(seconds, 0.0) * 1000)
     if not found:
-        raise TimeoutError("timed out")
+        raise TooLate
     events = found[0][1]
     if not events & (select.POLLIN | select.POLLOUT):
         return Ready.R if wanted == Wait.R else Ready.W  # an error, which libpq finds
