@@ -34,7 +34,7 @@ from sqlalchemy import text
 
 from support.admin import ServerAdmin
 from support.processes import run_script
-from support.proxy import Proxy
+from support.proxy import Proxy, ProxyControl
 from support.steering import steering
 from support.victim import KILLS, VARIANTS, Bare, Managed, Told, Variant, WrongRow, work
 from support.waiting import wait_until
@@ -42,6 +42,7 @@ from support.waiting import wait_until
 LOST = "places of the pool lost"
 
 RECV_MAX = 24
+PASSED_MAX = 7
 SEND_MAX = 65536
 MISSES = 3  # in a row, and the sweep is over: connecting does not always switch as often
 ENDED_WITHIN_S = 15.0  # what is promised is one second; the machine may be busy
@@ -64,9 +65,11 @@ def run_sweep(server: Any, url: str, variant: str, kill: str, *, bare: bool = Fa
         control = stack.enter_context(steering(server))
         if not url.startswith("mysql"):
             proxy = stack.enter_context(Proxy(server.port))
-            proxy.dribble(RECV_MAX, "to_client")
             url = url.replace(f":{server.port}/", f":{proxy.port}/")
-        done = run_script("patched", source, url, control, variant, kill, int(bare), timeout=timeout)
+            proxy_control = proxy.control_port
+        else:
+            proxy_control = 0
+        done = run_script("patched", source, url, control, proxy_control, variant, kill, int(bare), timeout=timeout)
     report = Report(**json.loads(done.stdout))
     if done.stderr and not report.faults:  # a socket left to the garbage collector, an error in a greenlet of ours
         report.faults.append({"what": "it wrote to stderr", "detail": done.stderr})
@@ -76,7 +79,9 @@ def run_sweep(server: Any, url: str, variant: str, kill: str, *, bare: bool = Fa
 class Sweep:
     """One variant and one kind of kill. Lives as long as its process."""
 
-    def __init__(self, url: str, control_port: int, variant: Variant, kill: str, bare: bool) -> None:
+    def __init__(
+        self, url: str, control_port: int, proxy_control_port: int, variant: Variant, kill: str, bare: bool
+    ) -> None:
         self._make_world = lambda: (Bare if bare else Managed)(url, variant)
         self._bare, self._variant, self._make_kill = bare, variant, KILLS[kill]
         self._hub = gevent.get_hub()
@@ -85,10 +90,10 @@ class Sweep:
         self._logged: list[str] = []
         self.report = Report()
         self._admin = ServerAdmin(url, control_port)
-        self._by_proxy = not url.startswith("mysql")
+        self._proxy = ProxyControl(proxy_control_port) if proxy_control_port else None
 
     def run(self) -> None:
-        if not self._by_proxy:
+        if self._proxy is None:
             self._slow_down_the_victim()
         self._listen_to_warnings()
         gc.disable()  # what is left behind must not be found by the collector
@@ -152,12 +157,16 @@ class Sweep:
         if holders:
             wait_until(lambda: all(engine.pool.checkedout() == len(holders) for engine in world.engines), 20)
             gevent.spawn_later(0.005, enough.set)  # the victim waits by then
+        if self._proxy is not None:
+            self._proxy.dribble(PASSED_MAX, "to_client")
         self._victim = victim = gevent.spawn(run)
         greenlet.settrace(trace)
         started = time.monotonic()
         victim.join(ENDED_WITHIN_S)
         greenlet.settrace(None)
         ended_s = time.monotonic() - started
+        if self._proxy is not None:
+            self._proxy.resume()
         gevent.joinall(holders, 20, raise_error=True)
         if victim.dead and switches < k:
             if told.error is not None:
@@ -273,7 +282,7 @@ class Sweep:
 
 
 def main() -> None:
-    url, control_port, variant, kill, bare = sys.argv[1:]
-    sweep = Sweep(url, int(control_port), VARIANTS[variant], kill, bare == "1")
+    url, control_port, proxy_control_port, variant, kill, bare = sys.argv[1:]
+    sweep = Sweep(url, int(control_port), int(proxy_control_port), VARIANTS[variant], kill, bare == "1")
     sweep.run()
     print(json.dumps(asdict(sweep.report)))
