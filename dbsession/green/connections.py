@@ -90,4 +90,10 @@ def _backend_of(config: DatabaseConfig, stats: Stats) -> Backend:
         except ImportError:  # an extra that is missing: create_engine says so
             return kind(config)
         return Psycopg(config, stats)
+    if kind is PostgreSQL and driver == "psycopg2":
+        try:
+            from dbsession.green.postgresql.psycopg2_backend import Psycopg2
+        except ImportError:
+            return kind(config)
+        return Psycopg2(config, stats)
     return kind(config)
