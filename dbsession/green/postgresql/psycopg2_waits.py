@@ -24,7 +24,7 @@ from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE
 
 from dbsession.core.connection_info import HUNG_UP
 from dbsession.green import hub
-from dbsession.green.timers import KeepsTimers
+from dbsession.green.timers import KeepsTimers, TooLate
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")
 
@@ -55,11 +55,11 @@ def _wait(connection: Any) -> None:
 
 
 def await_in_thread(descriptor: int, wanted: int, seconds: float | None) -> None:
-    """Wait in this thread, whatever is patched. Raises TimeoutError."""
+    """Wait in this thread, whatever is patched. Raises TooLate."""
     look = _poll()
     look.register(descriptor, _POLLED[wanted])
     if not look.poll(None if seconds is None else max(seconds, 0.0) * 1000):
-        raise TimeoutError("timed out")
+        raise TooLate
 
 
 class Waits(KeepsTimers, extensions.connection):
@@ -116,9 +116,7 @@ class Waits(KeepsTimers, extensions.connection):
                     self._in_time(seconds, here.wait, watcher)
                 finally:
                     watcher.close()
-        except TimeoutError as error:
-            if str(error) != "timed out":
-                raise  # somebody else's
+        except TooLate:
             if self._connect_by is not None:
                 raise
             raise psycopg2.OperationalError(
@@ -177,9 +175,7 @@ def open_within(factory: Callable[[str, float], Any], seconds: float, arguments:
         bound = {"connect_timeout": max(2, math.ceil(by - monotonic()))} if blocks else {}  # libpq's, whole seconds
         try:
             return factory(extensions.make_dsn(**{**attempt, **bound}), by)
-        except TimeoutError as error:
-            if str(error) != "timed out":
-                raise
+        except TooLate:
             text = f"no connection within {seconds:g} s, the handshake included"
             failed.append((attempt.get("hostaddr", ""), psycopg2.OperationalError(text)))
         except psycopg2.Error as error:
