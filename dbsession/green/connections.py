@@ -92,8 +92,10 @@ def _backend_of(config: DatabaseConfig, stats: Stats) -> Backend:
         return Psycopg(config, stats)
     if kind is PostgreSQL and driver == "psycopg2":
         try:
-            from dbsession.green.postgresql.psycopg2_backend import Psycopg2
+            import psycopg2  # noqa: F401
         except ImportError:
             return kind(config)
+        from dbsession.green.postgresql.psycopg2_backend import Psycopg2
+
         return Psycopg2(config, stats)
     return kind(config)
