@@ -73,7 +73,7 @@ def _where(key: str, here: str, places: Mapping[str, Collection[str]]) -> str:
     """Say where a key belongs that is right in another place."""
     if f"{key}_s" in TIMEOUTS:
         other = "" if here == "connect_args" else "; elsewhere it belongs into `connect_args` in `options`"
-        return f" On MySQL and MariaDB its key is `{key}_s`, beside `url`{other}."
+        return f" On MySQL, MariaDB and PostgreSQL its key is `{key}_s`, beside `url`{other}."
     if key in ("bind", "binds"):
         return ""
     if key in _IN_THE_URL and here != "connect_args":

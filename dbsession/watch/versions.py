@@ -10,7 +10,10 @@ from typing import Any
 import dbsession
 from dbsession.errors import DISTRIBUTION
 
-_SHOWN = "SQLAlchemy", "gevent", "greenlet", "PyMySQL", "asyncmy", "aiomysql", "aiosqlite", "gunicorn", "Flask"
+_SHOWN = (
+    *("SQLAlchemy", "gevent", "greenlet", "PyMySQL", "asyncmy", "aiomysql", "aiosqlite"),
+    *("psycopg", "psycopg2", "psycopg2-binary", "asyncpg", "gunicorn", "Flask"),
+)
 
 
 class Version(argparse.Action):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from dbsession.watch import cli
-from dbsession.watch.check.findings import LEVELS
+from dbsession.watch.check.finding import LEVELS
 from support.processes import script_env
 from support.snapshots import Served, database, worker
 
