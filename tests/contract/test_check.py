@@ -280,7 +280,8 @@ def test_check_tells_what_postgresql_says_and_that_a_pooler_stands_between(postg
     assert " ".join(direct) == (
         "host port account tls time_zone utc_offset_s isolation max_connections database started_at "
         "superuser_reserved_connections reserved_connections role_limit database_limit client_backends "
-        "statement_timeout_s idle_in_transaction_session_timeout_s idle_session_timeout_s standby read_only sslmode "
+        "statement_timeout_s idle_in_transaction_session_timeout_s idle_session_timeout_s "
+        "client_connection_check_interval_s standby read_only sslmode "
         "pooler"
     )
     with postgresql.root() as cursor:
@@ -346,6 +347,6 @@ def test_check_sees_what_is_set_for_the_database_of_postgresql(postgresql, postg
     assert found["databases"]["default"]["server"]["read_only"] == "database"
     assert findings[("default", "writable")]["level"] == "warning"
     assert findings[("reader", "writable")]["found"] == "read-only by this configuration"
-    assert findings[("default", "statement_timeout")]["found"] == "statement_timeout 90 s"
+    assert findings[("default", "statement_timeout")]["found"].startswith("statement_timeout 90 s, ")
     assert findings[("default", "pool_recycle")]["change"].startswith("Set pool_recycle below 540")
     assert "of the CONNECTION LIMIT 39 of the database" in findings[("default+reader", "database_budget")]["found"]

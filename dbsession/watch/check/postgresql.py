@@ -25,7 +25,8 @@ class PostgreSQLFacts(ServerFacts):
         superuser_reserved_connections: kept for superusers; `reserved_connections` (16) for a role of their own.
         role_limit: the CONNECTION LIMIT of the account; None: none. `database_limit` is the database's.
         client_backends: the connections of everybody at the moment, with the one that asked.
-        statement_timeout_s: 0 for none, as the other two have it.
+        statement_timeout_s: 0 for none, as the other three have it.
+        client_connection_check_interval_s: how often a statement's client is looked for; from 14 on.
         standby: whether it is in recovery, and so takes no writes.
         read_only: where `default_transaction_read_only` was set; None: nowhere.
         sslmode: the driver's; None: not known.
@@ -42,6 +43,7 @@ class PostgreSQLFacts(ServerFacts):
     statement_timeout_s: float
     idle_in_transaction_session_timeout_s: float
     idle_session_timeout_s: float
+    client_connection_check_interval_s: float
     standby: bool
     read_only: str | None
     sslmode: str | None
@@ -76,10 +78,13 @@ class PostgreSQLFacts(ServerFacts):
         return tuple(found)
 
 
+_TIMES = (
+    *("statement_timeout", "idle_in_transaction_session_timeout"),
+    *("idle_session_timeout", "client_connection_check_interval"),
+)
 _SETTINGS = (
     *("port", "TimeZone", "max_connections", "superuser_reserved_connections", "reserved_connections"),
-    *("statement_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout"),
-    "default_transaction_read_only",
+    *("default_transaction_read_only", *_TIMES),
 )
 # Superusers have no limits. Whose rows of pg_stat_activity one may not read, of those one sees pid and database.
 _SERVER = """
@@ -113,6 +118,7 @@ def _ask(connection: Connection) -> dict[str, Any]:
     for key in ("role_limit", "database_limit"):
         most = found[key]
         found[key] = None if is_superuser or most is None or most < 0 else most
+    found |= {f"{name}_s": int(values.get(name, 0)) / 1000 for name in _TIMES}  # the last two from 14 on
     server = PostgreSQLFacts(
         **found,
         port=int(values["port"]),
@@ -121,9 +127,6 @@ def _ask(connection: Connection) -> dict[str, Any]:
         max_connections=int(values["max_connections"]),
         superuser_reserved_connections=int(values["superuser_reserved_connections"]),
         reserved_connections=int(values.get("reserved_connections", 0)),  # from 16 on
-        statement_timeout_s=int(values["statement_timeout"]) / 1000,
-        idle_in_transaction_session_timeout_s=int(values["idle_in_transaction_session_timeout"]) / 1000,
-        idle_session_timeout_s=int(values.get("idle_session_timeout", 0)) / 1000,  # from 14 on
         read_only=sources["default_transaction_read_only"] if values["default_transaction_read_only"] == "on" else None,
         sslmode=sslmode,
         pooler=pooler,
@@ -210,24 +213,25 @@ def _of_writes(name: tuple[str, ...], server: PostgreSQLFacts) -> Finding:
 
 
 def _of_timeouts(name: tuple[str, ...], server: PostgreSQLFacts) -> Iterator[Finding]:
-    for check, setting, value_s, advice in (
-        (
-            "statement_timeout",
-            "statement_timeout",
-            server.statement_timeout_s,
-            "A statement whose worker was killed runs on: ALTER ROLE ... SET it, above your longest statement.",
-        ),
-        (
-            "idle_in_transaction",
-            "idle_in_transaction_session_timeout",
-            server.idle_in_transaction_session_timeout_s,
-            "A transaction that was forgotten keeps its row locks: ALTER ROLE ... SET it, above your longest pause.",
-        ),
-    ):
-        if value_s:
-            yield Finding("ok", check, name, f"{setting} {value_s:g} s")
-        else:
-            yield Finding("info", check, name, f"{setting} 0: no limit", advice)
+    timeout_s, looks_s = server.statement_timeout_s, server.client_connection_check_interval_s
+    found = f"statement_timeout {timeout_s:g} s, client_connection_check_interval {looks_s:g} s"
+    if timeout_s or looks_s:
+        yield Finding("ok", "statement_timeout", name, found)
+    else:
+        advice = (
+            "A statement whose worker was killed runs on, and keeps its locks: ALTER ROLE ... SET "
+            "client_connection_check_interval = '10s' (PostgreSQL 14), or statement_timeout above your longest."
+        )
+        yield Finding("info", "statement_timeout", name, f"{found}: no limit", advice)
+    idle_s = server.idle_in_transaction_session_timeout_s
+    found = f"idle_in_transaction_session_timeout {idle_s:g} s"
+    if idle_s:
+        yield Finding("ok", "idle_in_transaction", name, found)
+    else:
+        advice = (
+            "A transaction that was forgotten keeps its locks: ALTER ROLE ... SET it, above your longest pause in one."
+        )
+        yield Finding("info", "idle_in_transaction", name, f"{found}: no limit", advice)
 
 
 # What the SQLSTATE means to whoever deploys.
