@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextvars import Context, ContextVar
+from contextvars import ContextVar
 from typing import Any
 
 from sqlalchemy.util import greenlet_spawn
 
-from dbsession.aio import teardown
+from dbsession.aio.abandoned import EndsAbandoned
 from dbsession.aio.mysql.connection import Wire
 from dbsession.aio.mysql.opening import at
 from dbsession.core.backends.base import Verdict
@@ -31,13 +31,16 @@ THREAD = "dbsession.thread"
 """In a connection's `info`: its Thread at the server."""
 
 
-class LoopKiller(Killer):
-    """Ends abandoned statements of one engine. Lives as long as the engine. Everything is written in the loop's own
-    thread, and nothing awaits between reading and writing."""
+class LoopKiller(Killer, EndsAbandoned):
+    """Ends abandoned statements of one engine. Lives as `EndsAbandoned` says."""
+
+    bound_s = TIMEOUT_S
+    again_s = AGAIN_S
 
     def __init__(self, name: str, stats: Stats) -> None:
-        super().__init__(name, stats)
-        self._working = False
+        Killer.__init__(self, name, stats)
+        EndsAbandoned.__init__(self)
+        self._pool: Any = None
 
     def opened(self, connection: Any, wire: Wire, info: dict[Any, Any]) -> None:
         """Note how the server sees a connection just opened: a round trip, unless it is known. Awaits then."""
@@ -66,36 +69,19 @@ class LoopKiller(Killer):
         """Have the statement of the connection with this `info`, of the `pool`, ended. Does not wait."""
         thread = info.get(THREAD)
         if thread is not None and self.abandon(thread):  # else an `async_creator` has opened it, nobody knows how
-            self._begin(pool)
+            self._pool = pool
+            self.begin()
 
-    def _begin(self, pool: Any) -> None:
-        if self.abandoned and not self._working:
-            self._working = True
-            teardown.run_aside(self._work(pool), TIMEOUT_S).add_done_callback(self._worked)
-
-    def _worked(self, _: object) -> None:
-        self._working = False  # or it was cancelled before its first step
-
-    async def _work(self, pool: Any) -> None:
+    async def end(self, thread: Thread) -> None:
         task: Any = asyncio.current_task()
-        while self.abandoned:
-            thread = self.abandoned.popleft()
-            try:
-                async with asyncio.timeout(TIMEOUT_S):
-                    try:
-                        await self._kill(pool, thread)
-                    except asyncio.CancelledError:
-                        if task.cancelling():
-                            raise
-                        # Not this task, but one that the driver has made to connect: asyncio.run() cancels all there
-                        # are at its end, once.
-                        await self._kill(pool, thread)
-            except Exception as error:
-                if self.tries_again(error, thread):  # by a timer: the loop's end would wait for a task
-                    loop = asyncio.get_running_loop()
-                    loop.call_later(AGAIN_S, self._begin, pool, context=Context())
-                    return
-                self.failed(error, thread)
+        try:
+            await self._kill(self._pool, thread)
+        except asyncio.CancelledError:
+            if task.cancelling():
+                raise
+            # Not this task, but one that the driver has made to connect: asyncio.run() cancels all there are at its
+            # end, once.
+            await self._kill(self._pool, thread)
 
     async def _kill(self, pool: Any, thread: Thread) -> None:
         side = await self._open(pool, thread)
