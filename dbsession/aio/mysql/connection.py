@@ -6,12 +6,12 @@ import asyncio
 import select
 import weakref
 from collections.abc import Callable
-from contextvars import Context
 from time import monotonic
 from typing import Any
 
 from sqlalchemy.engine import Connection
 
+from dbsession.aio.timer import AnswerTimer
 from dbsession.core.backends.mysql_sent import Sent
 from dbsession.core.connection_info import HUNG_UP
 from dbsession.errors import UsedByTwo, describe, driver_number
@@ -22,29 +22,18 @@ _OUT_OF_SYNC = 2014
 # one that was reset, which aiomysql passes on as it is.
 _RESET = 2013, "Lost connection to MySQL server: it was reset"
 
-_NEVER = float("inf")
 NOT_KNOWN = -1
 
 
-class Wire:
-    """An open connection of a driver, and until when an answer has to come. Lives as long as it. Written in the loop's
-    own thread, and nothing awaits between reading and writing.
-
-    Its timer outlives the answers that it is set for, and looks when it is time what is expected by then: making one
-    for each statement would take as long as the rest of what we do with a statement.
-    """
+class Wire(AnswerTimer):
+    """An open connection of a driver, and until when an answer has to come. Lives as `AnswerTimer` says."""
 
     __slots__ = (
         "_asked",
-        "_context",
         "_driver",
-        "_due",
         "_heard",
         "_hung_up",
-        "_looks",
-        "_loop",
         "_readable",
-        "_timer",
         "asking",
         "committer",
         "ended_at",
@@ -60,15 +49,11 @@ class Wire:
     )
 
     def __init__(self, driver: Any, module: Any) -> None:
+        super().__init__()
         self.module = module
         """The DBAPI module, for its errors."""
         self._driver = weakref.ref(driver)
-        self._loop = asyncio.get_running_loop()
-        self._context = Context()  # empty: the timer would keep that of the request in which it was started
-        self._due: float | None = None
         self._asked = self._heard = float("-inf")  # when something was asked; the same of the last that was answered
-        self._timer: asyncio.TimerHandle | None = None
-        self._looks = _NEVER  # when it does
         self._readable: Any = None
         self._hung_up: Any = None
         self.transport: asyncio.WriteTransport = transport_of(driver)
@@ -99,26 +84,8 @@ class Wire:
         return self.unread is not None
 
     def expect(self, seconds: float) -> float | None:
-        """Close the connection if, until `done()`, the answer is not there in so many seconds. Returns until when what
-        this is a part of is expected."""
-        self._asked = now = monotonic()
-        earlier, due = self._due, now + seconds
-        if earlier is not None and earlier < due:
-            due = earlier
-        self._due = due
-        if self._looks > due:
-            self._look_at(due, now)
-        return earlier
-
-    def _look_at(self, due: float, now: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._looks = due
-        self._timer = self._loop.call_later(due - now, self._look, context=self._context)
-
-    def done(self) -> None:
-        """Expect nothing any more."""
-        self._due = None
+        self._asked = monotonic()
+        return super().expect(seconds)
 
     def within(
         self, seconds: float, ask: Callable[..., Any], *arguments: Any, answers: bool = False, ends: bool = False
@@ -212,16 +179,12 @@ class Wire:
         look.register(socket.fileno(), events)
         return look
 
-    def _look(self) -> None:
-        self._timer, self._looks = None, _NEVER
-        driver = self._driver()
-        if self._due is None or driver is None:
-            return
-        if (now := monotonic()) < self._due:
-            self._look_at(self._due, now)
-        else:
-            self.late = True
-            self.give_up("no answer came in time on its connection")
+    def is_of_use(self) -> bool:
+        return self._driver() is not None
+
+    def too_late(self) -> None:
+        self.late = True
+        self.give_up("no answer came in time on its connection")
 
     def cut_stream(self, why: str) -> None:
         """Note that nobody gets the rest of the server-side cursor under way, if there is one."""
