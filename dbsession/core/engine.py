@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import Pool, QueuePool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool
 
 from dbsession.core import backends
 from dbsession.core.backends.base import Backend
@@ -201,6 +201,8 @@ def _defaults(backend: Backend, options: dict[str, Any], stock_pool: type[Any], 
     poolclass = options.get("poolclass")
     if poolclass is None:
         dialect: Any = config.url.get_dialect()
+        if stock_pool is AsyncAdaptedQueuePool:
+            dialect = dialect.get_async_dialect_cls(config.url)  # psycopg has two under one name
         poolclass = dialect.get_pool_class(config.url)
         if poolclass is stock_pool:
             poolclass = defaults["poolclass"] = fair_pool
