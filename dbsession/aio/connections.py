@@ -23,13 +23,15 @@ from dbsession.aio.holders import HeldByTasks, leak_watches, watch_leaks
 from dbsession.aio.mysql.backend import AsyncMySQL
 from dbsession.aio.pool import FairPool
 from dbsession.aio.sqlite import AioSQLite
-from dbsession.core.backends import kind_of
+from dbsession.core.backends import driver_of, kind_of
 from dbsession.core.backends.base import Backend
 from dbsession.core.backends.mysql import MySQL
+from dbsession.core.backends.postgresql import PostgreSQL
 from dbsession.core.backends.sqlite import SQLite
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.interceptors import EngineConnections, install
 from dbsession.core.pool.leaks import LeakWatch
+from dbsession.core.pool.stats import Stats
 from dbsession.core.teardown import kill_of
 
 
@@ -88,20 +90,16 @@ class LoopConnections(EngineConnections):
 
     def __init__(self, config: DatabaseConfig) -> None:
         held = HeldByTasks(config.name, config.backend)
-        kind = kind_of(config.url)
-        backend: Backend
-        if kind is MySQL:
-            backend = AsyncMySQL(config, held.stats)
-        else:
-            backend = AioSQLite(config) if kind is SQLite else kind(config)
-        super().__init__(backend, held)
+        super().__init__(_backend_of(config, held.stats), held)
+        # Takes back what the user of a connection has set; False: it has to be closed instead.
+        self._clean: Callable[[Any], bool] | None = getattr(self.backend, "clean", None)
         self._leaks = LeakWatch(config, held, leak_watches)  # for its life only
         self._records: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def follow(self, engine: Engine) -> None:
         """Follow a new engine, and its pool."""
         self.install(engine, FairPool)
-        if self.backend.config.url.get_driver_name() not in AsyncMySQL.DRIVER_KEYS:
+        if self._clean is None:
             install(engine, (EndsOfSteps(self.backend),))
 
     def on_connect(self, connection: Any, record: Any) -> None:
@@ -113,10 +111,9 @@ class LoopConnections(EngineConnections):
     def on_checkin(self, connection: Any, record: Any) -> None:
         """Take back what its user has set on a connection that comes back."""
         super().on_checkin(connection, record)
-        backend = self.backend
-        if isinstance(backend, AsyncMySQL) and record.dbapi_connection is not None:
+        if self._clean is not None and record.dbapi_connection is not None:
             try:
-                clean = backend.clean(connection)
+                clean = self._clean(connection)
             except BaseException as error:
                 _give_up(record, error)
             else:
@@ -163,3 +160,18 @@ def _give_up(record: Any, error: BaseException) -> None:
     if kill is not None:
         record.checkin(_fairy_was_created=False)
         raise kill from None
+
+
+def _backend_of(config: DatabaseConfig, stats: Stats) -> Backend:
+    kind = kind_of(config.url)
+    if kind is MySQL:
+        return AsyncMySQL(config, stats)
+    if kind is SQLite:
+        return AioSQLite(config)
+    if kind is PostgreSQL and driver_of(config.url) == "psycopg":
+        try:
+            from dbsession.aio.postgresql.psycopg import AsyncPsycopg
+        except ImportError:  # an extra that is missing: create_async_engine says so
+            return kind(config)
+        return AsyncPsycopg(config, stats)
+    return kind(config)

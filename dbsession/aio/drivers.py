@@ -22,11 +22,12 @@ def twin(config: DatabaseConfig) -> DatabaseConfig:
         ConfigError: [DBS-CONFIG] there is none, or an option has no asyncio counterpart.
     """
     own = driver_of(config, "'mysql+asyncmy://', 'sqlite+aiosqlite:///', 'postgresql+asyncpg://'")
-    driver = backends.kind_of(config.url).ASYNC_DRIVERS.get(own)
+    kind = backends.kind_of(config.url)
+    driver = kind.ASYNC_DRIVERS.get(own)
     refuse_useless_keys(config, own, driver or own)  # those of the other half's driver, too: an entry may serve both
-    if config.reset != "rollback":
+    if config.reset != "rollback" and "reset" not in kind.keys(driver or own):
         raise ConfigError(
-            f"Database {config.name!r}: `reset` is {config.reset!r}, which dbsession.aio does not have. Give "
+            f"Database {config.name!r}: `reset` is {config.reset!r}, which dbsession.aio does not have here. Give "
             "aio.configure() an entry without it."
         )
     if "creator" in config.options:
