@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from dbsession.core.backends.base import Verdict
+from dbsession.errors import RollbackRequired
 
 _REASONS: dict[str, tuple[Verdict, str]] = {
     # https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -24,6 +25,8 @@ FULL = "53300"
 """At connecting: too many connections, of the server, the database or the role."""
 CURSOR_GONE = "34000"
 """A named cursor that its transaction's end has closed."""
+
+CLOSED_BEFORE_COMMIT = "the server has closed the connection before COMMIT was sent: nothing was committed"
 
 _COMPLETION_UNKNOWN = "40003"
 
@@ -64,3 +67,12 @@ def is_full(error: BaseException) -> bool:
 def commit_may_have_happened(error: BaseException, is_disconnect: bool) -> bool:
     """Whether a COMMIT that ended with `error` may have been carried out all the same."""
     return is_disconnect or state(error) == _COMPLETION_UNKNOWN or classify(error) is Verdict.DISCONNECT
+
+
+def not_committed(database: str | None) -> RollbackRequired:
+    """Return the error of a COMMIT that the server has answered with ROLLBACK."""
+    return RollbackRequired(
+        f"Database {database!r}: the server has rolled the transaction back where it was to be committed, since a "
+        "statement of it had failed: nothing was committed. Roll back, to a savepoint at least, where an error is "
+        "caught."
+    )

@@ -19,16 +19,14 @@ from typing import Any, ClassVar
 from psycopg import errors, generators, pq
 
 from dbsession.core import fork
+from dbsession.core.backends.postgresql_errors import CLOSED_BEFORE_COMMIT, not_committed
 from dbsession.core.backends.postgresql_sent import Sent, kind_of
 from dbsession.core.connection_info import HUNG_UP, KnownConnection
 from dbsession.core.fork import KNOWN
-from dbsession.errors import RollbackRequired
 
 IDLE, ACTIVE = pq.TransactionStatus.IDLE, pq.TransactionStatus.ACTIVE
 OFF = pq.PipelineStatus.OFF
 _BAD = pq.ConnStatus.BAD
-
-CLOSED_BEFORE_COMMIT = "the server has closed the connection before COMMIT was sent: nothing was committed"
 
 
 class Known(KnownConnection):
@@ -216,11 +214,7 @@ class Known(KnownConnection):
         self._note_end()
         if result is not None and result.command_status == b"ROLLBACK":
             self.commit_sent = False
-            raise RollbackRequired(
-                f"Database {self.database!r}: the server has rolled the transaction back where it was to be committed, "
-                "since a statement of it had failed: nothing was committed. Roll back, to a savepoint at least, where "
-                "an error is caught."
-            )
+            raise not_committed(self.database)
 
     def _rollback_gen(self) -> Any:
         if self.settled:
