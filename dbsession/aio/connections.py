@@ -168,10 +168,16 @@ def _backend_of(config: DatabaseConfig, stats: Stats) -> Backend:
         return AsyncMySQL(config, stats)
     if kind is SQLite:
         return AioSQLite(config)
-    if kind is PostgreSQL and driver_of(config.url) == "psycopg":
-        try:
+    driver = driver_of(config.url) if kind is PostgreSQL else None
+    try:
+        if driver == "psycopg":
             from dbsession.aio.postgresql.psycopg import AsyncPsycopg
-        except ImportError:  # an extra that is missing: create_async_engine says so
-            return kind(config)
-        return AsyncPsycopg(config, stats)
+
+            return AsyncPsycopg(config, stats)
+        if driver == "asyncpg":
+            from dbsession.aio.postgresql.asyncpg import AsyncAsyncpg
+
+            return AsyncAsyncpg(config, stats)
+    except ImportError:  # an extra that is missing: create_async_engine says so
+        pass
     return kind(config)

@@ -26,9 +26,11 @@ class AnswerTimer:
         self._timer: asyncio.TimerHandle | None = None
         self._looks = _NEVER  # when it does
 
-    def expect(self, seconds: float) -> float | None:
-        """Call `too_late()` if, until `done()`, the answer is not there in so many seconds. Returns until when what
-        this is a part of is expected."""
+    def expect(self, seconds: float | None) -> float | None:
+        """Call `too_late()` if, until `done()`, the answer is not there in so many seconds; None: it may take as long
+        as it does. Returns until when what this is a part of is expected."""
+        if seconds is None:
+            return self._due
         now = monotonic()
         earlier, due = self._due, now + seconds
         if earlier is not None and earlier < due:

@@ -13,6 +13,7 @@ from support.aio_sweep import LOST, run_sweep
 from support.aio_victim import VARIANTS
 
 DRIVERS = ("asyncmy", "aiomysql")
+POSTGRESQL = ("psycopg", "asyncpg")
 
 # Both drivers, and the cancellation that comes when the answer is there.
 QUICK = {("small", "cancel", "aiomysql"), ("small", "late", "asyncmy"), ("level", "cancel", "asyncmy")}
@@ -35,6 +36,26 @@ def test_task_leaves_nothing_behind_when_cancelled_at_any_await(mariadb, mariadb
     back: a cancellation at COMMIT says so."""
     report = run_sweep(mariadb, mariadb_url.replace("pymysql", driver), variant, kind)
     assert report.cancelled > 10
+    assert not report.faults, shown(report.faults)
+
+
+# Of either driver one sweep of the quick ones.
+QUICK_POSTGRESQL = {("small", "cancel", "psycopg"), ("small", "late", "asyncpg")}
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind", "driver"),
+    [
+        pytest.param(*case, marks=() if case in QUICK_POSTGRESQL else pytest.mark.slow)
+        for case in product(VARIANTS, KINDS, POSTGRESQL)
+    ],
+)
+def test_task_leaves_nothing_behind_on_postgresql_when_cancelled_at_any_await(
+    postgresql, postgresql_url, variant, kind, driver
+):
+    """As above. A driver's answer comes in one piece or few, so there are fewer awaits."""
+    report = run_sweep(postgresql, postgresql_url.replace("psycopg", driver), variant, kind)
+    assert report.cancelled >= 5
     assert not report.faults, shown(report.faults)
 
 

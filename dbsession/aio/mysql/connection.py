@@ -83,7 +83,7 @@ class Wire(AnswerTimer):
         """Whether the rows of a server-side cursor have not all been sent yet."""
         return self.unread is not None
 
-    def expect(self, seconds: float) -> float | None:
+    def expect(self, seconds: float | None) -> float | None:
         self._asked = monotonic()
         return super().expect(seconds)
 

@@ -42,6 +42,7 @@ class Adapted(AsyncAdapt_psycopg_connection, KnownConnection):
     """A connection of ours as SQLAlchemy uses it. Lives as long as it."""
 
     _connection: Any  # a `Connection` of ours
+    can_be_reset = True
 
     def cursor(self, name: Any = None, /) -> Any:
         stream: Any = StreamCursor
@@ -55,7 +56,8 @@ class Adapted(AsyncAdapt_psycopg_connection, KnownConnection):
             super().commit()
 
     def rollback(self) -> None:
-        if not self._connection.settled:
+        driver = self._connection
+        if not (driver.settled or driver.gave_up):  # else the server does, which has lost it
             super().rollback()
 
     def close(self) -> None:
@@ -72,6 +74,11 @@ class Adapted(AsyncAdapt_psycopg_connection, KnownConnection):
     def settled(self) -> bool:
         """Whether it is known that no transaction is open."""
         return bool(self._connection.settled)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether its user has changed the session."""
+        return bool(self._connection.sent.changed or self._connection.is_listened_to)
 
     def reset(self) -> None:
         """Take back what the session has set. Waits."""

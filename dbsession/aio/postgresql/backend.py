@@ -64,10 +64,10 @@ class LoopPostgreSQL(PostgreSQL):
         sent: Sent = adapted.driver_connection.sent
         if not adapted.settled:
             return False
-        if not sent.changed and self.config.reset != "connection":
+        if not adapted.is_changed and self.config.reset != "connection":
             sent.phase = OPENING
             return True
-        if sent.settings is None or not in_greenlet():
+        if sent.settings is None or not adapted.can_be_reset or not in_greenlet():
             return False
         sent.phase = ASIDE
         before = adapted.read_within_at_most(CLEANING_S)

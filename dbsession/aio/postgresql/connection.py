@@ -19,7 +19,8 @@ from psycopg.waiting import Ready, Wait
 
 from dbsession.aio.timer import AnswerTimer
 from dbsession.core import fork
-from dbsession.core.backends.psycopg import ACTIVE, OFF, Known, Named, RidesAlong
+from dbsession.core.backends.psycopg import ACTIVE, OFF, Known
+from dbsession.core.backends.psycopg_cursors import Named, RidesAlong
 from dbsession.errors import describe
 
 _POLLED = {Wait.W: select.POLLOUT, Wait.RW: select.POLLIN | select.POLLOUT}

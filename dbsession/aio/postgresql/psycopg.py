@@ -47,4 +47,12 @@ class AsyncPsycopg(LoopPostgreSQL):
         connection.write_timeout_s = config.write_timeout_s
         if self._canceller is not None:
             connection.on_abandon = self._canceller.abandon
+        try:
+            if self.pooled is None:
+                self.pooled = await connection.wait(connection.is_pooled())
+            if self.pooled and "prepare_threshold" not in cparams:
+                connection.prepare_threshold = None  # a statement prepared in one session is not there in the next
+        except BaseException:
+            connection.end()
+            raise
         return connection
