@@ -9,7 +9,8 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.util.concurrency import in_greenlet
 
 from dbsession.core.backends.postgresql import PostgreSQL
-from dbsession.core.backends.postgresql_sent import ASIDE, OPENING, Sent
+from dbsession.core.backends.postgresql_sent import Sent
+from dbsession.core.connection_info import ASIDE, OPENING
 
 CLEANING_S = 5.0
 """Seconds that the server has for each answer while a returned connection is cleaned; then it is discarded."""

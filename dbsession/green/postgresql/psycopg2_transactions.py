@@ -15,7 +15,8 @@ from psycopg2.extensions import (
     TRANSACTION_STATUS_INERROR,
 )
 
-from dbsession.core.backends.postgresql_sent import OPENING, Sent
+from dbsession.core.backends.postgresql_sent import Sent
+from dbsession.core.connection_info import OPENING
 from dbsession.errors import RollbackRequired
 from dbsession.green.postgresql.psycopg2_waits import Waits
 
