@@ -7,83 +7,18 @@ import select
 import weakref
 from collections.abc import Callable, Coroutine
 from functools import partial
-from importlib import import_module
 from time import monotonic
 from typing import Any, NoReturn
 
-from sqlalchemy.dialects.postgresql.asyncpg import (
-    AsyncAdapt_asyncpg_connection,
-    AsyncAdapt_asyncpg_cursor,
-    AsyncAdapt_asyncpg_ss_cursor,
-)
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_connection
 from sqlalchemy.util import await_
 
+from dbsession.aio.postgresql.asyncpg_cursors import Cursor, StreamCursor, exceptions
 from dbsession.aio.postgresql.interruptible import interruptible
 from dbsession.aio.timer import AnswerTimer
 from dbsession.core.backends.postgresql_errors import CLOSED_BEFORE_COMMIT, not_committed
 from dbsession.core.connection_info import KnownConnection
-from dbsession.errors import ResultCut, UsedByTwo, describe
-
-exceptions: Any = import_module("asyncpg").exceptions  # which has no types
-
-
-class Cursor(AsyncAdapt_asyncpg_cursor):
-    """Bounds the wait for its rows. Lives as long as they are read."""
-
-    __slots__ = ()
-
-    _adapt_connection: Adapted
-
-    def execute(self, operation: Any, parameters: Any = None) -> None:
-        connection = self._adapt_connection
-        connection.driver_connection.note(operation)
-        connection.ask(self._prepare_and_execute(operation, parameters))  # type: ignore[no-untyped-call]
-
-    def executemany(self, operation: Any, seq_of_parameters: Any) -> Any:
-        connection = self._adapt_connection
-        connection.driver_connection.note(operation)
-        return connection.ask(self._executemany(operation, seq_of_parameters))  # type: ignore[no-untyped-call]
-
-
-class StreamCursor(AsyncAdapt_asyncpg_ss_cursor):
-    """A server-side cursor, each fetch of which is bounded. Lives until it is closed, at most as long as its
-    transaction."""
-
-    __slots__ = ()
-
-    _adapt_connection: Adapted
-
-    def execute(self, operation: Any, parameters: Any = None) -> None:
-        connection = self._adapt_connection
-        connection.driver_connection.note(operation)
-        connection.ask(self._prepare_and_execute(operation, parameters))  # type: ignore[no-untyped-call]
-        if self._cursor is not None:
-            connection.driver_connection.streams += 1
-            self._cursor = _Rows(self._cursor, connection)
-
-    def close(self) -> None:
-        if self._cursor is not None:
-            self._adapt_connection.driver_connection.streams -= 1
-        super().close()  # type: ignore[no-untyped-call]
-
-
-class _Rows:
-    """What SQLAlchemy fetches the rows of a server-side cursor from. Lives as long as the cursor."""
-
-    def __init__(self, cursor: Any, connection: Adapted) -> None:
-        self._cursor = cursor
-        self._connection = connection
-
-    async def fetch(self, size: int) -> Any:
-        connection = self._connection
-        if connection.gave_up:
-            raise ResultCut.because("its connection was given up in the middle of a statement")
-        try:
-            return await connection.within(self._cursor.fetch(size))
-        except (exceptions.InvalidCursorNameError, exceptions.NoActiveSQLTransactionError) as error:
-            raise ResultCut.because("its transaction was committed or rolled back") from error
-        except Exception as error:
-            connection._handle_exception(error)
+from dbsession.errors import UsedByTwo, describe
 
 
 class _Bound(AnswerTimer):
