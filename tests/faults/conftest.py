@@ -12,13 +12,14 @@ import pytest
 from dbsession import SessionManager
 from support.halves import HALVES
 from support.mariadb import MariaDBServer
+from support.postgresql import PostgreSQLServer
 from support.processes import run_script
 from support.steering import steering
 from support.waiting import wait_until
 
 
 @contextmanager
-def script_runner(server: MariaDBServer, own_url: str) -> Iterator[Callable[..., Any]]:
+def script_runner(server: MariaDBServer | PostgreSQLServer, own_url: str) -> Iterator[Callable[..., Any]]:
     with steering(server) as port:
 
         def run(source, *args, mode="patched", url=own_url, timeout=120.0):
@@ -29,24 +30,21 @@ def script_runner(server: MariaDBServer, own_url: str) -> Iterator[Callable[...,
 
 
 @pytest.fixture
-def with_server(mariadb, mariadb_url):
+def with_server(server, server_url):
     """Runs a script after `from support.server_prelude import *`; the server is as before when the test is over.
 
-    `with_server(source, *args, mode="patched", url=mariadb_url, timeout=120)`; `args` begin at sys.argv[3].
+    `with_server(source, *args, mode="patched", url=server_url, timeout=120)`; `args` begin at sys.argv[3].
     """
-    with script_runner(mariadb, mariadb_url) as run:
+    with script_runner(server, server_url) as run:
         yield run
 
 
-@pytest.fixture
-def with_resolving_server(mariadb):
-    """The same with a server of its own, which shows its clients by their host names: no skip_name_resolve."""
+@pytest.fixture(scope="module")
+def mariadb_resolving():
+    """A server for `support.servers.on` that shows its clients by their host names: no skip_name_resolve."""
     server = MariaDBServer("--skip-name-resolve=0")
-    try:
-        with script_runner(server, server.create_database("test")) as run:
-            yield run
-    finally:
-        server.close()
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 SETUP = """
     import contextlib
     configure()
-    request("CREATE TABLE t (id INT PRIMARY KEY, n INT)")
+    request("CREATE TABLE t (id INT PRIMARY KEY, n INT)", commit=True)
     request("INSERT INTO t VALUES (1, 0), (2, 0), (3, 0), (4, 0)", commit=True)
     code, how = int(sys.argv[3]), sys.argv[4]
 
@@ -72,7 +72,7 @@ SETUP = """
         try:
             fail()
         except exc.OperationalError as error:
-            assert number(error) == code, error
+            assert code(error) == code, error
             return
         raise AssertionError("no error")
 """

@@ -38,7 +38,7 @@ def test_requests_fail_at_once_when_others_hold_all_connections(mode, mariadb, w
                     assert error.args[0] == 1040, error
                     break
             errors = concurrently(failure) + [failure() for _ in range(20)]
-            assert [number(error) for error in errors] == [1040] * 40, errors
+            assert [code(error) for error in errors] == [1040] * 40, errors
             nothing_in_use()
         wait_until(lambda: not server.ids())
         assert concurrently(request, 5) == [1] * 5
@@ -64,7 +64,7 @@ def test_writes_go_on_when_the_server_was_read_only_for_a_while(with_server):
         before = server.ids()
         server.set_global("read_only", 1)
         for _ in range(2):
-            assert number(failure("INSERT INTO t VALUES (1)", commit=True)) == 1290
+            assert code(failure("INSERT INTO t VALUES (1)", commit=True)) == 1290
             nothing_in_use()
             assert request("SELECT COUNT(*) FROM t") == 0
         # The rest of the old pool's connections are closed as they are met.
@@ -117,7 +117,7 @@ def test_commits_are_stored_and_requests_end_when_the_server_crashes_under_load(
                 stored = set(session.scalars(text("SELECT n FROM t")))
             assert acknowledged <= stored, acknowledged - stored
         nothing_in_use()
-        assert {number(error) for error in failed} <= {2003, 2006, 2013, 1927, 1053}, failed
+        assert {code(error) for error in failed} <= {2003, 2006, 2013, 1927, 1053}, failed
         """,
         timeout=200,
     )
@@ -131,7 +131,7 @@ def test_connections_of_a_herd_stay_within_the_pool_when_the_server_comes_back(w
         fill()
         server.stop()
         errors = concurrently(failure, 60)
-        assert {number(error) for error in errors} <= {2003, 2006, 2013}, errors
+        assert {code(error) for error in errors} <= {2003, 2006, 2013}, errors
         nothing_in_use()
         server.start()
         assert concurrently(lambda: request("SELECT 1 + SLEEP(0.05)"), 100) == [1] * 100

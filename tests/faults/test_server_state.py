@@ -70,7 +70,7 @@ def test_no_session_state_reaches_the_next_request(mode, level, with_server):
     for end in (None, session.commit, session.rollback, fail):
         assert soil(end) == id
         assert state() == (fresh, id)
-        assert number(failure("SELECT * FROM private")) == 1146
+        assert code(failure("SELECT * FROM private")) == 1146
     def with_level():
         with dbsession.session_scope():
             session.connection(execution_options={"isolation_level": "SERIALIZABLE"})

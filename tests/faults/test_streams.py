@@ -214,7 +214,7 @@ def test_f21_stream_read_on_after_a_kill_or_after_somebody_else_has_closed_its_s
             said = read(in_time)
             assert isinstance(ended_by.pop(), gevent.Timeout) and "Timeout ended the wait for its rows" in said, said
         said = read(closed)
-        assert number(ended_by.pop()) == 2013
+        assert code(ended_by.pop()) == 2013
         assert "[DBS-RESULT-CUT]" in said, said
         nothing_in_use()
         """,

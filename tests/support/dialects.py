@@ -32,6 +32,20 @@ class Dialect:
     state: ClassVar[str]
     """All that `dirt` changes, in one value."""
 
+    remember: ClassVar[str]
+    """Something that only this session knows; `recall` reads it."""
+    recall: ClassVar[str]
+    isolation: ClassVar[str]
+    """The transaction's isolation level."""
+    connect_args: ClassVar[dict[str, Any]]
+    """The driver's arguments that set something as a connection is opened."""
+    fresh: ClassVar[tuple[str, ...]]
+    """Some of what is in `state` then, with the isolation level READ COMMITTED."""
+    idle_timeout: ClassVar[tuple[str, Any]]
+    """The server's setting, and a value, for ending connections that are idle for two seconds."""
+    sends_streams: ClassVar[bool]
+    """Whether a stream's rows come by themselves, so that its connection is given up where nobody reads them on."""
+
     CANCELLED: ClassVar[Any]  # a statement that somebody has ended
     DEADLOCK: ClassVar[Any]
     LOCKED: ClassVar[Any]  # NOWAIT, or a lock wait that has taken too long
@@ -95,6 +109,13 @@ class MariaDB(Dialect):
         " @@lock_wait_timeout, @@group_concat_max_len, DATABASE(), COALESCE(IS_USED_LOCK('dbs'), 'free')"
         ") USING utf8mb4)"
     )
+    remember = "SET @mine = 1"
+    recall = "SELECT @mine"
+    isolation = "@@tx_isolation"
+    connect_args: ClassVar[dict[str, Any]] = {"init_command": "SET lock_wait_timeout = 77"}
+    fresh = ("nobody", "utf8mb4", "77", "READ-COMMITTED")
+    idle_timeout = ("wait_timeout", 2)
+    sends_streams = True
 
     CANCELLED = 1317
     DEADLOCK = 1213
@@ -140,6 +161,7 @@ class PostgreSQL(Dialect):
         "LISTEN dbs",
         "PREPARE dbs AS SELECT 1",
         "DECLARE dbs CURSOR WITH HOLD FOR SELECT 1",
+        "SET ROLE other",
     )
     state = (
         "SELECT concat_ws('|', coalesce(nullif(current_setting('app.who', true), ''), 'nobody'),"
@@ -148,8 +170,15 @@ class PostgreSQL(Dialect):
         " (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 2718 AND pid = pg_backend_pid()),"
         " (SELECT count(*) FROM pg_listening_channels()),"
         " (SELECT count(*) FROM pg_prepared_statements WHERE from_sql),"
-        " (SELECT count(*) FROM pg_cursors WHERE is_holdable))"
+        " (SELECT count(*) FROM pg_cursors WHERE is_holdable), current_user)"
     )
+    remember = "SELECT set_config('app.mine', '1', false)"
+    recall = "SELECT nullif(current_setting('app.mine', true), '')"
+    isolation = "current_setting('transaction_isolation')"
+    connect_args: ClassVar[dict[str, Any]] = {"options": "-c lock_timeout=77"}
+    fresh = ("nobody", "UTF8", "77ms", "read committed")
+    idle_timeout = ("idle_session_timeout", "2s")
+    sends_streams = False
 
     CANCELLED = "57014"
     DEADLOCK = "40P01"

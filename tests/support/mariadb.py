@@ -167,6 +167,10 @@ class MariaDBServer(Server):
         with self.root() as cursor:
             cursor.execute("KILL QUERY %s", (number,))
 
+    def kills(self) -> int | str:
+        """How often somebody has asked it to end a statement or a connection."""
+        return self.status("Com_kill")
+
     def setting(self, name: str) -> Any:
         """What new sessions have of a variable."""
         with self.root() as cursor:
@@ -182,7 +186,14 @@ class MariaDBServer(Server):
 
     def refuse_writes(self, refuse: bool) -> None:
         """Be a primary that was demoted; False: be one again."""
+        with self.root() as cursor:
+            cursor.execute("SELECT * FROM information_schema.user_privileges WHERE grantee LIKE %s", ("%app%",))
+            assert {row["PRIVILEGE_TYPE"] for row in cursor.fetchall()} == {"USAGE"}, "who has more is not refused"
         self.set_global("read_only", int(refuse))
+
+    def limit_connections(self, limit: int | None) -> None:
+        """Have no room for more connections, 10 at least; None: as before."""
+        self.set_global("max_connections", limit or 500)
 
     def status(self, name: str) -> int | str:
         """A server-wide counter or state, such as Com_rollback or Threads_connected."""

@@ -23,6 +23,7 @@ OPTIONS = [
     "shared_buffers=32MB",
     "max_connections=300",
     "autovacuum=off",
+    "deadlock_timeout=200ms",
     "max_logical_replication_workers=0",
     "log_checkpoints=off",
 ]
@@ -82,6 +83,8 @@ class PostgreSQLServer(Server):
             with self.root() as cursor:
                 role = sql.SQL("CREATE ROLE app LOGIN PASSWORD {}").format(sql.Literal(self.password))
                 cursor.execute(role)
+                cursor.execute("CREATE ROLE other")
+                cursor.execute("GRANT other TO app")
         except BaseException:
             self.close()
             raise
@@ -149,6 +152,10 @@ class PostgreSQLServer(Server):
         with self.root() as cursor:
             cursor.execute("SELECT pg_cancel_backend(%s)", (number,))
 
+    def kills(self) -> int:
+        """How often somebody has asked it to end a statement, and has met one."""
+        return self.log.read_text(errors="replace").count("canceling statement due to user request")
+
     def setting(self, name: str) -> Any:
         """What new sessions have of a setting."""
         with self.root() as cursor:
@@ -166,3 +173,8 @@ class PostgreSQLServer(Server):
     def refuse_writes(self, refuse: bool) -> None:
         """Be a primary that was demoted; False: be one again."""
         self.set_global("default_transaction_read_only", "on" if refuse else "off")
+
+    def limit_connections(self, limit: int | None) -> None:
+        """Have no room for more connections of `app`; None: as before."""
+        with self.root() as cursor:
+            cursor.execute(f"ALTER ROLE app CONNECTION LIMIT {-1 if limit is None else limit}")

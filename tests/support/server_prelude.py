@@ -1,6 +1,7 @@
 """`support.prelude` and more, for scripts that see the server fail: argv[1] is the URL, argv[2] the control port.
 
 server                        a `steering.ServerControl`
+db                            the words of its kind of database: `dialects.dialect_of(url)`
 session                       the proxy of the database "default", pool_size 20, once `configure()` was called
 request, failure, ...         each a scope of its own, as a request of WSGI is
 """
@@ -14,16 +15,19 @@ from typing import Any
 
 from sqlalchemy import event, exc, text
 
+from support.dialects import dialect_of
 from support.prelude import *  # noqa: F403  # for the scripts, as `__all__` says
 from support.prelude import __all__ as _names
 from support.prelude import checked_out, dbsession, join, spawn, wait_until
 from support.steering import ServerControl
 
 __all__ = [*_names, "concurrently", "configure", "connect_within", "exc", "failure", "fill", "nothing_in_use"]
-__all__ += ["number", "request", "running", "server", "session", "sys", "text", "threading", "url"]
+__all__ += ["code", "db", "request", "running", "server", "session", "sys", "text", "threading", "url"]
 
 url = sys.argv[1]
 server = ServerControl(int(sys.argv[2]))
+db = dialect_of(url)
+code = db.code
 session = dbsession.get_dbsession()
 
 
@@ -57,11 +61,6 @@ def failure(statement: str = "SELECT 1", commit: bool = False) -> exc.SQLAlchemy
     except exc.SQLAlchemyError as error:
         return error
     return None
-
-
-def number(error: Any) -> int:
-    """The driver's number of an error that SQLAlchemy raised."""
-    return int(error.orig.args[0])
 
 
 def concurrently(work: Callable[..., Any], count: int = 20, timeout_s: float = 30.0) -> list[Any]:

@@ -34,11 +34,12 @@ SERVERS = [
 
 
 def on(*names: str, slow: tuple[str, ...] = ()) -> pytest.MarkDecorator:
-    """The fixture `server` is these ones, of `mariadb`, `postgresql` and `pgbouncer`; those `slow` in the slow run.
+    """The fixture `server` is these ones, of `mariadb`, `postgresql`, `pgbouncer` and
+    `mariadb_resolving`; those `slow` in the slow run.
 
     With fewer of them than there are, the claim is these servers' own: the test says why.
     """
-    kinds = {"pgbouncer": "postgresql"}
+    kinds = {"pgbouncer": "postgresql", "mariadb_resolving": "mariadb"}
     marks = {name: [getattr(pytest.mark, kinds.get(name, name))] for name in names + slow}
     params = [pytest.param(name, marks=marks[name] + [pytest.mark.slow] * (name in slow)) for name in names + slow]
     return pytest.mark.parametrize("server", params, indirect=True)

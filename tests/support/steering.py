@@ -19,7 +19,7 @@ from .mariadb import MariaDBServer
 from .postgresql import PostgreSQLServer
 
 VERBS = ("stop", "kill", "start", "restart", "pause", "resume", "processlist", "open_transactions")
-VERBS += ("kill_connection", "kill_statement", "refuse_writes")
+VERBS += ("kill_connection", "kill_statement", "kills", "refuse_writes", "limit_connections")
 
 
 class ServerControl:
