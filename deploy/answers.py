@@ -14,7 +14,7 @@ from sqlalchemy import Select, select
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from dbsession.errors import CommitOutcomeUnknown
+from dbsession.errors import CommitOutcomeUnknown, driver_number
 
 NAMES = ("default", "audit")
 MOST_BODY_BYTES = 64 * 1024  # an order needs less than 1; an import may be of any length
@@ -119,7 +119,8 @@ def database_failure(error: SQLAlchemyError) -> tuple[int, str, dict[str, str]]:
         return 409, "this conflicts with what is stored", {}
     if isinstance(error, CommitOutcomeUnknown):  # "try again" might order twice
         return 500, "this may have been stored or not: look before you send it again", {}
-    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    # What refuses writes on a standby is an InternalError of PostgreSQL's, and an OperationalError of MySQL's.
+    lost = isinstance(error, DBAPIError) and (error.connection_invalidated or driver_number(error) == "25006")
     if lost or isinstance(error, (OperationalError, InterfaceError, PoolTimeout)):
         return 503, "the database is not available, try again", {"Retry-After": "5"}
     return 500, "internal error", {}

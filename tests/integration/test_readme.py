@@ -20,6 +20,7 @@ from sqlalchemy.exc import InvalidRequestError
 import dbsession
 from dbsession import aio, errors
 from dbsession.core.backends.mysql import MySQL
+from dbsession.core.backends.postgresql import PostgreSQL
 from dbsession.core.backends.sqlite import SQLite
 from dbsession.core.keys import COMMON_KEYS, KEYS
 from dbsession.core.pool.stats import Stats
@@ -487,6 +488,7 @@ def test_key_tables_tell_whose_key_it_is_and_its_default(monkeypatch):
     common = {row[0]: row[-1] for row in rows("dbsession/README.md", "key of any database")}
     sqlite = {row[0]: (row[1], row[-1]) for row in rows("dbsession/README.md", "key for SQLite")}
     mysql = {row[0]: (row[1], row[-1]) for row in rows("dbsession/README.md", "key for MySQL and MariaDB")}
+    postgresql = {row[0]: (row[1], row[-1]) for row in rows("dbsession/README.md", "key for PostgreSQL")}
     pool = {row[0]: row[-1] for row in rows("dbsession/README.md", "key in `options`: the pool")}
     session = {row[0]: row[-1] for row in rows("dbsession/README.md", "key in `session`")}
     manager = dbsession.SessionManager({"default": MYSQL})
@@ -498,7 +500,7 @@ def test_key_tables_tell_whose_key_it_is_and_its_default(monkeypatch):
     assert common == {"`url`": "required", "`options`": "`{}`", "`session`": "`{}`"} | {
         f"`{key}`": default[key] for key in COMMON_KEYS if key in default
     }
-    for kind, told in ((SQLite, sqlite), (MySQL, mysql)):
+    for kind, told in ((SQLite, sqlite), (MySQL, mysql), (PostgreSQL, postgresql)):
         takers = {key: [name for name, keys in kind.DRIVER_KEYS.items() if key in keys] for key in KEYS}
         assert told == {
             f"`{key}`": (", ".join(takers[key]) or "any", str(default[key]))
