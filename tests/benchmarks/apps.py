@@ -97,6 +97,14 @@ def by_hand(url: str) -> WSGI:
     return plain(by_orm(lambda: pattern.get_dbsession("default")), pattern.clear_dbsession)
 
 
+def by_hand_with_psycogreen(url: str) -> WSGI:
+    """By psycopg2, as its users have it under gevent."""
+    import psycogreen.gevent
+
+    psycogreen.gevent.patch_psycopg()
+    return by_hand(url)
+
+
 def by_hand_in_flask(url: str) -> WSGI:
     from . import pattern
 
@@ -277,6 +285,10 @@ APPS: dict[str, Callable[[str], Any]] = {
     "raw PyMySQL": raw_pymysql,
 }
 
+BY_PSYCOGREEN = "the pattern, psycogreen"
+ALL = APPS | {BY_PSYCOGREEN: by_hand_with_psycogreen}
+"""And those that are only measured against PostgreSQL."""
+
 
 def request(app: Any, path: str) -> None:
     """One request of `app`, as a server makes it."""
@@ -300,4 +312,4 @@ def request(app: Any, path: str) -> None:
 
 
 if "BENCH_APP" in os.environ:
-    app = APPS[os.environ["BENCH_APP"]](os.environ["BENCH_URL"])
+    app = ALL[os.environ["BENCH_APP"]](os.environ["BENCH_URL"])

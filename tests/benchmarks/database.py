@@ -1,4 +1,4 @@
-"""The MariaDB server of one benchmark."""
+"""The server of one benchmark: MariaDB, or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from support.mariadb import MariaDBServer
 
-from .work import SCHEMA
+from .work import POSTGRESQL_SCHEMA, SCHEMA
 
 
 @contextlib.contextmanager
@@ -22,5 +22,21 @@ def database(*options: str) -> Iterator[tuple[str, Any]]:
             for statement in SCHEMA:
                 cursor.execute(statement)
             yield url, cursor
+    finally:
+        server.close()
+
+
+@contextlib.contextmanager
+def postgresql(*options: str) -> Iterator[tuple[str, int]]:
+    """A PostgreSQL of its own with the tables of `apps`: its URL by psycopg, and its port."""
+    from support.postgresql import PostgreSQLServer  # with psycopg, for the one benchmark of it
+
+    server = PostgreSQLServer(*options)
+    try:
+        url = server.create_database("bench")
+        with server.root("bench") as cursor:
+            for statement in POSTGRESQL_SCHEMA:
+                cursor.execute(statement)
+            yield url, server.port
     finally:
         server.close()

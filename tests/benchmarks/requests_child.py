@@ -37,6 +37,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from support.proxy import ProxyControl
+
 from . import callgrind
 from .work import Item, Line
 
@@ -50,10 +52,10 @@ Times = Callable[[int], None]
 
 
 def requests(contender: str, url: str, path: str) -> Times:
-    from .apps import APPS, request
+    from .apps import ALL, request
 
     if contender not in _built:
-        _built[contender] = APPS[contender](url)
+        _built[contender] = ALL[contender](url)
     app = _built[contender]
 
     def times(number: int) -> None:
@@ -125,8 +127,29 @@ def calls(times: Times, number: int) -> Iterator[str]:
     yield from (f"{count / number:8.1f}          {package}" for package, count in packages.most_common(8))
 
 
+def trips(proxy: ProxyControl, times: Times, number: int) -> float:
+    """Round trips to PostgreSQL of one unit of work, by what its clients have sent: each waits for the answer to a
+    Query or a Sync, https://www.postgresql.org/docs/current/protocol-flow.html"""
+
+    def so_far() -> int:
+        return sum(questions(proxy.sent(each)) for each in range(len(proxy.connections())))
+
+    before = so_far()
+    times(number)
+    return (so_far() - before) / number
+
+
+def questions(sent: bytes) -> int:
+    at = 8 if int.from_bytes(sent[:4]) == 8 else 0  # it has asked for TLS first
+    at, found = at + int.from_bytes(sent[at : at + 4]), 0
+    while at < len(sent):
+        found += sent[at : at + 1] in (b"Q", b"S")
+        at += 1 + int.from_bytes(sent[at + 1 : at + 5])
+    return found
+
+
 def main() -> None:
-    contender, url, *cells = (argument for argument in sys.argv[1:] if argument != "--calls")
+    contender, url, *cells = (argument for argument in sys.argv[1:] if not argument.startswith("--"))
     random.seed(1)
     warnings.simplefilter("ignore")
     contender = contender.removesuffix(WITHOUT)
@@ -140,6 +163,9 @@ def main() -> None:
     if "--calls" in sys.argv:
         for path, (times, number) in wanted.items():
             print(f"\n{contender}: {path}", *calls(times, number), sep="\n")
+    elif port := [argument.partition("=")[2] for argument in sys.argv if argument.startswith("--trips=")]:
+        proxy = ProxyControl(int(port[0]))
+        print(json.dumps({path: trips(proxy, *how) for path, how in wanted.items()}))
     else:
         callgrind.start()
         print(json.dumps({path: measured(*how) for path, how in wanted.items()}))

@@ -40,6 +40,20 @@ SCHEMA = [
     f"CREATE TABLE added (id INT PRIMARY KEY AUTO_INCREMENT, {_COLUMNS})",
 ]
 
+_POSTGRESQL_COLUMNS = _COLUMNS.replace("DATETIME(6)", "TIMESTAMP")
+POSTGRESQL_SCHEMA = [
+    "CREATE TABLE item (id INT PRIMARY KEY, name VARCHAR(40) NOT NULL)",
+    f"INSERT INTO item SELECT n, 'item ' || n FROM generate_series(1, {ROWS}) n",
+    "CREATE TABLE entry (id SERIAL PRIMARY KEY, text VARCHAR(40) NOT NULL)",
+    f"CREATE TABLE line (id INT PRIMARY KEY, {_POSTGRESQL_COLUMNS})",
+    """INSERT INTO line SELECT n, 3000000000 + n, 'line ' || n, repeat('some text ', 6), n / 100.0,
+    timestamp '2026-01-01 12:00:00.5' + n * interval '1 second',
+    json_build_object('n', n, 'tags', json_build_array('a', 'b')), n % 2 = 1 """
+    f"FROM generate_series(1, {MANY}) n",
+    f"CREATE TABLE added (id SERIAL PRIMARY KEY, {_POSTGRESQL_COLUMNS})",
+    "ANALYZE",
+]
+
 
 class Base(DeclarativeBase):
     pass

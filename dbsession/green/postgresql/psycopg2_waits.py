@@ -8,6 +8,7 @@ was imported; in a process that is not patched it is not set, and psycopg2 block
 from __future__ import annotations
 
 import _socket
+import ipaddress
 import math
 import os
 import select
@@ -166,7 +167,7 @@ def open_within(factory: Callable[[str, float], Any], seconds: float, arguments:
     dsn = extensions.make_dsn(arguments.pop("dsn", None), **arguments)
     try:
         attempts = list(_attempts(extensions.parse_dsn(dsn), until))
-    except OSError as error:
+    except socket.gaierror as error:
         raise psycopg2.OperationalError(f"the server's name cannot be resolved: {error}") from error
     failed: list[tuple[str, Exception]] = []
     for n, attempt in enumerate(attempts):
@@ -207,6 +208,8 @@ def _attempts(given: dict[str, Any], until: float) -> Iterator[dict[str, Any]]:
 
 
 def _addresses(host: str, port: int, until: float) -> list[str]:
+    with suppress(ValueError):
+        return [str(ipaddress.ip_address(host))]
     found: list[Any] = []
 
     def resolve() -> None:
