@@ -10,10 +10,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from dbsession.core.backends.postgresql import PostgreSQL
 from dbsession.core.backends.postgresql_sent import Sent
-from dbsession.core.connection_info import ASIDE, OPENING
-
-CLEANING_S = 5.0
-"""Seconds that the server has for each answer while a returned connection is cleaned; then it is discarded."""
+from dbsession.core.connection_info import ASIDE, CLEANING_S, OPENING
 
 
 class LoopPostgreSQL(PostgreSQL):
