@@ -52,7 +52,10 @@ class Cleans(Backend):
 
     def reset(self, connection: Any) -> None:
         """Take back what the session of a connection that comes back has set. Switches."""
-        connection.reset()
+        if connection.sent.settings is None:  # too much was set as it was opened
+            connection.close()
+        else:
+            connection.reset()
 
     def cleaning(self, record: ConnectionPoolEntry) -> Callable[[], None] | None:
         """Return what a returned connection needs before somebody else gets it; None: nothing."""

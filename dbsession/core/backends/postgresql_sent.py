@@ -23,18 +23,21 @@ def _compiled(pattern: bytes) -> re.Pattern[bytes]:
 # Comments nest in PostgreSQL; what is not seen of one that does is taken for a statement.
 _SPACE = rb"(?:[\s(;]|--[^\n]*(?:\n|\Z)|/\*.*?\*/)*+"
 _ROWS_ONLY = _compiled(
-    _SPACE + rb"(?:select|insert|update|delete|merge|values|table|fetch|move|show|savepoint|release)\b"
+    _SPACE + rb"(?:select|with|insert|update|delete|merge|values|table|fetch|move|show|savepoint|release)\b"
 )
 _BEGINS = _compiled(_SPACE + rb"(?:begin|start)\b")
 _CHANGES = (
     # SET LOCAL and SET TRANSACTION end with their transaction.
     rb"(?:set\b(?!\s+(?:local|transaction|constraints)\b)|reset\b|listen\b|unlisten\b|load\b|discard\b|deallocate\b|"
-    rb"prepare\b(?!\s+transaction\b)|create\s+(?:(?:local|global)\s+)?temp|do\b|call\b|"
-    rb"declare\b(?=.*\bwith\s+hold\b)|(?:select|with)\b(?=.*\binto\s+temp))"
+    rb"prepare\b(?!\s+transaction\b)|create\s+(?:or\s+replace\s+)?(?:(?:local|global)\s+)?temp|do\b|call\b|"
+    rb"declare\b(?=.*\bwith\s+hold\b)|(?:select|with)\b(?=.*\binto\s+(?:(?:local|global)\s+)?temp))"
 )
 _CHANGES_FIRST = _compiled(_SPACE + _CHANGES)
 _CHANGES_WITHIN = _compiled(rb"[;/\n][\s(]*+" + _CHANGES)
-_CALLS = _compiled(rb"\b(?:set_config|pg_(?:try_)?advisory_lock(?:_shared)?)\s*\(")
+# Of functions, by a name that may be quoted; and whatever is made in the schema of the session's own tables.
+_CALLS = _compiled(
+    rb"\b(?:set_config|pg_(?:try_)?advisory_lock(?:_shared)?|dblink_connect(?:_u)?)\"?(?:\s|/\*.{0,20}?\*/)*\(|\bpg_temp\b"
+)
 
 
 class Kind(NamedTuple):
