@@ -59,6 +59,14 @@ def driver_of(connection: Any) -> Any:
     return getattr(connection, "driver_connection", connection)
 
 
+class TooLate(TimeoutError):
+    """A wait of ours has taken too long. A TimeoutError that is none may be anybody's, thrown in as
+    `gevent.Timeout(1, TimeoutError)` does."""
+
+    def __init__(self, text: str = "timed out") -> None:
+        super().__init__(text)
+
+
 class KnownConnection:
     """Base of our own connection classes. Whatever interrupts one in the middle of an answer has closed it; of another
     driver's connection nobody can say whether it is still in step with its server."""

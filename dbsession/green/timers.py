@@ -8,17 +8,10 @@ from typing import Any
 
 import gevent
 
+from dbsession.core.connection_info import TooLate
 from dbsession.green import hub
 
 _TIMERS = 4  # lengths of time that are kept: a read's, a write's, a cleaning's, and one that a scope has set
-
-
-class TooLate(TimeoutError):
-    """A wait of ours has taken too long. A TimeoutError that is none may be anybody's, thrown in as
-    `gevent.Timeout(1, TimeoutError)` does."""
-
-    def __init__(self, text: str = "timed out") -> None:
-        super().__init__(text)
 
 
 class KeepsTimers:

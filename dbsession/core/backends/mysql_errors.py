@@ -8,6 +8,7 @@ from typing import Any
 from pymysql.err import MySQLError
 
 from dbsession.core.backends.base import Verdict
+from dbsession.core.connection_info import TooLate
 
 _REASONS: dict[int, tuple[Verdict, str]] = {
     # https://mariadb.com/kb/en/mariadb-error-code-reference/ and MySQL's server and client error references
@@ -110,7 +111,7 @@ def _message(error: BaseException) -> str:
 def is_from_socket(error: BaseException) -> bool:
     """Whether the socket itself raised it. An OSError that somebody threw in here, `gevent.Timeout(1, TimeoutError)`
     say, is of a class of theirs, or has neither a number nor the socket's words; it is theirs to catch."""
-    return (
+    return isinstance(error, TooLate) or (
         isinstance(error, OSError)
         and type(error).__module__ in ("builtins", "socket", "ssl", "gevent.ssl", "gevent._socketcommon")
         and (error.errno is not None or "timed out" in str(error))

@@ -8,11 +8,11 @@ from typing import Any
 from psycopg import capabilities, generators
 
 from dbsession.core.backends.postgresql_cancel import TIMEOUT_S, Cancels
+from dbsession.core.connection_info import TooLate
 from dbsession.core.pool.stats import Stats
 from dbsession.green import hub
 from dbsession.green.abandoned import EndsAbandoned
 from dbsession.green.postgresql.connection import Connection, drive
-from dbsession.green.timers import TooLate
 
 
 class GreenCanceller(Cancels, EndsAbandoned):

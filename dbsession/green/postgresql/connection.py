@@ -22,9 +22,10 @@ from psycopg.waiting import Ready, Wait
 
 from dbsession.core.backends.psycopg import ACTIVE, Known
 from dbsession.core.backends.psycopg_cursors import Named, RidesAlong
+from dbsession.core.connection_info import TooLate
 from dbsession.errors import describe
 from dbsession.green import hub
-from dbsession.green.timers import KeepsTimers, TooLate
+from dbsession.green.timers import KeepsTimers
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")
 

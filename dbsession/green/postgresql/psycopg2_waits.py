@@ -23,9 +23,9 @@ from gevent import monkey
 from psycopg2 import extensions
 from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE
 
-from dbsession.core.connection_info import HUNG_UP
+from dbsession.core.connection_info import HUNG_UP, TooLate
 from dbsession.green import hub
-from dbsession.green.timers import KeepsTimers, TooLate
+from dbsession.green.timers import KeepsTimers
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")
 
