@@ -47,8 +47,10 @@ def state(error: BaseException) -> str | None:
 def classify(error: BaseException) -> Verdict:
     """What has to follow `error`, an error of psycopg, psycopg2 or asyncpg, or SQLAlchemy's wrapper of one."""
     code = state(error)
-    if code is None:
-        return Verdict.FATAL
+    if code is None:  # not the server's: libpq's and psycopg's of a connection that is lost or cannot be opened
+        original: Any = getattr(error, "orig", None) or error
+        lost = any(each.__name__ == "OperationalError" for each in type(original).__mro__)
+        return Verdict.DISCONNECT if lost else Verdict.FATAL
     if code in _REASONS:
         return _REASONS[code][0]
     return Verdict.DISCONNECT if code.startswith("08") else Verdict.FATAL

@@ -181,19 +181,18 @@ class Known(KnownConnection):
     # What is sent. All of these are generators of psycopg's, which hold its lock.
 
     def _start_query(self) -> Any:
-        self._ended = self._ended and self._autocommit
-        if self._autocommit or self.pgconn.transaction_status != IDLE:
+        begins = not self._autocommit and self.pgconn.transaction_status == IDLE
+        if begins and self._defers:
+            self._due = True  # and note() comes, unless the parameters cannot be sent
             return
-        self._began_other = False
-        if self._defers:
-            self._due = True
-        else:
+        self._ended = self._ended and self._autocommit
+        if begins:
             yield from super()._start_query()  # type: ignore[misc]
 
     def note(self, text: bytes) -> None:
         """Note a statement, or several in one text, about to be sent."""
         kind = kind_of(text)
-        if kind.begins:
+        if kind.begins or not self._autocommit:
             self._ended = False
         if not kind.rows_only:
             self._began_other = True

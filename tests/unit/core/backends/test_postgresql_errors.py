@@ -54,6 +54,14 @@ def test_error_of_the_client_has_no_state_and_is_fatal():
     assert postgresql_errors.classify(error) is Verdict.FATAL
 
 
+@pytest.mark.parametrize("driver", [psycopg, psycopg2])
+def test_lost_connection_of_which_the_server_has_said_nothing_is_a_disconnect(driver):
+    """So that a pool in which one after the other is found closed is discarded once a second at most."""
+    error = driver.OperationalError("server closed the connection unexpectedly")
+    assert postgresql_errors.classify(error) is Verdict.DISCONNECT
+    assert postgresql_errors.classify(driver.InterfaceError("the cursor is closed")) is Verdict.FATAL
+
+
 @pytest.mark.parametrize(
     ("error", "full"),
     [
