@@ -31,12 +31,15 @@ class KeepsTimers:
         if seconds is None or here is None:  # without a hub it cannot wait; a last COM_QUIT is sent all the same
             return operation(*arguments)
         timers = self._timers
-        if timers is None or self._timer_loop is not here.loop or len(timers) > _TIMERS:
+        if timers is None or self._timer_loop is not here.loop:
             self._close_timers()
             timers = self._timers = {}
             self._timer_loop = here.loop
         timer = timers.pop(seconds, None)  # nobody else has it meanwhile
         if timer is None:
+            if len(timers) > _TIMERS:
+                self._close_timers()
+                timers = self._timers = {}
             timer = here.loop.timer(seconds, seconds, priority=-1)  # as hub.start_timer() has it
         try:
             # In here, as a signal's handler may raise: it repeats until somebody stops it.
