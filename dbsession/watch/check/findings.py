@@ -42,7 +42,7 @@ def of_environment() -> Iterator[Finding]:
 def _of_driver(name: tuple[str, ...], facts: Facts) -> Finding:
     if facts.cooperative:
         return Finding("ok", "driver", name, f"{facts.driver} lets other greenlets run while it waits")
-    advice = "Use mysql+pymysql or postgresql+psycopg, patched by gevent first; for psycopg2, psycogreen."
+    advice = "Use mysql+pymysql, postgresql+psycopg or postgresql+psycopg2, whose connections wait in gevent's loop."
     return Finding(
         "error", "driver", name, f"{facts.driver} stops every greenlet of a gevent worker while it waits", advice
     )

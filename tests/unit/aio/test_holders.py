@@ -6,6 +6,7 @@ import asyncio
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
 from sqlalchemy import event, text
@@ -15,6 +16,7 @@ from sqlalchemy.util import await_, greenlet_spawn
 from dbsession import aio
 from dbsession.aio.holders import HeldByTasks
 from dbsession.core.pool import callsites
+from dbsession.core.sql import masked
 from dbsession.errors import PoolTimeout
 from support.loops import LOOPS, in_loop
 from support.proxy import Proxy
@@ -39,8 +41,8 @@ def managed(tmp_path):
 
 
 @pytest.fixture
-def proxy(mariadb):
-    with Proxy(mariadb.port) as proxy:
+def proxy(server):
+    with Proxy(server.port) as proxy:
         yield proxy
 
 
@@ -346,9 +348,19 @@ def test_checkout_in_a_callback_is_held_by_no_task(run, managed):
 # -- the state ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("driver", ["asyncmy", "aiomysql"])
-def test_state_on_mariadb(run, mariadb, mariadb_url, proxy, driver):
-    url = mariadb_url.replace("pymysql", driver).replace(f":{mariadb.port}/", f":{proxy.port}/")
+@pytest.mark.parametrize(
+    ("server", "driver"),
+    [
+        pytest.param("mariadb", "asyncmy", marks=pytest.mark.mariadb),
+        pytest.param("mariadb", "aiomysql", marks=pytest.mark.mariadb),
+        pytest.param("postgresql", "psycopg", marks=pytest.mark.postgresql),
+        pytest.param("postgresql", "asyncpg", marks=pytest.mark.postgresql),
+    ],
+    indirect=["server"],
+)
+def test_state_on_a_server(run, server, server_url, proxy, driver):
+    url = server.url(urlsplit(server_url).path[1:], port=proxy.port, driver=driver)
+    streamed = "SELECT seq FROM seq_1_to_50000" if "mysql" in url else "SELECT generate_series(1, 50000)"
     manager = aio.SessionManager({"default": {"url": url, "ping_idle_s": 0}})
     states = []
 
@@ -368,7 +380,7 @@ def test_state_on_mariadb(run, mariadb, mariadb_url, proxy, driver):
                 proxy.resume()
             await running
             await connection.rollback()
-            await connection.execute(text("CREATE TABLE t (n INTEGER) ENGINE=InnoDB"))
+            await connection.execute(text("CREATE TABLE t (n INTEGER)"))
             await connection.execute(text("INSERT INTO t VALUES (4711)"))
             await until("idle in transaction")
             proxy.stall()
@@ -379,12 +391,12 @@ def test_state_on_mariadb(run, mariadb, mariadb_url, proxy, driver):
                 proxy.resume()
             await running
             await until("idle")
-            result = await connection.stream(text("SELECT seq FROM seq_1_to_50000"))
+            result = await connection.stream(text(streamed))
             await result.fetchone()
             await until("streaming")
             await result.close()
             assert held(manager)[0].state != "streaming"
-            assert held(manager)[0].statement == "SELECT seq FROM seq_1_to_50000"
+            assert held(manager)[0].statement == masked(streamed, manager.engine().dialect.name)
         proxy.stall()
         try:
             running = asyncio.create_task(manager.engine().connect().start())

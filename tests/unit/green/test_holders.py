@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import gevent
 import gevent.event
@@ -375,12 +376,21 @@ def test_holder_is_called_by_its_threads_name_when_threads_are_greenlets(tmp_pat
 # -- what the connections of ours tell ---------------------------------------------------------------------------------
 
 
-def test_state_on_a_server_is_what_the_connection_is_busy_with(server, server_url):
+@pytest.mark.parametrize(
+    ("server", "driver"),
+    [
+        pytest.param("mariadb", "pymysql", marks=pytest.mark.mariadb),
+        pytest.param("postgresql", "psycopg", marks=pytest.mark.postgresql),
+        pytest.param("postgresql", "psycopg2", marks=[pytest.mark.postgresql, pytest.mark.slow]),
+    ],
+    indirect=["server"],
+)
+def test_state_on_a_server_is_what_the_connection_is_busy_with(server, server_url, driver):
     """Each thread is seen by this one; a stalled proxy makes what is short last."""
     streams = {"mysql": "SELECT seq FROM seq_1_to_5000", "postgresql": "SELECT generate_series(1, 5000)"}
     states = []
     with Proxy(server.port) as proxy:
-        url = server_url.replace(f":{server.port}/", f":{proxy.port}/")
+        url = server.url(urlsplit(server_url).path[1:], port=proxy.port, driver=driver)
         manager = SessionManager({"default": {"url": url, "ping_idle_s": 0, "options": {"pool_size": 1}}})
         engine = manager.engine()
 
