@@ -157,7 +157,7 @@ class Adapted(AsyncAdapt_asyncpg_connection, KnownConnection):
         before = self.read_within_at_most(within_s)
         driver.pinging = True
         try:
-            self.ask(driver.execute(";"))  # one round trip: no transaction, and nothing prepared
+            self.ask(driver.execute("SELECT"))  # a round trip without a transaction; asyncpg has no answer to ";"
         except Exception as error:
             self._handle_exception(error)
         finally:
