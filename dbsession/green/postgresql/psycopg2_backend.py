@@ -69,9 +69,6 @@ class Psycopg2(Cleans, PostgreSQL):
 
         return do_ping
 
-    def forget_answer(self, connection: Connection) -> None:
-        connection.take_characteristics_back()
-
     def _clean(self, connection: Connection, how: Callable[[Any], None]) -> None:
         super()._clean(connection, how)
         connection.take_characteristics_back()
