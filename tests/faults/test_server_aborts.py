@@ -1,16 +1,18 @@
-"""F16: after a deadlock (1213) the transaction is gone at the server, so the rest is refused until the whole is rolled
-back: half a unit of work is never committed. A lock wait timeout (1205) is test_lock_timeout's."""
+"""F16: after a deadlock (1213, 40P01) the transaction is gone at the server, so the rest is refused until the whole is
+rolled back: half a unit of work is never committed. A lock wait timeout (1205, 55P03) is test_lock_timeout's."""
 
 from __future__ import annotations
 
 import pytest
+
+from support.servers import on
 
 SETUP = """
     import contextlib
     configure()
     request("CREATE TABLE t (id INT PRIMARY KEY, n INT)", commit=True)
     request("INSERT INTO t VALUES (1, 0), (2, 0), (3, 0), (4, 0)", commit=True)
-    code, how = int(sys.argv[3]), sys.argv[4]
+    wanted, how = getattr(db, sys.argv[3]), sys.argv[4]
 
     def add(id):
         return text(f"UPDATE t SET n = n + 1 WHERE id = {id}")
@@ -33,13 +35,13 @@ SETUP = """
         try:
             use()
         except exc.PendingRollbackError as error:
-            assert str(code) in str(error), error
+            assert str(wanted) in str(error), error
             return
         raise AssertionError("not refused")
 
     @contextlib.contextmanager
     def victim():
-        "A unit that has written row 1, and fails with `code` when it calls `fail()`, which then raises it."
+        "A unit that has written row 1, and fails with `wanted` when it calls `fail()`, which then raises it."
         written, locked, done = threading.Event(), threading.Event(), threading.Event()
         def winner():
             with dbsession.session_scope():
@@ -47,7 +49,8 @@ SETUP = """
                     session.execute(add(id))
                 locked.set()
                 written.wait(20)
-                if code == 1213:
+                if wanted == db.DEADLOCK:
+                    running("WHERE id = 2")  # PostgreSQL's victim is who has waited longer
                     session.execute(add(1))
                 else:
                     done.wait(20)
@@ -55,12 +58,10 @@ SETUP = """
         other = spawn(winner)
         locked.wait(20)
         with unit() as mine:
-            mine.execute(text("SET SESSION innodb_lock_wait_timeout = 1") if code == 1205 else text("SELECT 1"))
+            mine.execute(text(db.lock_timeout if wanted == db.LOCKED else "SELECT 1"))
             def fail():
                 mine.execute(add(1))
                 written.set()
-                if code == 1213:
-                    running("WHERE id = 1")
                 try:
                     mine.execute(add(2))
                 finally:
@@ -72,13 +73,13 @@ SETUP = """
         try:
             fail()
         except exc.OperationalError as error:
-            assert code(error) == code, error
+            assert code(error) == wanted, error
             return
         raise AssertionError("no error")
 """
 
 WAYS = pytest.mark.parametrize("how", ["session", pytest.param("core", marks=pytest.mark.slow)])
-WINNERS = "[1 if code == 1213 else 0, 1, 0, 3]"
+WINNERS = "[1 if wanted == db.DEADLOCK else 0, 1, 0, 3]"
 
 
 @WAYS
@@ -100,12 +101,13 @@ def test_f16_everything_is_refused_until_the_rollback(how, with_server):
     assert values() == {WINNERS.replace("0, 3]", "1, 3]")}
     nothing_in_use()
     """,
-        1213,
+        "DEADLOCK",
         how,
     )
 
 
 @WAYS
+@on("mariadb")  # PostgreSQL keeps the savepoint
 def test_f16_rollback_to_a_savepoint_is_not_enough(how, with_server):
     """The server has rolled back all, the savepoint too."""
     with_server(
@@ -124,7 +126,7 @@ def test_f16_rollback_to_a_savepoint_is_not_enough(how, with_server):
     assert values() == {WINNERS}
     nothing_in_use()
     """,
-        1213,
+        "DEADLOCK",
         how,
     )
 
@@ -139,7 +141,7 @@ def test_f16_block_that_swallowed_the_error_commits_nothing(how, with_server):
         mine.rollback()
         def block():
             with mine.begin():
-                mine.execute(text("SET SESSION innodb_lock_wait_timeout = 1"))
+                mine.execute(text(db.lock_timeout))
                 mine.execute(add(3))
                 with contextlib.suppress(exc.OperationalError):
                     fail()
@@ -149,7 +151,7 @@ def test_f16_block_that_swallowed_the_error_commits_nothing(how, with_server):
     assert values() == {WINNERS}
     nothing_in_use()
     """,
-        1213,
+        "DEADLOCK",
         how,
     )
 
@@ -170,6 +172,6 @@ def test_f16_connection_of_a_doomed_unit_serves_the_next_one(how, with_server):
     assert values() == {WINNERS.replace("0, 3]", "4, 3]")}
     nothing_in_use()
     """,
-        1205,
+        "LOCKED",
         how,
     )

@@ -41,6 +41,8 @@ class Dialect:
     """The driver's arguments that set something as a connection is opened."""
     fresh: ClassVar[tuple[str, ...]]
     """Some of what is in `state` then, with the isolation level READ COMMITTED."""
+    connected: ClassVar[str]
+    """How many connections count where a limit is set, and nothing is left of those that have ended."""
     idle_timeout: ClassVar[tuple[str, Any]]
     """The server's setting, and a value, for ending connections that are idle for two seconds."""
     sends_streams: ClassVar[bool]
@@ -51,7 +53,6 @@ class Dialect:
     LOCKED: ClassVar[Any]  # NOWAIT, or a lock wait that has taken too long
     READ_ONLY: ClassVar[Any]  # a write that the server refuses
     UNKNOWN_TABLE: ClassVar[Any]
-    FULL: ClassVar[Any]  # no more connections
     LOST: ClassVar[frozenset[Any]]  # the connection, or the way to the server
 
     def __eq__(self, other: object) -> bool:
@@ -74,6 +75,11 @@ class Dialect:
     def code(error: Any) -> Any:
         """The server's code of an error that SQLAlchemy raised; the driver's where the server has sent none."""
         raise NotImplementedError
+
+    @staticmethod
+    def is_full(error: Any) -> bool:
+        """Whether the server has no room for one more connection."""
+        return "too many connections" in str(error).lower()
 
     def is_lost(self, error: Any) -> bool:
         """Whether it says that the connection is lost, or that there is no way to the server."""
@@ -114,6 +120,9 @@ class MariaDB(Dialect):
     isolation = "@@tx_isolation"
     connect_args: ClassVar[dict[str, Any]] = {"init_command": "SET lock_wait_timeout = 77"}
     fresh = ("nobody", "utf8mb4", "77", "READ-COMMITTED")
+    connected = (
+        "SELECT variable_value + 0 FROM information_schema.global_status WHERE variable_name = 'Threads_connected'"
+    )
     idle_timeout = ("wait_timeout", 2)
     sends_streams = True
 
@@ -122,7 +131,6 @@ class MariaDB(Dialect):
     LOCKED = 1205
     READ_ONLY = 1290
     UNKNOWN_TABLE = 1146
-    FULL = 1040
     LOST = frozenset({1053, 1927, 2003, 2006, 2013})
 
     @staticmethod
@@ -177,6 +185,7 @@ class PostgreSQL(Dialect):
     isolation = "current_setting('transaction_isolation')"
     connect_args: ClassVar[dict[str, Any]] = {"options": "-c lock_timeout=77"}
     fresh = ("nobody", "UTF8", "77ms", "read committed")
+    connected = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app'"
     idle_timeout = ("idle_session_timeout", "2s")
     sends_streams = False
 
@@ -185,7 +194,6 @@ class PostgreSQL(Dialect):
     LOCKED = "55P03"
     READ_ONLY = "25006"
     UNKNOWN_TABLE = "42P01"
-    FULL = "53300"
     LOST = frozenset({None, "57P01", "57P02", "57P03", "08000", "08003", "08006", "08001", "08004"})
 
     @staticmethod

@@ -58,7 +58,7 @@ class ServerControl:
 
 @contextlib.contextmanager
 def steering(server: MariaDBServer | PostgreSQLServer) -> Iterator[int]:
-    """Serves a control port, which it gives; at its end the server runs, with the globals it had before."""
+    """Serves a control port, which it gives; at its end the server runs as before: its settings, too."""
     changed: dict[str, Any] = {}
 
     def sql(database: str | None, statement: str, *args: Any) -> list[dict[str, Any]]:
@@ -93,5 +93,7 @@ def steering(server: MariaDBServer | PostgreSQLServer) -> Iterator[int]:
             control.shutdown()
             thread.join()
             server.ensure_running()
+            server.refuse_writes(False)
+            server.limit_connections(None)
             for name, value in changed.items():
                 server.set_global(name, value)
