@@ -35,6 +35,7 @@ def postgresql(*options: str) -> Iterator[tuple[str, int]]:
     try:
         url = server.create_database("bench")
         with server.root("bench") as cursor:
+            cursor.execute("SET ROLE app")  # whose they are, with their sequences
             for statement in POSTGRESQL_SCHEMA:
                 cursor.execute(statement)
             yield url, server.port
