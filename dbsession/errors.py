@@ -144,9 +144,9 @@ class ResultCut(DBSessionError, exc.ResourceClosedError):
 
 
 class RollbackRequired(DBSessionError, exc.PendingRollbackError):
-    """The transaction has lost a part of its work to a deadlock, or to a lock timeout on a server with
-    innodb_rollback_on_timeout=ON, and refuses to do the rest: roll back to its beginning (a savepoint is not enough)
-    and do the whole again."""
+    """The transaction has lost a part of its work and refuses to do the rest. On MySQL and MariaDB to a deadlock, or to
+    a lock timeout with innodb_rollback_on_timeout=ON: roll back to its beginning (a savepoint is not enough). On
+    PostgreSQL to any error of the server's, where a ROLLBACK TO SAVEPOINT is enough; a COMMIT would be a ROLLBACK."""
 
     code = "DBS-ROLLBACK"
 
