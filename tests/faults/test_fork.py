@@ -11,6 +11,7 @@ from sqlalchemy.pool import StaticPool
 from dbsession import SessionManager
 from support.processes import run_python
 from support.proxy import Proxy
+from support.servers import on
 
 PRELUDE = """
 import sys
@@ -21,6 +22,9 @@ import gevent, gevent.event, dbsession
 from sqlalchemy import text
 from gevent.monkey import get_original
 
+from support.dialects import dialect_of
+
+own = text(f"SELECT {dialect_of(sys.argv[1]).who}")
 dbsession.configure({"default": {"url": sys.argv[1], "options": {"pool_size": 4}}})
 session = dbsession.get_dbsession()
 
@@ -82,7 +86,7 @@ GEVENT = pytest.mark.parametrize("gevent_mode", ["patched", pytest.param("plain"
 
 @GEVENT
 @pytest.mark.parametrize("how", ["_exit", pytest.param("exit", marks=pytest.mark.slow)])
-def test_f11_child_abandons_what_is_checked_out_and_the_parent_commits(mariadb_url, gevent_mode, how):
+def test_f11_child_abandons_what_is_checked_out_and_the_parent_commits(server_url, gevent_mode, how):
     """The parent is in a transaction; the child uses the same scope, collects garbage, and ends in either way."""
     run_python(
         PRELUDE
@@ -93,10 +97,10 @@ session.commit()
 for n in range(10):
     session.execute(text("INSERT INTO t VALUES (:n)"), {"n": n})
     mine = session()
-    parents_thread = session.scalar(text("SELECT CONNECTION_ID()"))
+    parents_thread = session.scalar(own)
     def child():
         assert session() is not mine
-        assert session.scalar(text("SELECT CONNECTION_ID()")) != parents_thread
+        assert session.scalar(own) != parents_thread
         assert session.scalar(text("SELECT COUNT(*) FROM t")) == n, "the parent's uncommitted row, or a lost one"
         dbsession.clear_dbsession()
         global engine_of_child
@@ -109,18 +113,18 @@ for n in range(10):
             raise AssertionError("an inherited session still works")
         gc.collect()
     reap([in_child(child) for _ in range(3)])
-    assert session.scalar(text("SELECT CONNECTION_ID()")) == parents_thread
+    assert session.scalar(own) == parents_thread
     session.commit()
 assert session.scalar(text("SELECT COUNT(*) FROM t")) == 10
 """,
-        mariadb_url,
+        server_url,
         gevent_mode,
         how,
     )
 
 
 @GEVENT
-def test_f11_children_and_parent_read_their_own_rows_repeatedly(mariadb_url, gevent_mode):
+def test_f11_children_and_parent_read_their_own_rows_repeatedly(server_url, gevent_mode):
     run_python(
         PRELUDE
         + """
@@ -136,16 +140,17 @@ for round in range(25):
     use("parent")
     reap(pids)
 """,
-        mariadb_url,
+        server_url,
         gevent_mode,
         timeout=300,
     )
 
 
 @GEVENT
-def test_f11_not_a_byte_from_the_child_on_an_inherited_connection(mariadb, mariadb_url, gevent_mode):
+@on("mariadb", "postgresql")
+def test_f11_not_a_byte_from_the_child_on_an_inherited_connection(server, server_url, gevent_mode):
     """Counted by a proxy: while the parent is idle, its two connections carry nothing."""
-    with Proxy(mariadb.port) as proxy:
+    with Proxy(server.port) as proxy:
         run_python(
             PRELUDE
             + """
@@ -171,7 +176,7 @@ with dbsession.session_scope():
     assert len(before) == 2 and after[:2] == before, (before, after)  # a third one is the child's own
     assert session.scalar(text("SELECT 7")) == 7
 """,
-            mariadb_url.replace(f":{mariadb.port}/", f":{proxy.port}/"),
+            server_url.replace(f":{server.port}/", f":{proxy.port}/"),
             gevent_mode,
             proxy.control_port,
             "exit",
@@ -277,7 +282,7 @@ builder.kill()
     )
 
 
-def test_f11_fork_after_configure_leaves_the_old_engines_transaction_alone(mariadb_url):
+def test_f11_fork_after_configure_leaves_the_old_engines_transaction_alone(server_url):
     run_python(
         """
         import os, sys
@@ -297,7 +302,7 @@ def test_f11_fork_after_configure_leaves_the_old_engines_transaction_alone(maria
         session.commit()
         assert session.scalar(text("SELECT COUNT(*) FROM t")) == 1
         """,
-        mariadb_url,
+        server_url,
     )
 
 
@@ -325,15 +330,16 @@ def test_f11_fork_leaves_an_in_memory_database_of_the_parent_alone():
     manager.dispose()
 
 
-def test_f11_fork_without_a_free_descriptor_still_abandons(mariadb_url):
+def test_f11_fork_without_a_free_descriptor_still_abandons(server_url):
     run_python(
         """
         import os, resource, sys
         import dbsession
         from sqlalchemy import text
+        from support.dialects import dialect_of
         dbsession.configure({"default": sys.argv[1]})
-        session = dbsession.get_dbsession()
-        thread = session.scalar(text("SELECT CONNECTION_ID()"))
+        session, own = dbsession.get_dbsession(), text(f"SELECT {dialect_of(sys.argv[1]).who}")
+        thread = session.scalar(own)
         opened = []
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         while True:
@@ -345,11 +351,11 @@ def test_f11_fork_without_a_free_descriptor_still_abandons(mariadb_url):
         if pid == 0:
             for descriptor in opened:
                 os.close(descriptor)
-            os._exit(0 if session.scalar(text("SELECT CONNECTION_ID()")) != thread else 1)
+            os._exit(0 if session.scalar(own) != thread else 1)
         assert os.waitpid(pid, 0)[1] == 0
-        assert session.scalar(text("SELECT CONNECTION_ID()")) == thread
+        assert session.scalar(own) == thread
         """,
-        mariadb_url,
+        server_url,
     )
 
 

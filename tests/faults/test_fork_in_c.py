@@ -14,12 +14,13 @@ if sys.argv[2] == "patched":
 import ctypes, gc, os, time, traceback
 import gevent, gevent.event, dbsession
 from sqlalchemy import text
+from support.dialects import dialect_of
 
 c_fork = ctypes.CDLL(None).fork
 dbsession.configure({"default": {"url": sys.argv[1], "options": {"pool_size": 2}}})
 session, engine = dbsession.get_dbsession(), dbsession.get_engine()
-mysql = engine.dialect.name == "mysql"
-own = text("SELECT CONNECTION_ID()" if mysql else "SELECT 0")
+is_server = engine.dialect.name != "sqlite"
+own = text(f"SELECT {dialect_of(sys.argv[1]).who}" if is_server else "SELECT 0")
 with dbsession.session_scope():
     session.execute(text("CREATE TABLE t (n INTEGER)"))
     session.commit()
@@ -47,17 +48,18 @@ def refused(use):
         return True
 """
 
-BOTH = pytest.mark.parametrize("database", ["mysql", pytest.param("sqlite", marks=pytest.mark.slow)])
+SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in ("postgresql", "sqlite")]
+DATABASES = pytest.mark.parametrize("database", ["mariadb", *SLOW])
 GEVENT = pytest.mark.parametrize("gevent_mode", ["patched", pytest.param("plain", marks=pytest.mark.slow)])
 
 
 @pytest.fixture
 def url(request, tmp_path):
     kind = request.getfixturevalue("database")
-    return f"sqlite:///{tmp_path}/a.db" if kind == "sqlite" else request.getfixturevalue("mariadb_url")
+    return f"sqlite:///{tmp_path}/a.db" if kind == "sqlite" else request.getfixturevalue(f"{kind}_url")
 
 
-@BOTH
+@DATABASES
 @GEVENT
 def test_f24_child_that_c_code_forked_abandons_what_it_inherited(url, database, gevent_mode):
     """The parent is in a transaction. A child, a child's child, and one that Python forked in it; first by a session,
@@ -70,7 +72,7 @@ mine, parents = session(), session.scalar(own)
 
 def use():
     assert session() is not mine
-    assert not mysql or session.scalar(own) != parents
+    assert not is_server or session.scalar(own) != parents
     assert session.scalar(text("SELECT COUNT(*) FROM t")) == 0
     assert refused(lambda: mine.execute(text("SELECT 1"))) and refused(mine.commit)
     dbsession.clear_dbsession()
@@ -80,7 +82,7 @@ def use():
 
 def use_engine():
     with engine.connect() as connection:
-        assert not mysql or connection.scalar(own) != parents
+        assert not is_server or connection.scalar(own) != parents
     assert engine.pool.checkedout() == 0 and engine.pool.checkedin() == 1
 
 def first_the_inherited_one():
@@ -106,10 +108,8 @@ assert session.scalar(text("SELECT COUNT(*) FROM t")) == 1
 
 
 @GEVENT
-def test_f24_not_a_byte_of_a_child_that_c_code_forked_reaches_an_inherited_connection(
-    mariadb, mariadb_url, gevent_mode
-):
-    with Proxy(mariadb.port) as proxy:
+def test_f24_not_a_byte_of_a_child_that_c_code_forked_reaches_an_inherited_connection(server, server_url, gevent_mode):
+    with Proxy(server.port) as proxy:
         run_python(
             PRELUDE
             + """
@@ -123,7 +123,7 @@ with dbsession.session_scope():
 before = proxy.bytes_sent()
 
 def ping():
-    raw.ping(reconnect=False)
+    raw.ping(*((False,) if engine.dialect.name == "mysql" else (0, 5)))
 
 for first in (inner.rollback, lambda: inner.execute(text("SELECT 1")), inner.close, raw.close, raw.commit, ping,
               lambda: raw.cursor().execute("SELECT 1"), session.remove, dbsession.clear_dbsession, dbsession.dispose,
@@ -136,21 +136,21 @@ after = proxy.bytes_sent()
 assert after[:2] == before, (before, after)
 assert session.scalar(text("SELECT 7")) == 7
 """,
-            mariadb_url.replace(f":{mariadb.port}/", f":{proxy.port}/"),
+            server_url.replace(f":{server.port}/", f":{proxy.port}/"),
             gevent_mode,
             proxy.control_port,
         )
 
 
 @pytest.mark.slow
-def test_f24_greenlet_that_waits_for_an_answer_does_not_take_it_in_a_child_that_c_code_forked(mariadb_url):
+def test_f24_greenlet_that_waits_for_an_answer_does_not_take_it_in_a_child_that_c_code_forked(server_url):
     """The child lets its loop run before it uses anything of ours; the parent's greenlet gets its answer."""
     run_python(
         PRELUDE
         + """
 def ask():
     with dbsession.session_scope():
-        return session.scalar(text("SELECT SLEEP(0.5) + 7"))
+        return session.scalar(text(f"SELECT {dialect_of(sys.argv[1]).sleep(0.5)} + 7"))
 asking = [gevent.spawn(ask) for _ in range(2)]
 gevent.sleep(0.1)
 
@@ -163,13 +163,13 @@ def child():
 in_child(child)
 assert [each.get() for each in asking] == [7, 7]
 """,
-        mariadb_url,
+        server_url,
         "patched",
     )
 
 
 @pytest.mark.slow
-@BOTH
+@DATABASES
 @GEVENT
 def test_f24_child_is_not_held_up_by_locks_and_builds_of_another_thread_of_its_parent(url, database, gevent_mode):
     run_python(
@@ -203,7 +203,7 @@ builder.kill()
 
 @pytest.mark.slow
 @GEVENT
-def test_f24_other_pools_hand_out_nothing_inherited(mariadb_url, gevent_mode):
+def test_f24_other_pools_hand_out_nothing_inherited(server_url, gevent_mode):
     run_python(
         PRELUDE
         + """
@@ -223,18 +223,19 @@ for pool in (QueuePool, StaticPool):
         assert connection.scalar(own) == parents
     manager.dispose()
 """,
-        mariadb_url,
+        server_url,
         gevent_mode,
     )
 
 
 @pytest.mark.slow
-def test_f24_number_of_a_descriptor_that_c_code_has_given_to_somebody_else_is_left_alone(mariadb_url):
+def test_f24_number_of_a_descriptor_that_c_code_has_given_to_somebody_else_is_left_alone(server_url):
     run_python(
         PRELUDE
         + """
 session.execute(text("SELECT 1"))
-descriptor = session().connection().connection.dbapi_connection._sock.fileno()
+descriptor = session().connection().connection.dbapi_connection
+descriptor = getattr(descriptor, "_sock", descriptor).fileno()
 
 def child():
     os.closerange(3, 100)                             # as what makes a daemon does
@@ -248,13 +249,13 @@ def child():
 in_child(child)
 assert session.scalar(text("SELECT 7")) == 7
 """,
-        mariadb_url,
+        server_url,
         "plain",
     )
 
 
 @pytest.mark.slow
-def test_f24_where_the_kernel_does_not_tell_of_a_fork_the_number_of_the_process_does(mariadb_url):
+def test_f24_where_the_kernel_does_not_tell_of_a_fork_the_number_of_the_process_does(server_url):
     run_python(
         """
 import mmap
@@ -275,7 +276,7 @@ in_child(child)
 in_child(lambda: in_child(child), os.fork)
 assert session.scalar(own) == parents
 """,
-        mariadb_url,
+        server_url,
         "plain",
     )
 
@@ -375,7 +376,7 @@ assert session.scalar(text("SELECT COUNT(*) FROM t")) == 2
 
 
 @pytest.mark.slow
-@BOTH
+@DATABASES
 def test_f24_asyncio_child_that_c_code_forked_opens_connections_of_its_own(url, database):
     """In the midst of a transaction, with a loop in another thread; and where the parent's loop has ended."""
     run_python(

@@ -69,6 +69,7 @@ def reap(pids):
 
 with dbsession.session_scope():
     session.execute(text("CREATE TABLE t (n INTEGER)"))
+    session.commit()
 for round in range(rounds):
     inherited, go_on, ready = [], threading.Event(), threading.Barrier(3)
     tasks = [spawn(transaction, 2 * round + k, ready, go_on) for k in range(2)]
@@ -98,11 +99,11 @@ with dbsession.session_scope():
 
 
 @pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_f11_nothing_of_the_parent_breaks_when_it_forks_again_and_again(mariadb, mariadb_url, rounds):
+def test_f11_nothing_of_the_parent_breaks_when_it_forks_again_and_again(server, server_url, rounds):
     """With idle connections and open transactions, in a quiet parent and in a busy one: no wrong row, no error, not a
     byte of a child on an inherited connection, and every transaction of the parent is committed."""
-    with Proxy(mariadb.port) as proxy:
-        url = mariadb_url.replace(f":{mariadb.port}/", f":{proxy.port}/")
+    with Proxy(server.port) as proxy:
+        url = server_url.replace(f":{server.port}/", f":{proxy.port}/")
         run_script("patched", SCRIPT, url, proxy.control_port, rounds, timeout=300)
 
 
@@ -113,7 +114,7 @@ def test_f11_child_never_has_a_statement_of_the_parent_ended(with_server, what):
         """
         import os
         configure()
-        before = server.sql("SHOW GLOBAL STATUS LIKE 'Com_kill'")
+        before = server.kills()
 
         def in_child(work):
             pid = os.fork()
@@ -132,15 +133,15 @@ def test_f11_child_never_has_a_statement_of_the_parent_ended(with_server, what):
             assert status == 0, status
 
         def statement():
-            task = spawn(request, "SELECT SLEEP(2)")
-            running("SLEEP")
+            task = spawn(request, f"SELECT {db.sleep(2)}")
+            running(db.sleep(2))
             in_child(task.handle.kill)
             assert join(task) == [0]
 
         def stream():
             with dbsession.session_scope():
                 rows = session.execute(
-                    text("SELECT seq FROM seq_1_to_1000000"),
+                    text(f"SELECT 1 FROM {db.numbers(1_000_000)}"),
                     execution_options={"stream_results": True, "max_row_buffer": 10},
                 )
                 rows.fetchone()
@@ -148,7 +149,7 @@ def test_f11_child_never_has_a_statement_of_the_parent_ended(with_server, what):
                 assert sum(1 for _ in rows) == 999_999
 
         {"statement": statement, "stream": stream}[sys.argv[3]]()
-        assert server.sql("SHOW GLOBAL STATUS LIKE 'Com_kill'") == before
+        assert server.kills() == before
         nothing_in_use()
         """,
         what,
