@@ -194,7 +194,7 @@ class PostgreSQL(Dialect):
     LOCKED = "55P03"
     READ_ONLY = "25006"
     UNKNOWN_TABLE = "42P01"
-    LOST = frozenset({None, "57P01", "57P02", "57P03", "08000", "08003", "08006", "08001", "08004"})
+    LOST = frozenset({None, "57P01", "57P02", "57P03", "08000", "08001", "08003", "08004", "08006", "08P01"})
 
     @staticmethod
     def sleep(seconds: float) -> str:

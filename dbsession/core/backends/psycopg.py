@@ -174,9 +174,14 @@ class Known(KnownConnection):
 
     def close(self) -> Any:
         """Close the connection. Idempotent; whoever gives it up has it closed."""
+        fork.look()  # in a child it says goodbye to nobody
         if not self.gave_up:
             return super().close()  # type: ignore[misc]  # psycopg's
         return None
+
+    def __del__(self, *_: Any) -> None:
+        # psycopg's warns of one that was not closed: what is in a pool ends with the program.
+        pass
 
     # What is sent. All of these are generators of psycopg's, which hold its lock.
 
@@ -252,7 +257,8 @@ class Known(KnownConnection):
     def was_heard(self, idle_s: float) -> bool:
         """Whether the connection lives, as far as can be told without asking: it was heard less than `idle_s` seconds
         ago, and nothing has come since. Raises the driver's error if the server has closed it."""
-        if self.pgconn.transaction_status != IDLE or self.gave_up:
+        self.refuse_if_lost()
+        if self.pgconn.transaction_status != IDLE:
             self.pgconn.finish()
             raise errors.OperationalError("the connection was left in the middle of a transaction")
         seen = self.happened()
