@@ -11,6 +11,7 @@ from dbsession.core.backends import postgresql_errors
 from dbsession.core.backends.base import Backend, Verdict
 from dbsession.core.config import TIMEOUTS
 from dbsession.core.connection_info import driver_of
+from dbsession.errors import ConfigError
 
 READ_ONLY = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool"
 """Whether the server takes no writes now."""
@@ -53,6 +54,16 @@ class PostgreSQL(Backend):
             arguments["server_settings"] = {**settings, _READ_ONLY: "on"}
         else:
             arguments["options"] = f"{arguments.get('options') or ''} -c {_READ_ONLY}=on".strip()
+
+    def connected(self, connection: Any, info: dict[Any, Any]) -> None:
+        if self.config.readonly and reported(connection, _READ_ONLY) == "off":  # PostgreSQL 14 and later tell it
+            connection.close()
+            raise ConfigError(
+                f"Database {self.config.name!r} is `readonly`, but its session has begun with {_READ_ONLY} off: "
+                "something in between has dropped what was asked for at its start, as PgBouncer does by its "
+                "ignore_startup_parameters. Give the URL of the server itself; or that of an account that may only "
+                "read, without `readonly`."
+            )
 
     def takes_writes(self, connection: Any) -> bool:
         cursor = connection.cursor()

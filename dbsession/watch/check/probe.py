@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import NullPool, Pool, QueuePool, StaticPool
 
 from dbsession.core.backends import kind_of as backend_of
-from dbsession.errors import describe
+from dbsession.errors import DBSessionError, describe
 from dbsession.green import hub
 from dbsession.watch.check.facts import Facts, PoolFacts
 from dbsession.watch.check.kinds import kind_of
@@ -81,6 +81,8 @@ def gather(name: str, engine: Engine) -> Facts:
             found = replace(found, version=rules.product(connection), latency_ms=_latency_ms(connection))
             found = replace(found, **kind.ask(connection))
             return replace(found, cooperative=_cooperates(connection))
+    except DBSessionError as error:
+        return replace(found, error=str(error))
     except Exception as error:  # a driver may raise anything; its text may hold the password and is not shown
         number = kind.number(error)
         return replace(found, error=describe(error, number), error_number=number)
