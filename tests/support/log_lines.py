@@ -33,7 +33,7 @@ def _of(where: Path) -> Iterator[Line]:
         for node in ast.walk(tree):
             if not isinstance(node, ast.Attribute) or node.attr not in LEVELS:
                 continue
-            if ast.unparse(node.value) not in ("logger", "self._logger"):
+            if ast.unparse(node.value) not in ("logger", "self._logger", _OF_CLASS):
                 continue
             call = parents[node]
             assert isinstance(call, ast.Call), ast.unparse(call)
@@ -43,10 +43,25 @@ def _of(where: Path) -> Iterator[Line]:
             text = texts[1 if node.attr == "log" else 0]
             assert isinstance(text, ast.Constant), ast.unparse(call)
             shown = re.sub(r"%(\.\d)?[rsdfg]", "...", str(text.value)).replace("\n", "")
-            names = _names(node, tree, trees, parents)
+            of_class = ast.unparse(node.value) == _OF_CLASS
+            names = _of_classes(trees) if of_class else _names(node, tree, trees, parents)
             assert names, ast.unparse(call)
             for name in names:
                 yield name, level, shown
+
+
+_OF_CLASS = "logging.getLogger(self.LOGGER)"
+
+
+def _of_classes(trees: list[ast.Module]) -> set[str]:
+    """Return what classes have as their LOGGER, a literal."""
+    return {
+        str(node.value.value)
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LOGGER"
+        if isinstance(node.value, ast.Constant)
+    }
 
 
 def _names(node: ast.AST, tree: ast.Module, trees: list[ast.Module], parents: dict[ast.AST, ast.AST]) -> set[str]:
