@@ -79,9 +79,14 @@ def test_f14_statement_and_row_locks_are_gone_when_its_greenlet_is_killed(with_p
 
 
 @pytest.mark.slow
-def test_statement_behind_a_proxy_is_nobodys_to_be_ended_and_that_is_said_once(postgresql, psycopg2_url, with_psycopg2):
-    """The server shows the proxy's port and not ours, so its session may be somebody else's."""
+@pytest.mark.parametrize("through", ["proxy", "pgbouncer"])
+def test_statement_behind_a_proxy_is_nobodys_to_be_ended_and_that_is_said_once(
+    postgresql, pgbouncer, psycopg2_url, with_psycopg2, through
+):
+    """The server shows the proxy's port and not ours, so its session may be somebody else's; PgBouncer tells a process
+    id that nobody has there."""
     with Proxy(postgresql.port) as proxy:
+        port = proxy.port if through == "proxy" else pgbouncer.port
         with_psycopg2(
             """
             import logging
@@ -100,7 +105,7 @@ def test_statement_behind_a_proxy_is_nobodys_to_be_ended_and_that_is_said_once(p
             (warning,) = warnings
             assert "cannot be recognised" in warning and "kill_abandoned" in warning, warning
             """,
-            url=psycopg2_url.replace(f":{postgresql.port}/", f":{proxy.port}/"),
+            url=psycopg2_url.replace(f":{postgresql.port}/", f":{port}/"),
         )
 
 

@@ -26,8 +26,14 @@ from dbsession.green.postgresql.psycopg2_waits import open_within
 AGAIN_FOR_S = 30.0
 """Seconds until the last attempt while the server has no room for a side connection."""
 
-END = """SELECT CASE WHEN client_port = %s AND pg_backend_pid() = %s THEN pg_terminate_backend(pid) END
-FROM pg_catalog.pg_stat_activity WHERE pid = %s"""
+END = """
+SELECT side.direct, process.pid,
+    CASE WHEN side.direct AND process.client_port = %s THEN pg_terminate_backend(process.pid) END
+FROM (SELECT pg_backend_pid() = %s AS direct) AS side
+LEFT JOIN pg_catalog.pg_stat_activity AS process ON process.pid = %s
+"""
+"""Answers whether the side connection leads to the server itself, to which a pooler's made-up process ids mean nothing;
+the process, if there is one; whether it was ended."""
 
 
 class Backend(NamedTuple):
@@ -74,20 +80,20 @@ class GreenTerminator(Cancels, EndsAbandoned):
         try:
             with side.cursor() as cursor:
                 cursor.execute(END, (each.port, side.get_backend_pid(), each.pid))
-                row = cursor.fetchone()
+                direct, pid, ended = cursor.fetchone()
         finally:
             side.close()
         self._full_since = None
-        if row is None:
+        if direct and pid is None:
             return  # it is over
-        if row[0]:
+        if ended:
             self.sent()
-        elif row[0] is None and not self._refused:
+        elif ended is None and not self._refused:
             self._refused = True
             logger.warning(
                 "Database %r: an abandoned statement is not ended at the server, since its session there cannot be "
-                "recognised: the server shows another client under its process id, so a proxy or a pooler stands "
-                "between. This is said once. Set statement_timeout there, or kill_abandoned to False.",
+                "recognised: the server shows another client under its process id, or none, so a proxy or a pooler "
+                "stands between. This is said once. Set statement_timeout there, or kill_abandoned to False.",
                 self._name,
             )
 
