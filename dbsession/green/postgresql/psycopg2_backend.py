@@ -71,7 +71,7 @@ class Psycopg2(Cleans, PostgreSQL):
 
     def _clean(self, connection: Connection, how: Callable[[Any], None]) -> None:
         super()._clean(connection, how)
-        connection.take_characteristics_back()
+        connection.forget_answer()
 
 
 def _address_of(connection: Connection) -> tuple[str | None, int]:

@@ -116,8 +116,8 @@ class Transactions(Waits):
         if self.sent.phase is OPENING:
             self._at_first = wanted
 
-    def take_characteristics_back(self) -> None:
-        """Begin transactions as at first."""
+    def forget_answer(self) -> None:
+        """Begin transactions as at first: the connection comes back. Never waits."""
         if self._characteristics != self._at_first:
             self._characteristics, self._begin = self._at_first, self._at_first.begin()
 
