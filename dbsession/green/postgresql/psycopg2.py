@@ -82,10 +82,6 @@ class Connection(KnownConnection, Transactions):
         """Whether a named cursor is open."""
         return self.in_transaction and any(not each.closed for each in list(self.streams))
 
-    def forget_answer(self) -> None:
-        """Begin transactions as at first: the connection comes back as it is."""
-        self.take_characteristics_back()
-
     def finish_at_hand(self) -> bool:
         return not self.unread
 
