@@ -119,4 +119,5 @@ class Cleans(Backend):
         connection.read_within(before)
         if not connection.open:  # an unread stream, say
             raise ConnectionAbortedError("the connection was given up while it was cleaned")
+        connection.forget_answer()
         connection.sent.returned()

@@ -69,10 +69,6 @@ class Psycopg2(Cleans, PostgreSQL):
 
         return do_ping
 
-    def _clean(self, connection: Connection, how: Callable[[Any], None]) -> None:
-        super()._clean(connection, how)
-        connection.forget_answer()
-
 
 def _address_of(connection: Connection) -> tuple[str | None, int]:
     mine = _socket.socket(fileno=os.dup(connection.fileno()))
