@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from sqlalchemy import make_url
 
 from dbsession import SessionManager
+from support.drivers import DRIVERS
 from support.halves import HALVES
 from support.mariadb import MariaDBServer
 from support.postgresql import PostgreSQLServer
@@ -71,14 +73,27 @@ def counter(mariadb):
 
 @pytest.fixture(params=["pymysql", "asyncmy", pytest.param("aiomysql", marks=pytest.mark.slow)])
 def driver(request):
-    """The driver of a test that holds for each of them."""
+    """The driver of a test that holds for each of MariaDB's; `support.drivers.EVERY_DRIVER` has all."""
     return request.param
 
 
 @pytest.fixture
 def half(driver):
     """The half of dbsession that uses this driver."""
-    return HALVES["gevent" if driver == "pymysql" else "aio"]
+    return HALVES[DRIVERS[driver].half]
+
+
+@pytest.fixture
+def drivers_server(driver, request):
+    """The server of the kind that this driver is for; `drivers_url` gives it back after the test."""
+    return request.getfixturevalue(DRIVERS[driver].server)
+
+
+@pytest.fixture
+def drivers_url(driver, drivers_server, request):
+    """The URL of an empty database for this driver."""
+    url = request.getfixturevalue(f"{DRIVERS[driver].server}_url")
+    return drivers_server.url(make_url(url).database, driver=driver)
 
 
 @pytest.fixture

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack, closing
 from time import monotonic
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import DBAPIError
 
 from dbsession.core import discards
-from support.halves import done, entered, on_both_halves
-from support.mariadb import MariaDBServer
+from support.dialects import dialect_of
+from support.drivers import EVERY_DRIVER
+from support.halves import done, entered, on_both_halves, sync
 from support.proxy import Proxy
 
-WHO = text("SELECT CONNECTION_ID()")
 SIZE = 4
 
 
+pytestmark = EVERY_DRIVER
+
+
 @pytest.fixture
-def managed(driver, half):
+def managed(drivers_url, half):
     managers = []
 
-    def make(url, **entries):
-        url = url.replace("pymysql", driver)
+    def make(port=None, **entries):
+        url = drivers_url if port is None else make_url(drivers_url).set(port=port)
         entries = {name: {"url": url, "options": {"pool_size": SIZE}, **entry} for name, entry in entries.items()}
         managers.append(half.verbs.SessionManager(entries))
         return managers[-1]
@@ -39,17 +42,21 @@ def managed(driver, half):
 
 
 @pytest.fixture
-def read_only(mariadb, mariadb_url):
-    """Makes the server read-only; `mariadb_url` has a table `t`."""
-    with mariadb.root() as cursor:
-        cursor.execute(f"CREATE TABLE {mariadb_url.rpartition('/')[2]}.t (n INT)")
-        yield lambda: cursor.execute("SET GLOBAL read_only = 1")
-        cursor.execute("SET GLOBAL read_only = 0")
+def read_only(drivers_server, drivers_url):
+    """Makes the server read-only; `drivers_url` has a table `t`."""
+    with drivers_server.root(make_url(drivers_url).database) as cursor:
+        cursor.execute("CREATE TABLE t (n INT)")
+    yield lambda: drivers_server.refuse_writes(True)
+    drivers_server.refuse_writes(False)
 
 
-async def ask(manager, name="default", statement=WHO):
+def words(manager):
+    return dialect_of(str(sync(manager.engine()).url))
+
+
+async def ask(manager, name="default", what="who"):
     async with entered(manager.scope()):
-        return await done(manager.get(name).scalar(statement))
+        return await done(manager.get(name).scalar(text(f"SELECT {getattr(words(manager), what)}")))
 
 
 async def write(manager, begin=None):
@@ -60,24 +67,25 @@ async def write(manager, begin=None):
         await done(manager.get().commit())
 
 
-async def refused(manager, number="1290", begin=None):
-    with pytest.raises(OperationalError, match=number):
+async def refused(manager, code="READ_ONLY", begin=None):
+    with pytest.raises(DBAPIError) as raised:
         await write(manager, begin)
+    assert words(manager).code(raised.value) == getattr(words(manager), code)
 
 
-async def everyone(manager, name="default", statement=WHO):
+async def everyone(manager, name="default", what="who"):
     """What each connection of a pool answers."""
     async with AsyncExitStack() as stack:
         answers = []
         for _ in range(SIZE):
             await stack.enter_async_context(entered(manager.scope()))
-            answers.append(await done(manager.get(name).scalar(statement)))
+            answers.append(await done(manager.get(name).scalar(text(f"SELECT {getattr(words(manager), what)}"))))
         return sorted(answers)
 
 
 @on_both_halves
-async def test_f33_readers_keep_their_connections_while_writes_are_refused(half, managed, mariadb_url, read_only):
-    manager = managed(mariadb_url, default={}, other={}, reports={"readonly": True})
+async def test_f33_readers_keep_their_connections_while_writes_are_refused(half, managed, read_only):
+    manager = managed(default={}, other={}, reports={"readonly": True})
     for name in ("default", "other", "reports"):
         await everyone(manager, name)
     others = {name: await everyone(manager, name) for name in ("other", "reports")}
@@ -94,13 +102,9 @@ async def test_f33_readers_keep_their_connections_while_writes_are_refused(half,
 
 
 @on_both_halves
-async def test_f33_all_names_of_an_address_move_after_a_failover(
-    half, managed, mariadb, mariadb_url, read_only, second
-):
-    with Proxy(mariadb.port) as proxy:
-        manager = managed(
-            mariadb_url.replace(str(mariadb.port), str(proxy.port)), default={}, other={}, reports={"readonly": True}
-        )
+async def test_f33_all_names_of_an_address_move_after_a_failover(half, managed, drivers_server, read_only, second):
+    with Proxy(drivers_server.port) as proxy:
+        manager = managed(proxy.port, default={}, other={}, reports={"readonly": True})
         names = ("default", "other", "reports")
         for name in names:
             await everyone(manager, name)
@@ -113,8 +117,8 @@ async def test_f33_all_names_of_an_address_move_after_a_failover(
         async def moved():
             try:
                 await write(manager)
-            except OperationalError as error:
-                assert error.orig.args[0] == 1290
+            except DBAPIError as error:
+                assert words(manager).code(error) == words(manager).READ_ONLY
                 return False
             return True
 
@@ -123,39 +127,43 @@ async def test_f33_all_names_of_an_address_move_after_a_failover(
             tries += monotonic() > last + discards.GAP_S
             assert tries <= 2 and monotonic() < end  # one of them may have been under way when the second was over
         for name in names:
-            assert await everyone(manager, name, text("SELECT @@port")) == [second.port] * SIZE, name
+            assert await everyone(manager, name, "port") == [second.port] * SIZE, name
         kept = await everyone(manager, "reports")
         assert await everyone(manager, "reports") == kept
 
 
 @pytest.fixture(scope="module")
-def second_server(mariadb):
-    server = MariaDBServer()
-    try:
-        with server.root() as cursor:
-            cursor.execute("SET PASSWORD FOR app@'127.0.0.1' = PASSWORD(%s)", (mariadb.password,))
-        yield server
-    finally:
-        server.close()
+def others():
+    """Another server of each kind, once it was needed."""
+    with ExitStack() as stack:
+        made = {}
+
+        def of(kind):
+            if kind not in made:
+                made[kind] = stack.enter_context(closing(kind()))
+            return made[kind]
+
+        yield of
 
 
 @pytest.fixture
-def second(second_server, mariadb_url):
-    """Another server with the same database."""
-    name = mariadb_url.rpartition("/")[2]
-    second_server.create_database(name)
-    with second_server.root() as cursor:
-        cursor.execute(f"CREATE TABLE {name}.t (n INT)")
-    return second_server
+def second(others, drivers_server, drivers_url):
+    """Another server with the same database, account and table."""
+    server, name = others(type(drivers_server)), make_url(drivers_url).database
+    server.set_password(drivers_server.password)
+    server.create_database(name)
+    with server.root(name) as cursor:
+        cursor.execute("CREATE TABLE t (n INT)")
+    return server
 
 
 @on_both_halves
-async def test_f33_programs_own_read_only_transaction_discards_nothing(half, managed, mariadb_url, read_only):
-    manager = managed(mariadb_url, default={})
+async def test_f33_programs_own_read_only_transaction_discards_nothing(half, managed, read_only):
+    manager = managed(default={})
     before = await everyone(manager)
-    for begin in ("SET SESSION TRANSACTION READ ONLY", "SET SESSION TRANSACTION READ WRITE"):
+    for begin in (words(manager).read_only, words(manager).read_write):
         if begin.endswith("ONLY"):
-            await refused(manager, "1792", begin)
+            await refused(manager, "OWN_READ_ONLY", begin)
         else:
             async with AsyncExitStack() as stack:
                 for _ in range(SIZE):
@@ -165,20 +173,17 @@ async def test_f33_programs_own_read_only_transaction_discards_nothing(half, man
 
 
 @on_both_halves
-async def test_f33_connections_lost_one_by_one_cost_others_nothing(half, managed, mariadb, mariadb_url, monkeypatch):
+async def test_f33_connections_lost_one_by_one_cost_others_nothing(half, managed, drivers_server, monkeypatch):
     """By an operator's KILL, or a proxy that ends them: in use, or idle."""
     monkeypatch.setattr(discards, "GAP_S", 3600.0)
-    manager = managed(mariadb_url, default={}, other={})
+    kill = drivers_server.kill_connection
+    manager = managed(default={}, other={})
 
     async def lose_one_in_use():
         async with entered(manager.scope()):
-            kill(await done(manager.get().scalar(WHO)))
-            with pytest.raises(OperationalError):
+            kill(await done(manager.get().scalar(text(f"SELECT {words(manager).who}"))))
+            with pytest.raises(DBAPIError):
                 await done(manager.get().execute(text("SELECT 1")))
-
-    def kill(number):
-        with mariadb.root() as cursor:
-            cursor.execute("KILL %s", (number,))
 
     before = await everyone(manager)
     await lose_one_in_use()  # the first one of all: the server may be gone

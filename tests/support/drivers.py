@@ -1,6 +1,39 @@
-"""A driver whose connections only count what is done with them."""
+"""The drivers that tests are run with, and one whose connections only count what is done with them."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+
+
+class Its(NamedTuple):
+    """A driver's half of dbsession, and the fixture with its server."""
+
+    half: str
+    server: str
+
+
+DRIVERS = {
+    "pymysql": Its("gevent", "mariadb"),
+    "asyncmy": Its("aio", "mariadb"),
+    "aiomysql": Its("aio", "mariadb"),
+    "psycopg": Its("gevent", "postgresql"),
+    "psycopg2": Its("gevent", "postgresql"),
+    "psycopg_async": Its("aio", "postgresql"),
+    "asyncpg": Its("aio", "postgresql"),
+}
+_QUICK = ("pymysql", "asyncmy", "psycopg")
+
+
+def _param(name: str) -> object:
+    marks = [getattr(pytest.mark, DRIVERS[name].server)] + [pytest.mark.slow] * (name not in _QUICK)
+    return pytest.param(name, marks=marks)
+
+
+EVERY_DRIVER = pytest.mark.parametrize("driver", [_param(name) for name in DRIVERS], indirect=True)
+"""A claim that holds for every driver, of every database: the fixtures are `driver`, `half`, `drivers_url` and
+`drivers_server`. Those that are not quick are for the slow run."""
 
 
 class Driver:

@@ -191,6 +191,12 @@ class MariaDBServer(Server):
             assert {row["PRIVILEGE_TYPE"] for row in cursor.fetchall()} == {"USAGE"}, "who has more is not refused"
         self.set_global("read_only", int(refuse))
 
+    def set_password(self, password: str) -> None:
+        """Let `app` in with this one only."""
+        with self.root() as cursor:
+            cursor.execute("SET PASSWORD FOR app@'127.0.0.1' = PASSWORD(%s)", (password,))
+        self.password = password
+
     def limit_connections(self, limit: int | None) -> None:
         """Have no room for more connections, 10 at least; None: as before."""
         self.set_global("max_connections", limit or 500)

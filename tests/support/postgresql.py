@@ -174,6 +174,12 @@ class PostgreSQLServer(Server):
         """Be a primary that was demoted; False: be one again."""
         self.set_global("default_transaction_read_only", "on" if refuse else "off")
 
+    def set_password(self, password: str) -> None:
+        """Let `app` in with this one only."""
+        with self.root() as cursor:
+            cursor.execute(sql.SQL("ALTER ROLE app PASSWORD {}").format(sql.Literal(password)))
+        self.password = password
+
     def limit_connections(self, limit: int | None) -> None:
         """Have no room for more connections of `app`; None: as before."""
         with self.root() as cursor:
