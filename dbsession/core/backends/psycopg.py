@@ -29,6 +29,12 @@ OFF = pq.PipelineStatus.OFF
 _BAD = pq.ConnStatus.BAD
 
 
+class _Gone:
+    """Stands in a pipeline for a connection that was given up: psycopg leaves the pipeline mode of others."""
+
+    status = _BAD
+
+
 class Known(KnownConnection):
     """Before psycopg's Connection or AsyncConnection among the bases of ours. Lives as long as its place in the pool,
     or until something interrupts it in the middle of an answer: then it is given up, and the exception goes on as it
@@ -161,6 +167,9 @@ class Known(KnownConnection):
         if self.gave_up or self.pgconn.status == _BAD:
             return
         self.gave_up, self.given_up_by = True, error
+        if self._pipeline is not None:  # of an executemany(), say, whose end must not take the place of a kill
+            self._pipeline.pgconn = _Gone
+            self._pipeline.result_queue.clear()
         fork.look()
         if self.on_abandon is not None and self._epoch == fork.epoch:  # in a forked child it is the parent's
             self.on_abandon(self)
