@@ -9,11 +9,12 @@ import pytest
 
 from support.processes import run_python
 
-DRIVERS = ["asyncmy", "aiomysql", "aiosqlite"]
+DRIVERS = ["asyncmy", "aiomysql", "aiosqlite", "psycopg", "asyncpg"]
 LOOPS = ["asyncio", "uvloop"]
 ENDINGS = ["well", "running", "pending", "statement", "error", "interrupt", "exit", "closed", "closed_transaction"]
 QUICK = {("asyncmy", "uvloop", "pending"), ("asyncmy", "asyncio", "fork"), ("aiomysql", "uvloop", "closed_transaction")}
 QUICK |= {("asyncmy", "asyncio", "well"), ("asyncmy", "asyncio", "interrupt"), ("aiosqlite", "asyncio", "statement")}
+QUICK |= {("psycopg", "uvloop", "fork"), ("asyncpg", "asyncio", "statement")}
 
 
 def cases(endings):
@@ -23,7 +24,7 @@ def cases(endings):
 
 SCRIPT = """
     import asyncio, gc, os, sys, threading
-    import pymysql, uvloop
+    import psycopg, pymysql, uvloop
     from sqlalchemy import text
     from dbsession import aio
     from support.waiting import wait_until
@@ -36,6 +37,11 @@ SCRIPT = """
     def connections():
         if "sqlite" in url:
             return [each for each in threading.enumerate() if each is not threading.main_thread()]
+        if "postgresql" in url:
+            folder, _, port = socket.rpartition(":")
+            database = url.rpartition("/")[2]
+            with psycopg.connect(host=folder, port=port, user="postgres", autocommit=True) as root:
+                return root.execute("SELECT pid FROM pg_stat_activity WHERE datname = %s", (database,)).fetchall()
         root = pymysql.connect(unix_socket=socket, user="root")
         try:
             with root.cursor() as cursor:
@@ -70,25 +76,32 @@ SCRIPT = """
 """
 
 
-def end_of_loop(mariadb, url, loop, ending, source):
+def end_of_loop(where, loop, ending, source):
     body = "\n".join(line[4:] for line in (SCRIPT + source).splitlines())
-    done = run_python(body, url, mariadb.socket, loop, ending, env={"PYTHONDEVMODE": "1"})
+    done = run_python(body, *where, loop, ending, env={"PYTHONDEVMODE": "1"})
     assert not done.stderr
     assert done.stdout == "done\n"
 
 
 @pytest.fixture
-def url(driver, mariadb_url, tmp_path):
-    return f"sqlite+aiosqlite:///{tmp_path}/a.db" if driver == "aiosqlite" else mariadb_url.replace("pymysql", driver)
+def where(driver, request, tmp_path):
+    """The URL of a database, and how to ask its server with all rights."""
+    if driver == "aiosqlite":
+        return f"sqlite+aiosqlite:///{tmp_path}/a.db", ""
+    if driver in ("psycopg", "asyncpg"):
+        server = request.getfixturevalue("postgresql")
+        url = request.getfixturevalue("postgresql_url").replace("psycopg", driver)
+        return url, f"{server.folder}:{server.port}"
+    url = request.getfixturevalue("mariadb_url").replace("pymysql", driver)
+    return url, request.getfixturevalue("mariadb").socket
 
 
 @pytest.mark.parametrize(("driver", "loop", "ending"), cases(ENDINGS))
-def test_loop_leaves_nothing_behind_when_it_ends(mariadb, driver, url, loop, ending):
+def test_loop_leaves_nothing_behind_when_it_ends(driver, where, loop, ending):
     """Twice in one process: with every connection idle, or in a transaction of a task that is pending then, or in the
     middle of a statement; because main returned, failed, or a task was interrupted; and by nothing but close()."""
     end_of_loop(
-        mariadb,
-        url,
+        where,
         loop,
         ending,
         """
@@ -106,7 +119,7 @@ def test_loop_leaves_nothing_behind_when_it_ends(mariadb, driver, url, loop, end
             await hold_one()
             await use("main")
         if ending == "statement":
-            slow = "SELECT SLEEP(2)" if "mysql" in url else "SELECT 1"
+            slow = {"m": "SELECT SLEEP(2)", "p": "SELECT pg_sleep(2)", "s": "SELECT 1"}[url[0]]
             async def execute():
                 await session.execute(text(slow))
             keep.append(asyncio.create_task(execute()))
@@ -151,18 +164,17 @@ def test_loop_leaves_nothing_behind_when_it_ends(mariadb, driver, url, loop, end
 
 
 @pytest.mark.parametrize(("driver", "loop", "ending"), cases(["fork"]))
-def test_fork_in_a_task_leaves_the_parents_connections_alone(mariadb, driver, url, loop, ending):
+def test_fork_in_a_task_leaves_the_parents_connections_alone(driver, where, loop, ending):
     """In the middle of a transaction; the child uses sessions in a loop of its own, and ends."""
     end_of_loop(
-        mariadb,
-        url,
+        where,
         loop,
         ending,
         """
     async def main():
         await use_all()
         await hold_one()
-        me = text("SELECT CONNECTION_ID()" if "mysql" in url else "SELECT 1")
+        me = text({"m": "SELECT CONNECTION_ID()", "p": "SELECT pg_backend_pid()", "s": "SELECT 1"}[url[0]])
         await session.execute(text("CREATE TABLE t (n INT)"))
         await session.execute(text("INSERT INTO t VALUES (1)"))
         mine = await session.scalar(me)

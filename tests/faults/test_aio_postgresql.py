@@ -4,7 +4,6 @@ nobody waits for ever."""
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import struct
 from contextlib import asynccontextmanager
@@ -264,6 +263,30 @@ def test_cancellation_ends_an_executemany_whose_server_reads_nothing(run, throug
     run(work)
 
 
+def test_cancellation_comes_out_of_a_small_executemany(run, url, postgresql):
+    """psycopg waits for its answers where it leaves its pipeline."""
+    manager = managed(url)
+
+    async def work():
+        async def insert():
+            async with scope_of(manager) as session:
+                await session.execute(text("SELECT 1"))
+                await session.execute(
+                    text("UPDATE t SET n = 9 WHERE id = :id AND pg_sleep(60) IS NOT NULL"), [{"id": 1}, {"id": 2}]
+                )
+
+        task = asyncio.create_task(insert())
+        await until(lambda: running(postgresql, "pg_sleep(60)"), 20)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await nothing_in_use(manager)
+        await until(lambda: not running(postgresql, "pg_sleep(60)"), 20)
+        assert await rows_of(manager) == [1, 2]
+
+    run(work)
+
+
 # -- silence -----------------------------------------------------------------------------------------------
 
 
@@ -282,12 +305,12 @@ def test_wait_ends_with_an_error_when_the_server_stops(run, url, postgresql, wha
                     with pytest.raises(aio.CommitOutcomeUnknown):
                         await session.commit()
                     assert scope.outcome == "unknown"
-                elif what == "rollback":
-                    await session.rollback()
                 else:
                     with pytest.raises(exc.OperationalError, match=r"no answer from the server within 0\.5 s"):
                         if rows is not None:
                             await rows.all()
+                        elif what == "rollback":
+                            await session.rollback()
                         elif what == "many":
                             await session.execute(text("UPDATE t SET n = :n"), [{"n": 1}, {"n": 2}])
                         else:
@@ -695,7 +718,7 @@ def test_readonly_refuses_a_write_and_the_connection_stays(run, url):
     run(work)
 
 
-# -- a pooler, a fork --------------------------------------------------------------------------------------
+# -- a pooler ---------------------------------------------------------------------------------------------
 
 
 def test_pooler_is_recognised_and_no_statement_stays_prepared(run, pgbouncer_url, driver):
@@ -712,24 +735,3 @@ def test_pooler_is_recognised_and_no_statement_stays_prepared(run, pgbouncer_url
         assert manager.database("default").connections.backend.pooled is True
 
     run(work)
-
-
-def test_connection_is_the_parents_in_a_forked_child(url, postgresql):
-    """The child's end sends nothing on it."""
-
-    async def work():
-        manager = managed(url)
-        async with scope_of(manager) as session:
-            number = await session.scalar(text("SELECT pg_backend_pid()"))
-            pid = os.fork()
-            if pid == 0:
-                raise SystemExit(0)
-            _, status = os.waitpid(pid, 0)
-            assert status == 0
-            assert await session.scalar(text("SELECT pg_backend_pid()")) == number
-
-    async def within():
-        async with asyncio.timeout(DEADLINE_S):
-            await work()
-
-    asyncio.run(within())

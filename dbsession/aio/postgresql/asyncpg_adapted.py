@@ -157,7 +157,7 @@ class Adapted(AsyncAdapt_asyncpg_connection, KnownConnection):
         before = self.read_within_at_most(within_s)
         driver.pinging = True
         try:
-            self.ask(driver.execute("SELECT"))  # a round trip without a transaction; asyncpg has no answer to ";"
+            self.ask(driver.execute("SELECT 1"))  # one round trip: no transaction, and nothing prepared
         except Exception as error:
             self._handle_exception(error)
         finally:
