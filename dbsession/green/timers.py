@@ -1,4 +1,4 @@
-"""One timer of gevent's loop for each length of time, kept for the next wait of a connection."""
+"""Timers and a watcher of gevent's loop that are kept for the next wait of a connection."""
 
 from __future__ import annotations
 
@@ -59,3 +59,28 @@ class KeepsTimers:
             for timer in timers.values():
                 with suppress(ValueError):  # its loop was destroyed, with its thread
                     timer.close()
+
+
+class KeepsReader(KeepsTimers):
+    """And waits for a bare descriptor, as that of libpq is. Lives as the connection does, whose user alone writes."""
+
+    _reader: Any = None  # a watcher of `_reader_loop`
+    _reader_loop: Any = None
+
+    def _await_readable(self, here: Any, descriptor: int, seconds: float | None) -> None:
+        """Wait in `here`, this thread's hub, for something to read from the connection's descriptor. Raises TooLate."""
+        if self._reader_loop is not here.loop:
+            self._close_reader()
+            self._reader = here.loop.io(descriptor, 1)
+            self._reader_loop = here.loop
+        self._in_time(seconds, here.wait, self._reader)
+
+    def _close_reader(self) -> None:
+        reader, self._reader, self._reader_loop = self._reader, None, None
+        if reader is not None:
+            with suppress(ValueError):  # its loop was destroyed, with its thread
+                reader.close()
+
+    def _close_timers(self) -> None:
+        super()._close_timers()
+        self._close_reader()

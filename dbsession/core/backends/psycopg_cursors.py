@@ -5,13 +5,56 @@ The names with an underscore are psycopg's; each has its line in tests/unit/test
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from psycopg import errors, generators
+from psycopg import Column, errors, generators
 
 from dbsession.errors import ResultCut
 
 _PREPARE_NOW = 3  # psycopg._preparing.Prepare.SHOULD
+
+
+class Columns(Sequence[Column]):
+    """A cursor's `description`, made where somebody looks into it: SQLAlchemy knows the columns of its statements, and
+    asks only whether there are any. Of the result that the cursor has now; lives as long as somebody has it."""
+
+    __slots__ = ("_cursor", "_made", "pgresult")
+
+    def __init__(self, cursor: Any) -> None:
+        self._cursor = cursor
+        self._made: list[Column] | None = None
+        self.pgresult = cursor.pgresult
+
+    # What a Column asks its cursor for, besides the result.
+
+    @property
+    def adapters(self) -> Any:
+        return self._cursor.adapters
+
+    @property
+    def _encoding(self) -> str:
+        return str(self._cursor._encoding)
+
+    def _columns(self) -> list[Column]:
+        if self._made is None:
+            like: Any = self
+            self._made = [Column(like, number) for number in range(self.pgresult.nfields)]
+        return self._made
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._columns()[index]
+
+    def __len__(self) -> int:
+        return int(self.pgresult.nfields)
+
+    def __eq__(self, other: object) -> bool:
+        return self._columns() == (other._columns() if isinstance(other, Columns) else other)
+
+    __hash__ = None  # type: ignore[assignment]  # a list's
+
+    def __repr__(self) -> str:
+        return repr(self._columns())
 
 
 class RidesAlong:
@@ -27,6 +70,13 @@ class RidesAlong:
     _send_query_prepared: Any
     _check_results: Any
     _set_results: Any
+    pgresult: Any
+
+    @property
+    def description(self) -> Any:
+        """The columns of the current result, as psycopg has it."""
+        result = self.pgresult
+        return Columns(self) if result is not None and result.nfields else super().description  # type: ignore[misc]
 
     def _execute_gen(self, *args: Any, **kwargs: Any) -> Any:
         connection = self._conn

@@ -25,7 +25,7 @@ from dbsession.core.backends.psycopg_cursors import Named, RidesAlong
 from dbsession.core.connection_info import TooLate
 from dbsession.errors import describe
 from dbsession.green import hub
-from dbsession.green.timers import KeepsTimers
+from dbsession.green.timers import KeepsReader
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")
 
@@ -41,7 +41,7 @@ class ServerCursor(Named, psycopg.ServerCursor[Any]):
     """A named cursor, whose rows are fetched piece by piece. Lives as long as its transaction, at most."""
 
 
-class Connection(Known, KeepsTimers, psycopg.Connection[Any]):
+class Connection(Known, KeepsReader, psycopg.Connection[Any]):
     """A `psycopg.Connection`. Lives as `Known` says."""
 
     _poll = _poll
@@ -134,6 +134,9 @@ class Connection(Known, KeepsTimers, psycopg.Connection[Any]):
         try:
             if here is None:
                 return _await_in_thread(self.pgconn.socket, wanted, seconds)
+            if until is None and wanted == Wait.R:  # nearly always
+                self._await_readable(here, self.pgconn.socket, seconds)
+                return Ready.R
             with closing(here.loop.io(self.pgconn.socket, int(wanted))) as watcher:
                 self._in_time(None if seconds is None else max(seconds, 0.001), here.wait, watcher)
         except TooLate:

@@ -133,7 +133,7 @@ class Connection(KnownConnection, Transactions):
             self.cut_off()  # psycopg2 closes it then
         else:
             super().close()
-            self.let_go()
+            self._close_timers()
 
     # What is sent.
 

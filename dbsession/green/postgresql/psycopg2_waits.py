@@ -25,7 +25,7 @@ from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE
 
 from dbsession.core.connection_info import HUNG_UP, TooLate
 from dbsession.green import hub
-from dbsession.green.timers import KeepsTimers
+from dbsession.green.timers import KeepsReader
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")
 
@@ -63,7 +63,7 @@ def await_in_thread(descriptor: int, wanted: int, seconds: float | None) -> None
         raise TooLate
 
 
-class Waits(KeepsTimers, extensions.connection):
+class Waits(KeepsReader, extensions.connection):
     """The socket of one connection. Lives as it does."""
 
     # Class attributes, so that they are there while psycopg2's __init__ connects.
@@ -74,8 +74,6 @@ class Waits(KeepsTimers, extensions.connection):
     _connect_by: float | None = None
     _heard = 0.0  # when the last answer came
     _look: Any = None  # a poll object that knows the socket
-    _reader: Any = None  # a watcher of `_reader_loop`
-    _reader_loop: Any = None
 
     def interrupted(self, error: BaseException) -> None:
         """Take note that `error` has come in the middle of an answer; psycopg2 closes the connection after it."""
@@ -106,11 +104,7 @@ class Waits(KeepsTimers, extensions.connection):
             if here is None:  # without a hub yet nobody else has to run
                 await_in_thread(self.fileno(), wanted, seconds)
             elif wanted == POLL_READ and self._connect_by is None:
-                if self._reader_loop is not here.loop:
-                    self._close_reader()
-                    self._reader = here.loop.io(self.fileno(), _READ)
-                    self._reader_loop = here.loop
-                self._in_time(seconds, here.wait, self._reader)
+                self._await_readable(here, self.fileno(), seconds)
             else:
                 watcher = here.loop.io(self.fileno(), _READ if wanted == POLL_READ else _WRITE)
                 try:
@@ -141,17 +135,6 @@ class Waits(KeepsTimers, extensions.connection):
                 mine.shutdown(socket.SHUT_RDWR)
             finally:
                 mine.close()
-
-    def let_go(self) -> None:
-        """Close what waits for the socket of a connection that is closed."""
-        self._close_timers()
-        self._close_reader()
-
-    def _close_reader(self) -> None:
-        reader, self._reader, self._reader_loop = self._reader, None, None
-        if reader is not None:
-            with suppress(ValueError):  # its loop was destroyed, with its thread
-                reader.close()
 
 
 def open_within(factory: Callable[[str, float], Any], seconds: float, arguments: dict[str, Any]) -> Any:
