@@ -28,7 +28,7 @@ def driver_of(url: URL) -> str | None:
     """Return the name of the driver, the dialect's default one where the URL names none; None: no such dialect."""
     try:
         url.get_dialect()  # get_driver_name() would give what stands behind the +, whatever it is
-        return url.get_driver_name()
+        return url.get_driver_name().removesuffix("_async")  # SQLAlchemy's other name of psycopg, in asyncio
     except NoSuchModuleError:
         return None
 
