@@ -7,12 +7,13 @@ import contextlib
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from dbsession import CommitOutcomeUnknown, SessionManager
 from dbsession.core.connection_info import COMMITTING
 from support.processes import run_script
 from support.proxy import Proxy
+from support.servers import on
 from support.waiting import wait_until
 
 SCRIPT = """
@@ -20,11 +21,13 @@ SCRIPT = """
     import sqlalchemy.exc
     from sqlalchemy import text
     from support.proxy import ProxyControl
+    from support.dialects import dialect_of
+    db = dialect_of(sys.argv[1])
     url, proxy, direct = sys.argv[1], ProxyControl(int(sys.argv[2])), sys.argv[3]
     dbsession.configure({"default": {"url": url, "read_timeout_s": 2}, "direct": direct})
     session, engine = dbsession.get_dbsession(), dbsession.get_engine()
     with dbsession.get_engine("direct").begin() as connection:
-        connection.execute(text("CREATE TABLE t (n INT) ENGINE=InnoDB"))
+        connection.execute(text("CREATE TABLE t (n INT)"))
     runs = []
     def unit(n, hold=True):
         runs.append(n)
@@ -46,25 +49,26 @@ SCRIPT = """
 """
 
 
-def run(mode, mariadb, mariadb_url, source):
-    with Proxy(mariadb.port) as proxy:
-        through = mariadb_url.replace(f":{mariadb.port}/", f":{proxy.port}/")
+def run(mode, server, server_url, source):
+    with Proxy(server.port) as proxy:
+        through = server_url.replace(f":{server.port}/", f":{proxy.port}/")
         script = "\n".join(line[4:] for line in SCRIPT.splitlines()) + "\n" + source
-        run_script(mode, script, through, proxy.control_port, mariadb_url)
+        run_script(mode, script, through, proxy.control_port, server_url)
 
 
-def test_f18_driver_error_at_commit_is_an_outcome_unknown_and_an_operational_error(mode, mariadb, mariadb_url):
+@on("mariadb", "postgresql")
+def test_f18_driver_error_at_commit_is_an_outcome_unknown_and_an_operational_error(mode, server, server_url):
     run(
         mode,
-        mariadb,
-        mariadb_url,
+        server,
+        server_url,
         """
 def work():
     unit(1)
     session.commit()
 error, scope = told(work)
 assert isinstance(error, dbsession.CommitOutcomeUnknown), error
-assert isinstance(error, sqlalchemy.exc.OperationalError) and error.orig.args[0] == 2013
+assert isinstance(error, sqlalchemy.exc.OperationalError) and db.is_lost(error), error
 assert "may have been committed" in str(error) and str(error).endswith("[DBS-COMMIT-UNKNOWN]"), error
 assert scope.outcome == "unknown" and scope.outcomes == {"default": "unknown"}
 assert engine.pool.checkedout() == 0
@@ -74,11 +78,11 @@ assert session.scalar(text("SELECT count(*) FROM t")) == 1
 
 
 @pytest.mark.slow
-def test_f18_it_is_told_the_same_way_by_a_begin_block_and_by_core(mariadb, mariadb_url):
+def test_f18_it_is_told_the_same_way_by_a_begin_block_and_by_core(server, server_url):
     run(
         "patched",
-        mariadb,
-        mariadb_url,
+        server,
+        server_url,
         """
 def block():
     with session.begin():
@@ -96,11 +100,11 @@ assert engine.pool.checkedout() == 0
     )
 
 
-def test_f18_unit_of_work_is_not_run_again_after_an_unknown_outcome(mariadb, mariadb_url):
+def test_f18_unit_of_work_is_not_run_again_after_an_unknown_outcome(server, server_url):
     run(
         "patched",
-        mariadb,
-        mariadb_url,
+        server,
+        server_url,
         """
 error, _ = told(lambda: dbsession.run_in_transaction(lambda: unit(1), attempts=5))
 assert isinstance(error, dbsession.CommitOutcomeUnknown) and runs == [1], (error, runs)
@@ -109,11 +113,11 @@ assert isinstance(error, dbsession.CommitOutcomeUnknown) and runs == [1], (error
 
 
 @pytest.mark.parametrize("kill", ["gevent.GreenletExit()", "gevent.Timeout(1)", "Boom('mine')", "TimeoutError()"])
-def test_f18_kill_at_commit_stays_what_it_is_with_a_note(mariadb, mariadb_url, kill):
+def test_f18_kill_at_commit_stays_what_it_is_with_a_note(server, server_url, kill):
     run(
         "patched",
-        mariadb,
-        mariadb_url,
+        server,
+        server_url,
         """
 import gevent
 class Boom(Exception): pass
@@ -136,21 +140,19 @@ assert scope.outcome == "unknown" and engine.pool.checkedout() == 0
     )
 
 
-def test_f18_definite_failure_at_commit_is_not_in_doubt(tmp_path):
-    """A deferred constraint of SQLite fails at COMMIT, in this process: everybody knows that it was not done."""
-    from sqlalchemy import text
-    from sqlalchemy.exc import IntegrityError
-
-    from dbsession import SessionManager
-
-    manager = SessionManager({"default": f"sqlite:///{tmp_path}/a.db"})
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_f18_definite_failure_at_commit_is_not_in_doubt(database, request, tmp_path):
+    """A deferred constraint fails at COMMIT, and everybody knows that it was not done."""
+    url = f"sqlite:///{tmp_path}/a.db" if database == "sqlite" else request.getfixturevalue("postgresql_url")
+    manager = SessionManager({"default": url})
     with manager.engine().begin() as connection:
         connection.execute(text("CREATE TABLE p (id INTEGER PRIMARY KEY)"))
-        connection.execute(text("CREATE TABLE c (p REFERENCES p(id) DEFERRABLE INITIALLY DEFERRED)"))
+        connection.execute(text("CREATE TABLE c (p INTEGER REFERENCES p(id) DEFERRABLE INITIALLY DEFERRED)"))
     with manager.scope() as scope:
         session = manager.get()
-        session.execute(text("PRAGMA foreign_keys = ON"))
-        session.commit()
+        if database == "sqlite":
+            session.execute(text("PRAGMA foreign_keys = ON"))
+            session.commit()
         session.execute(text("INSERT INTO c VALUES (1)"))
         with pytest.raises(IntegrityError):
             session.commit()
@@ -159,12 +161,12 @@ def test_f18_definite_failure_at_commit_is_not_in_doubt(tmp_path):
 
 
 @pytest.mark.slow
-def test_f18_xa_commit_without_an_answer_is_an_outcome_unknown(mariadb, mariadb_url, managed):
-    direct = managed()
+def test_f18_two_phase_commit_without_an_answer_is_an_outcome_unknown(server, server_url):
+    direct = SessionManager({"default": server_url})
     with direct.engine().begin() as connection:
-        connection.execute(text("CREATE TABLE t (n INT) ENGINE=InnoDB"))
-    with Proxy(mariadb.port) as proxy:
-        url = mariadb_url.replace(f":{mariadb.port}/", f":{proxy.port}/")
+        connection.execute(text("CREATE TABLE t (n INT)"))
+    with Proxy(server.port) as proxy:
+        url = server_url.replace(f":{server.port}/", f":{proxy.port}/")
         manager = SessionManager({"default": {"url": url, "session": {"twophase": True}, "read_timeout_s": 3}})
         with manager.scope() as scope:
             manager.get().execute(text("INSERT INTO t VALUES (1)"))
@@ -181,6 +183,7 @@ def test_f18_xa_commit_without_an_answer_is_an_outcome_unknown(mariadb, mariadb_
             return connection.scalar(text("SELECT COUNT(*) FROM t")) == 1
 
     wait_until(stored, 20)
+    direct.dispose()
 
 
 @pytest.mark.parametrize("answer", ["DO 0", "SIGNAL SQLSTATE '45000'"])

@@ -34,6 +34,10 @@ class Dialect:
     state: ClassVar[str]
     """All that `dirt` changes, in one value."""
 
+    fail_as_deadlock: ClassVar[str]
+    """A statement that fails as the victim of a deadlock does; MariaDB's transaction itself goes on."""
+    prepared: ClassVar[str]
+    """The transactions that are prepared and not committed, of two-phase."""
     remember: ClassVar[str]
     """Something that only this session knows; `recall` reads it."""
     recall: ClassVar[str]
@@ -119,6 +123,8 @@ class MariaDB(Dialect):
         " @@lock_wait_timeout, @@group_concat_max_len, DATABASE(), COALESCE(IS_USED_LOCK('dbs'), 'free')"
         ") USING utf8mb4)"
     )
+    fail_as_deadlock = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'Deadlock found'"
+    prepared = "XA RECOVER"
     remember = "SET @mine = 1"
     recall = "SELECT @mine"
     isolation = "@@tx_isolation"
@@ -186,6 +192,8 @@ class PostgreSQL(Dialect):
         " (SELECT count(*) FROM pg_prepared_statements WHERE from_sql),"
         " (SELECT count(*) FROM pg_cursors WHERE is_holdable), current_user)"
     )
+    fail_as_deadlock = "DO $$ BEGIN RAISE EXCEPTION 'deadlock detected' USING ERRCODE = '40P01'; END $$"
+    prepared = "SELECT gid FROM pg_prepared_xacts"
     remember = "SELECT set_config('app.mine', '1', false)"
     recall = "SELECT nullif(current_setting('app.mine', true), '')"
     isolation = "current_setting('transaction_isolation')"

@@ -22,6 +22,7 @@ OPTIONS = [
     "full_page_writes=off",
     "shared_buffers=32MB",
     "max_connections=300",
+    "max_prepared_transactions=20",
     "autovacuum=off",
     "deadlock_timeout=200ms",
     "max_logical_replication_workers=0",
