@@ -11,14 +11,14 @@ import pytest
 from support.aio_cancel import KINDS
 from support.aio_sweep import LOST, run_sweep
 from support.aio_victim import VARIANTS
+from support.drivers import DRIVERS
 
-DRIVERS = ("asyncmy", "aiomysql")
-POSTGRESQL = ("psycopg", "asyncpg")
-
-# Both drivers, and the cancellation that comes when the answer is there.
+# Every driver, and the cancellation that comes when the answer is there.
 QUICK = {("small", "cancel", "aiomysql"), ("small", "late", "asyncmy"), ("level", "cancel", "asyncmy")}
+QUICK |= {("small", "cancel", "psycopg_async"), ("small", "late", "asyncpg")}
 CASES = [
-    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in product(VARIANTS, KINDS, DRIVERS)
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in product(VARIANTS, KINDS, [name for name, its in DRIVERS.items() if its.half == "aio"])
 ]
 
 
@@ -29,33 +29,13 @@ def shown(faults):
     return f"{len(faults)} faults:\n" + json.dumps(faults[:3], indent=1).replace("\\n", "\n")
 
 
-@pytest.mark.parametrize(("variant", "kind", "driver"), CASES)
-def test_task_leaves_nothing_behind_when_cancelled_at_any_await(mariadb, mariadb_url, variant, kind, driver):
+@pytest.mark.parametrize(("variant", "kind", "driver"), CASES, indirect=["driver"])
+def test_task_leaves_nothing_behind_when_cancelled_at_any_await(driver, drivers_server, drivers_url, variant, kind):
     """The cancellation comes out, every session of the scope is closed, its connection's place is free, the next four
     tasks read their own rows, no transaction stays open, and nothing is stored that its caller believes to be rolled
     back: a cancellation at COMMIT says so."""
-    report = run_sweep(mariadb, mariadb_url.replace("pymysql", driver), variant, kind)
-    assert report.cancelled > 10
-    assert not report.faults, shown(report.faults)
-
-
-# Of either driver one sweep of the quick ones.
-QUICK_POSTGRESQL = {("small", "cancel", "psycopg"), ("small", "late", "asyncpg")}
-
-
-@pytest.mark.parametrize(
-    ("variant", "kind", "driver"),
-    [
-        pytest.param(*case, marks=() if case in QUICK_POSTGRESQL else pytest.mark.slow)
-        for case in product(VARIANTS, KINDS, POSTGRESQL)
-    ],
-)
-def test_task_leaves_nothing_behind_on_postgresql_when_cancelled_at_any_await(
-    postgresql, postgresql_url, variant, kind, driver
-):
-    """As above. A driver's answer comes in one piece or few, so there are fewer awaits."""
-    report = run_sweep(postgresql, postgresql_url.replace("psycopg", driver), variant, kind)
-    assert report.cancelled >= 5
+    report = run_sweep(drivers_server, drivers_url, variant, kind)
+    assert report.cancelled > (5 if driver == "asyncpg" else 10)  # which waits once for each answer
     assert not report.faults, shown(report.faults)
 
 

@@ -5,7 +5,7 @@ Run as a script in a process of its own: `from support import aio_sweep; aio_swe
 its k-th suspension; k grows until the victim ends before it is reached.
 
 The victim's reads get a few bytes each, so that there is a k for the middle of every packet (not under uvloop, whose
-sockets are its own).
+sockets are its own). Where a driver in C reads, the way to the server is a proxy that lets a few pass at a time.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from support.admin import ServerAdmin, SQLiteAdmin
 from support.aio_cancel import KINDS, Kind, stepped
 from support.aio_victim import VARIANTS, Bare, Managed, Told, Variant, Work, WrongRow
 from support.processes import run_python
+from support.proxy import Proxy, ProxyControl
 from support.steering import steering
 
 LOST = "places of the pool lost"
@@ -50,8 +51,13 @@ def run_sweep(server: Any, url: str, variant: str, kind: str, loop: str = "async
     """The report of a sweep in a process of its own, against the database `url` (of the server, or a file: None);
     `bare`: of SQLAlchemy alone, up to the first lost place."""
     source = "from support import aio_sweep\naio_sweep.main()"
-    with contextlib.nullcontext(0) if server is None else steering(server) as control:
-        done = run_python(source, url, control, variant, kind, loop, int(bare), timeout=400)
+    with contextlib.ExitStack() as stack:
+        control = stack.enter_context(steering(server)) if server is not None else 0
+        proxy_control = 0
+        if "psycopg" in url:
+            proxy = stack.enter_context(Proxy(server.port))
+            url, proxy_control = url.replace(f":{server.port}/", f":{proxy.port}/"), proxy.control_port
+        done = run_python(source, url, control, proxy_control, variant, kind, loop, int(bare), timeout=400)
     report = Report(**json.loads(done.stdout))
     if done.stderr and not report.faults:  # a connection left to the garbage collector, a task's lost exception
         report.faults.append({"what": "it wrote to stderr", "detail": done.stderr})
@@ -61,10 +67,13 @@ def run_sweep(server: Any, url: str, variant: str, kind: str, loop: str = "async
 class Sweep:
     """One variant and one kind of cancellation. Lives as long as its process."""
 
-    def __init__(self, url: str, control_port: int, variant: Variant, kind: str, bare: bool) -> None:
+    def __init__(
+        self, url: str, control_port: int, proxy_control_port: int, variant: Variant, kind: str, bare: bool
+    ) -> None:
         self._make_world = lambda: (Bare if bare else Managed)(url, variant)
         self._bare, self._variant, self._kind = bare, variant, KINDS[kind]
         self._armed = False
+        self._proxy = ProxyControl(proxy_control_port) if proxy_control_port else None
         self._said: list[str] = []
         self.report = Report()
         self._admin = ServerAdmin(url, control_port) if control_port else SQLiteAdmin(url)
@@ -124,10 +133,10 @@ class Sweep:
         if holders:
             await until(lambda: world.in_use() == len(holders), 20)
             asyncio.get_running_loop().call_later(0.01, enough.set)
+        self._arm(True)
         kind.victim = victim = asyncio.create_task(kind.around(stepped(work(), at)))
-        self._armed = True
         await asyncio.wait([victim], timeout=ENDED_WITHIN_S)
-        self._armed = False
+        self._arm(False)
         enough.set()
         if holders:
             await asyncio.wait(holders, timeout=20)
@@ -140,6 +149,13 @@ class Sweep:
         async for what, detail in self._look(world, kind, told, token, where):
             self._fault(k, what, where, detail)
         return True
+
+    def _arm(self, armed: bool) -> None:
+        self._armed = armed
+        if self._proxy is not None and armed:
+            self._proxy.dribble(RECV_MAX, "to_client")
+        elif self._proxy is not None:
+            self._proxy.resume()
 
     async def _hold(self, world: Any, enough: asyncio.Event) -> None:
         async with world.scope():
@@ -270,13 +286,13 @@ async def until(predicate: Callable[[], object], deadline_s: float) -> None:
 
 
 def main() -> None:
-    url, control_port, variant, kind, loop, bare = sys.argv[1:]
+    url, control_port, proxy_control_port, variant, kind, loop, bare = sys.argv[1:]
     factory = None
     if loop == "uvloop":
         import uvloop
 
         factory = uvloop.new_event_loop
-    sweep = Sweep(url, int(control_port), VARIANTS[variant], kind, bare == "1")
+    sweep = Sweep(url, int(control_port), int(proxy_control_port), VARIANTS[variant], kind, bare == "1")
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(sweep.run())
     print(json.dumps(asdict(sweep.report)))
