@@ -6,6 +6,7 @@ server's class, `support.mariadb.MariaDBServer` or `support.postgresql.PostgreSQ
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -86,7 +87,7 @@ class Dialect:
     @staticmethod
     def is_full(error: Any) -> bool:
         """Whether the server has no room for one more connection."""
-        return "too many connections" in str(error).lower()
+        return re.search("too many connections|1203|1226", str(error), re.IGNORECASE) is not None
 
     def is_lost(self, error: Any) -> bool:
         """Whether it says that the connection is lost, or that there is no way to the server."""

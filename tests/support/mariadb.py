@@ -191,6 +191,19 @@ class MariaDBServer(Server):
             assert {row["PRIVILEGE_TYPE"] for row in cursor.fetchall()} == {"USAGE"}, "who has more is not refused"
         self.set_global("read_only", int(refuse))
 
+    @contextlib.contextmanager
+    def user_with_few(self, database: str) -> Iterator[Callable[[int], None]]:
+        """A user `few` of a database, with `app`'s password, and what sets how many connections he may have."""
+        with self.root() as cursor:
+
+            def allow(count: int) -> None:
+                cursor.execute(f"ALTER USER few@'127.0.0.1' WITH MAX_USER_CONNECTIONS {count}")
+
+            cursor.execute("CREATE USER few@'127.0.0.1' IDENTIFIED BY %s", (self.password,))
+            cursor.execute(f"GRANT ALL ON {database}.* TO few@'127.0.0.1'")
+            yield allow
+            cursor.execute("DROP USER few@'127.0.0.1'")
+
     def set_password(self, password: str) -> None:
         """Let `app` in with this one only."""
         with self.root() as cursor:

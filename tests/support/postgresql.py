@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,18 @@ class PostgreSQLServer(Server):
     def refuse_writes(self, refuse: bool) -> None:
         """Be a primary that was demoted; False: be one again."""
         self.set_global("default_transaction_read_only", "on" if refuse else "off")
+
+    @contextlib.contextmanager
+    def user_with_few(self, database: str) -> Iterator[Callable[[int], None]]:
+        """A user `few` of a database, with `app`'s password, and what sets how many connections he may have."""
+        with self.root(database) as cursor:
+
+            def allow(count: int) -> None:
+                cursor.execute(f"ALTER ROLE few CONNECTION LIMIT {count}")
+
+            cursor.execute(sql.SQL("CREATE ROLE few LOGIN PASSWORD {}").format(sql.Literal(self.password)))
+            yield allow
+            cursor.execute("DROP ROLE few")
 
     def set_password(self, password: str) -> None:
         """Let `app` in with this one only."""
