@@ -291,7 +291,7 @@ def describe(error: BaseException, number: int | str | None = None) -> str:
 
 def driver_number(error: BaseException) -> int | str | None:
     """The number that a driver gave this error, or the one that SQLAlchemy wrapped; PostgreSQL's give the SQLSTATE."""
-    raised = getattr(error, "orig", error)
+    raised = getattr(error, "orig", None) or error
     number = next(iter(getattr(raised, "args", ())), None)
     if not isinstance(number, int):
         number = getattr(raised, "sqlstate", None) or getattr(raised, "pgcode", None)

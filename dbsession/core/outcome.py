@@ -30,9 +30,19 @@ from dbsession.core.connection_info import (
     nobody,
 )
 from dbsession.core.fork import KNOWN
-from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, UsedByTwo, describe
+from dbsession.errors import MAYBE_COMMITTED, CommitOutcomeUnknown, RollbackRequired, UsedByTwo, describe, driver_number
 
 _TWO_PHASE = ("XA COMMIT", "COMMIT PREPARED")
+
+
+def remembered(error: BaseException) -> Any:
+    """Return a copy of a driver's error, whose traceback would keep everything alive; with its number, which only some
+    drivers have among the arguments."""
+    copy: Any = type(error)(*error.args)
+    number = driver_number(error)
+    if driver_number(copy) != number:
+        copy.sqlstate = number
+    return copy
 
 
 def is_autocommit(connection: Connection, backend: Backend) -> bool:
@@ -221,8 +231,7 @@ class TransactionWatch:
             return self._judge_commit(context, connection, error, from_driver)
         undone = verdict is Verdict.RETRY or (from_driver and self._backend.undoes_more(error))
         if undone and connection.in_transaction() and not is_autocommit(connection, self._backend):
-            # A copy: the error's traceback would keep everything alive that this is only to be remembered for.
-            connection.info[DOOMED] = type(error)(*error.args)
+            connection.info[DOOMED] = remembered(error)
             self._ever_doomed = True
         return None
 
