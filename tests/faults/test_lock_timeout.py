@@ -1,5 +1,6 @@
 """F23: a lock wait timeout (1205), which is MariaDB's NOWAIT, too, undoes its statement only, so that a transaction in
-which it was caught goes on; unless the server runs with innodb_rollback_on_timeout=ON."""
+which it was caught goes on; unless the server runs with innodb_rollback_on_timeout=ON. On PostgreSQL (55P03) one goes
+on whose savepoint is rolled back to."""
 
 from __future__ import annotations
 
@@ -9,10 +10,12 @@ from functools import partial
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from dbsession import CommitOutcomeUnknown, RollbackRequired
 from dbsession.core.backends.mysql import MySQL
+from support.dialects import dialect_of
+from support.drivers import EVERY_DRIVER, every_driver
 from support.halves import done, entered
 from support.mariadb import MariaDBServer
 from support.proxy import Proxy
@@ -30,15 +33,15 @@ def undoing():
 class Bench:
     """A table whose row 1 somebody else has locked, and a manager with a pool of one behind a proxy."""
 
-    def __init__(self, server, url, half, driver, proxy, cursor):
+    def __init__(self, server, half, driver, proxy, cursor):
         self.half, self.proxy, self._cursor = half, proxy, cursor
-        self._name = url.rpartition("/")[2]
-        url = url.replace("pymysql", driver).replace(f":{server.port}/", f":{proxy.port}/")
+        self.words = server.dialect
+        url = server.url("jobs", port=proxy.port, driver=driver)
         options = {"pool_size": 1, "pool_timeout": 20}
         self.manager = half.verbs.SessionManager({"default": {"url": url, "read_timeout_s": 10, "options": options}})
 
     def stored(self):
-        self._cursor.execute(f"SELECT n FROM {self._name}.jobs WHERE id > 2 ORDER BY id")
+        self._cursor.execute("SELECT n FROM jobs WHERE id > 2 ORDER BY id")
         return [row["n"] for row in self._cursor.fetchall()]
 
     async def scope(self, work):
@@ -61,23 +64,30 @@ class Bench:
 
 @contextlib.contextmanager
 def bench_on(server, half, driver):
-    url = server.create_database("jobs")
-    with Proxy(server.port) as proxy, server.root() as cursor, server.root() as other:
-        cursor.execute("CREATE TABLE jobs.jobs (id INT PRIMARY KEY, n INT) ENGINE=InnoDB")
-        cursor.execute("INSERT INTO jobs.jobs VALUES (1, 1), (2, 2)")
-        cursor.execute("COMMIT")
+    server.create_database("jobs")
+    with Proxy(server.port) as proxy, server.root("jobs") as cursor, server.root("jobs") as other:
+        cursor.execute("CREATE TABLE jobs (id INT PRIMARY KEY, n INT)")
+        cursor.execute("INSERT INTO jobs VALUES (1, 1), (2, 2)")
         other.execute("BEGIN")
-        other.execute("SELECT * FROM jobs.jobs WHERE id = 1 FOR UPDATE")
-        cursor.execute("SET autocommit = 1")
-        yield Bench(server, url, half, driver, proxy, cursor)
+        other.execute("SELECT * FROM jobs WHERE id = 1 FOR UPDATE")
+        yield Bench(server, half, driver, proxy, cursor)
     server.drop_database("jobs")
 
 
 @pytest.fixture
-def bench(mariadb, half, driver):
-    mariadb.ensure_running()
-    with bench_on(mariadb, half, driver) as bench:
+def bench(drivers_server, half, driver):
+    drivers_server.ensure_running()
+    with bench_on(drivers_server, half, driver) as bench:
         yield bench
+
+
+@contextlib.contextmanager
+def finds_it_locked(session):
+    """The block fails since somebody else has the lock."""
+    words = dialect_of(session.get_bind().dialect.name)
+    with pytest.raises(DBAPIError) as raised:
+        yield
+    assert words.code(raised.value) in (words.LOCKED, 3572)
 
 
 def insert(session, number):
@@ -89,7 +99,9 @@ def nowait(session):
 
 
 def wait_a_moment(session):
-    session.execute(text("SET SESSION innodb_lock_wait_timeout = 0"))
+    is_mysql = session.get_bind().dialect.name == "mysql"
+    setting = "SESSION innodb_lock_wait_timeout = 0" if is_mysql else "LOCAL lock_timeout = 1"
+    session.execute(text(f"SET {setting}"))
     session.execute(text("UPDATE jobs SET n = 0"))
 
 
@@ -98,12 +110,9 @@ def another_drivers_nowait(session):
     session.execute(text("SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = 3572, MESSAGE_TEXT = 'NOWAIT is set'"))
 
 
-FAIL = [nowait, wait_a_moment, another_drivers_nowait]
-
-
 def fails(session, fail, nested):
     insert(session, 3)
-    with pytest.raises(OperationalError, match=r"1205|3572"):
+    with finds_it_locked(session):
         if nested:
             with session.begin_nested():
                 insert(session, 4)
@@ -113,10 +122,13 @@ def fails(session, fail, nested):
     insert(session, 5)
 
 
-def test_f23_transaction_goes_on_and_commits_when_a_lock_timeout_was_caught(bench):
+@EVERY_DRIVER
+def test_f23_transaction_goes_on_and_commits_when_a_lock_timeout_was_caught(bench, drivers_server):
+    on_mariadb = isinstance(drivers_server, MariaDBServer)
+
     async def main():
-        for fail in FAIL:
-            for nested in (True, False):
+        for fail in [nowait, wait_a_moment] + [another_drivers_nowait] * on_mariadb:
+            for nested in [True] + [False] * on_mariadb:
 
                 def work(session, fail=fail, nested=nested):
                     fails(session, fail, nested)
@@ -166,6 +178,7 @@ def test_f23_server_is_asked_once_for_a_connection_and_not_when_the_error_is_not
     bench.run(main)
 
 
+@EVERY_DRIVER
 def test_f23_uncaught_lock_timeout_runs_the_unit_again(bench):
     runs = []
 
@@ -191,18 +204,20 @@ def test_f23_uncaught_lock_timeout_runs_the_unit_again(bench):
 
 
 def refused(bench, nested):
+    code = str(bench.words.LOCKED)
+
     def work(session):
         insert(session, 3)
-        with pytest.raises(OperationalError, match="1205"):
+        with finds_it_locked(session):
             if nested:
                 with session.begin_nested():
                     insert(session, 4)
                     nowait(session)
             else:
                 nowait(session)
-        with pytest.raises(RollbackRequired, match="1205"):
+        with pytest.raises(RollbackRequired, match=code):
             insert(session, 5)
-        with pytest.raises(RollbackRequired, match="1205"):
+        with pytest.raises(RollbackRequired, match=code):
             session.commit()
         session.rollback()
         insert(session, 6)
@@ -213,6 +228,11 @@ def refused(bench, nested):
         assert bench.stored() == [6]
 
     bench.run(main)
+
+
+@every_driver("postgresql")
+def test_f23_transaction_is_refused_when_nothing_but_a_savepoint_would_let_it_go_on(bench):
+    refused(bench, nested=False)
 
 
 @pytest.mark.slow

@@ -31,9 +31,14 @@ def _param(name: str) -> object:
     return pytest.param(name, marks=marks)
 
 
-EVERY_DRIVER = pytest.mark.parametrize("driver", [_param(name) for name in DRIVERS], indirect=True)
-"""A claim that holds for every driver, of every database: the fixtures are `driver`, `half`, `drivers_url` and
-`drivers_server`. Those that are not quick are for the slow run."""
+def every_driver(*servers: str) -> pytest.MarkDecorator:
+    """A claim that holds for every driver of these servers: the fixtures are `driver`, `half`, `drivers_url` and
+    `drivers_server`. Those that are not quick are for the slow run."""
+    names = [name for name, its in DRIVERS.items() if its.server in servers]
+    return pytest.mark.parametrize("driver", [_param(name) for name in names], indirect=True)
+
+
+EVERY_DRIVER = every_driver("mariadb", "postgresql")
 
 
 class Driver:
