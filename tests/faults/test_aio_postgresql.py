@@ -735,3 +735,68 @@ def test_pooler_is_recognised_and_no_statement_stays_prepared(run, pgbouncer_url
         assert manager.database("default").connections.backend.pooled is True
 
     run(work)
+
+
+# -- psycopg's own -----------------------------------------------------------------------------------------
+
+
+def test_statement_is_ended_where_libpq_can_only_ask_and_wait(postgresql, postgresql_url, monkeypatch):
+    """Before libpq 17, as in Debian 12."""
+    monkeypatch.setattr("psycopg.capabilities.has_cancel_safe", lambda *_, **__: False)
+    manager = managed(postgresql_url)
+
+    async def work():
+        async def sleep():
+            async with scope_of(manager) as session:
+                await session.execute(text("SELECT pg_sleep(60)"))
+
+        task = asyncio.create_task(sleep())
+        await until(lambda: running(postgresql, "pg_sleep(60)"), 20)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: not running(postgresql, "pg_sleep(60)"), 20)
+        await until(lambda: manager.database("default").stats.kills == 1, 20)
+
+    asyncio.run(work())
+
+
+def test_nothing_is_ended_at_the_server_when_kill_abandoned_is_off(postgresql, postgresql_url):
+    manager = managed(postgresql_url, kill_abandoned=False)
+
+    async def work():
+        async def sleep():
+            async with scope_of(manager) as session:
+                await session.execute(text("SELECT pg_sleep(1)"))
+
+        task = asyncio.create_task(sleep())
+        await until(lambda: running(postgresql, "pg_sleep(1)"), 20)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert running(postgresql, "pg_sleep(1)")
+        await until(lambda: not running(postgresql, "pg_sleep(1)"), 20)
+        assert manager.database("default").stats.kills == 0
+
+    asyncio.run(work())
+
+
+def test_rest_of_a_result_that_is_read_piece_by_piece_is_not_waited_for(postgresql, postgresql_url, caplog):
+    """psycopg would ask for its end, and read on for seconds."""
+    manager = managed(postgresql_url)
+
+    async def work():
+        number = await number_of(manager)
+        async with scope_of(manager) as session:
+            raw = await raw_of(session)
+            stream = raw.cursor().stream("SELECT generate_series(1, 100000000)")
+            async for row in stream:
+                assert row == (1,)
+                break
+            await stream.aclose()
+        await nothing_in_use(manager)
+        assert await number_of(manager) != number
+        await until(lambda: not running(postgresql, "generate_series"), 20)
+
+    asyncio.run(work())
+    assert not caplog.records

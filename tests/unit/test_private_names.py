@@ -640,3 +640,56 @@ def test_psycopg_runs_a_statement_by_the_generators_that_ours_override(postgresq
         assert list(inspect.signature(connection._tpc_finish_gen).parameters) == ["action", "xid"]
         assert callable(cursor._send_query_prepared)
     assert Prepare.SHOULD == psycopg_cursors._PREPARE_NOW
+
+
+def test_psycopg_gives_up_a_pipeline_whose_connection_is_closed(postgresql_url):
+    """core/backends/psycopg: it leaves the pipeline mode of `pgconn` unless that is BAD, and reads what is queued."""
+    import psycopg
+    from psycopg._pipeline_base import BasePipeline
+
+    names = set(BasePipeline._exit.__code__.co_names) | set(BasePipeline._fetch_gen.__code__.co_names)
+    assert {"pgconn", "status", "exit_pipeline_mode", "result_queue"} <= names
+    assert inspect.iscoroutinefunction(psycopg.AsyncConnection._try_cancel)
+    assert "_try_cancel" in psycopg.AsyncCursor.stream.__code__.co_names
+    with psycopg.connect(postgresql_url.replace("+psycopg", "")) as connection:
+        assert connection._closed is False
+
+
+def test_asyncpg_asks_for_the_end_of_a_statement_by_the_method_that_ours_overrides(postgresql_url):
+    """aio/postgresql/asyncpg_connection: where a task of its own would do it."""
+    import asyncpg
+
+    asked = []
+
+    class Watched(asyncpg.Connection):
+        def _cancel_current_command(self, waiter, cancel_waiter=None):
+            asked.append(list(inspect.signature(self._cancel).parameters))
+            assert self._cancellations == set()
+            super()._cancel_current_command(waiter, cancel_waiter)
+
+    async def main():
+        connection = await asyncpg.connect(postgresql_url.replace("+psycopg", ""), connection_class=Watched)
+        with pytest.raises(TimeoutError):
+            await connection.execute("SELECT pg_sleep(60)", timeout=0.05)
+        assert asked == [["waiter", "cancel_waiter"]]
+        await connection.close()
+
+    asyncio.run(main())
+
+
+def test_sqlalchemy_uses_asyncpg_by_the_methods_that_ours_override():
+    """aio/postgresql/asyncpg_adapted and asyncpg_cursors: what waits there."""
+    from sqlalchemy.dialects.postgresql import asyncpg, psycopg
+
+    connection, cursor = asyncpg.AsyncAdapt_asyncpg_connection, asyncpg.AsyncAdapt_asyncpg_cursor
+    assert "_transaction" in connection.__slots__
+    assert connection._cursor_cls is cursor and issubclass(connection._ss_cursor_cls, cursor)
+    assert {"_transaction", "_call_and_discard"} <= set(connection.commit.__code__.co_names)
+    assert inspect.iscoroutinefunction(connection._call_and_discard)
+    assert list(inspect.signature(connection._handle_exception).parameters) == ["self", "error"]
+    assert "_prepare_and_execute" in cursor.execute.__code__.co_names
+    assert "_executemany" in cursor.executemany.__code__.co_names
+    stream = asyncpg.AsyncAdapt_asyncpg_ss_cursor
+    for fetch in (stream._buffer_rows, stream.fetchmany, stream._all):
+        assert {"_cursor", "fetch"} <= set(fetch.__code__.co_names)
+    assert psycopg.AsyncAdapt_psycopg_cursor._aenter_cursor is not None

@@ -61,6 +61,7 @@ class Adapted(AsyncAdapt_asyncpg_connection, KnownConnection):
         self.read_timeout_s: float | None = None
         self.gave_up = self.commit_sent = False
         self._bound = _Bound(self)
+        connection.on_interrupted = weakref.WeakMethod(self.give_up)
 
     # What is asked.
 

@@ -23,6 +23,9 @@ from dbsession.core.pool.stats import Stats
 _SENDING = ("execute", "executemany", "fetch", "fetchrow", "fetchval", "fetchmany", "prepare", "cursor")
 """Methods of asyncpg's connections whose first argument is a statement."""
 
+_COPYING = ("copy_from_table", "copy_from_query", "copy_to_table", "copy_records_to_table")
+"""Methods of asyncpg's connections that COPY: one that is cancelled in its middle may break the connection."""
+
 # What DISCARD ALL does, but for the prepared statements, which asyncpg keeps and knows; and the role.
 _RESET = "DISCARD TEMP; DISCARD SEQUENCES; SET SESSION AUTHORIZATION DEFAULT;"
 
@@ -53,6 +56,8 @@ class Knows:
         """How many server-side cursors of SQLAlchemy's are open."""
         self.heard = monotonic()
         """When the last answer came."""
+        self.on_interrupted: Callable[[], Callable[[BaseException], None] | None] = lambda: None
+        """Returns what gives this connection up, if somebody uses it."""
         self._look: Any = None
 
     def note(self, text: Any) -> None:
@@ -123,8 +128,24 @@ def _noting(name: str) -> Callable[..., Any]:
     return send
 
 
+def _giving_up(name: str) -> Callable[..., Any]:
+    async def copy(self: Any, *arguments: Any, **more: Any) -> Any:
+        try:
+            return await getattr(super(Knows, self), name)(*arguments, **more)
+        except BaseException as error:
+            give_up = None if isinstance(error, Exception) else self.on_interrupted()
+            if give_up is not None:
+                give_up(error)
+            raise
+
+    copy.__name__ = name
+    return copy
+
+
 for _name in _SENDING:
     setattr(Knows, _name, _noting(_name))
+for _name in _COPYING:
+    setattr(Knows, _name, _giving_up(_name))
 
 
 @cache

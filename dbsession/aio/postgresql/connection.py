@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import select
-import weakref
 from time import monotonic
 from typing import Any
 
@@ -26,10 +25,6 @@ from dbsession.errors import describe
 
 _POLLED = {Wait.W: select.POLLOUT, Wait.RW: select.POLLIN | select.POLLOUT}
 _BUSY_S = 0.005  # that a COPY, say, may keep the loop where nothing has to be waited for
-
-
-# Each connection that there is. Written as one is opened, and by the collector.
-_opened: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 class Cursor(RidesAlong, psycopg.AsyncCursor[Any]):
@@ -61,14 +56,11 @@ class _Wait(AnswerTimer):
 class Connection(Known, psycopg.AsyncConnection[Any]):
     """A `psycopg.AsyncConnection`. Lives as `Known` says."""
 
-    opened_as: Any = None
-    """What its socket is, for `fork`."""
     _wait: _Wait | None = None
     _busy_since: float | None = None  # it has kept the loop since then, as far as it knows
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _opened.add(self)
         self.cursor_factory = Cursor
         self.server_cursor_factory = ServerCursor
 
@@ -112,7 +104,6 @@ class Connection(Known, psycopg.AsyncConnection[Any]):
                 failed.append((attempt, error))
         else:
             raise _not_connected(failed)
-        connection.opened_as = fork.identity(connection)
         connection._autocommit = bool(autocommit)
         connection.prepare_threshold = prepare_threshold
         if row_factory is not None:
@@ -274,12 +265,3 @@ def _not_connected(failed: list[tuple[Any, Exception]]) -> Exception:
         return last.with_traceback(None)
     each = "; ".join(f"{one.get('host')} {one.get('hostaddr') or ''}: {describe(error)}" for one, error in failed)
     return type(last)(f"{last}. None of {len(failed)} addresses could be connected to: {each}")
-
-
-def _after_fork_in_child() -> None:
-    for each in list(_opened):
-        if fork.identity(each) == each.opened_as:
-            fork.cut(each)  # libpq takes leave of the server where it is collected
-
-
-fork.in_child(_after_fork_in_child)

@@ -11,7 +11,6 @@ from dbsession.aio.postgresql.adapted import Adapted
 from dbsession.aio.postgresql.backend import LoopPostgreSQL
 from dbsession.aio.postgresql.cancel import LoopCanceller
 from dbsession.aio.postgresql.connection import Connection
-from dbsession.core import fork
 from dbsession.core.config import DatabaseConfig
 from dbsession.core.pool.stats import Stats
 
@@ -39,7 +38,6 @@ class AsyncPsycopg(LoopPostgreSQL):
 
     async def _open(self, *cargs: Any, **cparams: Any) -> Any:
         config = self.config
-        fork.prepare()
         connection = await Connection.open_within(
             float(cparams.get("connect_timeout") or config.connect_timeout_s), *cargs, **cparams
         )
