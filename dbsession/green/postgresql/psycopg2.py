@@ -16,14 +16,17 @@ from typing import Any
 
 import psycopg2
 from psycopg2 import extensions
-from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE, TRANSACTION_STATUS_IDLE
+from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE, TRANSACTION_STATUS_IDLE, get_wait_callback
 
 from dbsession.core import fork
 from dbsession.core.backends.postgresql_sent import Sent, kind_of
 from dbsession.core.connection_info import KnownConnection
 from dbsession.core.fork import KNOWN
-from dbsession.green.postgresql import psycopg2_cursors, psycopg2_waits
+from dbsession.green.postgresql import psycopg2_cursors
 from dbsession.green.postgresql.psycopg2_transactions import Transactions
+from dbsession.green.postgresql.psycopg2_waits import take_part, waits_by
+
+_new_cursor: Any = extensions.connection.cursor
 
 
 class Connection(KnownConnection, Transactions):
@@ -50,7 +53,7 @@ class Connection(KnownConnection, Transactions):
         self._connect_by = connect_by
         self.sent = Sent()
         self.streams: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._heard = monotonic()
+        self.heard = monotonic()
         try:
             super().__init__(dsn)
             self._connect_by = None
@@ -147,7 +150,7 @@ class Connection(KnownConnection, Transactions):
         factory: Any = cursor_factory or self.cursor_factory
         if name is None:
             kind = psycopg2_cursors.Cursor if factory is None else psycopg2_cursors.ours(factory)
-            return super().cursor(None, kind)
+            return _new_cursor(self, None, kind)
         super().cursor().close()  # which raises where it is closed
         found = psycopg2_cursors.ours(extensions.cursor if factory is None else factory, named=True)(self)
         found.declared(name, withhold, scrollable)
@@ -158,7 +161,8 @@ class Connection(KnownConnection, Transactions):
         while this is opened, so that the text itself is to be noted."""
         if not KNOWN[0] or self.gave_up or self._epoch != fork.epoch:
             self.refuse_if_lost()
-        psycopg2_waits.take_part()  # psycogreen's callback may have taken our place
+        if get_wait_callback() is not waits_by:
+            take_part()  # psycogreen's may have taken our place
         kind = kind_of(text)
         autocommit = self._characteristics.autocommit and not self._entered
         if kind.begins or not autocommit:
@@ -187,7 +191,7 @@ class Connection(KnownConnection, Transactions):
         if seen & ~select.POLLIN:
             self.close()
             raise psycopg2.OperationalError("the server has closed the connection")
-        if not seen and monotonic() - self._heard < idle_s:  # what has come may be a notice
+        if not seen and monotonic() - self.heard < idle_s:  # what has come may be a notice
             return
         self.pinging = True
         before = self.read_within_at_most(within_s)

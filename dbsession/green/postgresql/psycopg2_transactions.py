@@ -90,9 +90,9 @@ class Transactions(Waits):
 
     def command(self, text: str) -> str:
         """Send a statement of ours; return what the server calls it."""
-        with extensions.cursor(self) as cursor:
-            cursor.execute(text)
-            return cursor.statusmessage or ""
+        cursor = extensions.cursor(self)
+        cursor.execute(text)
+        return cursor.statusmessage or ""
 
     # How transactions begin: psycopg2's attributes, kept here.
 

@@ -14,7 +14,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from time import monotonic
 from typing import Any
 
@@ -46,13 +46,32 @@ def take_part() -> None:
 
 
 def _wait(connection: Any) -> None:
-    if isinstance(connection, Waits):
-        connection.wait_for_answer()
-    elif (before := _before[0]) is not None:
+    if not isinstance(connection, Waits):
+        _wait_for_another(connection)
+        return
+    connection.waiting = True
+    try:
+        poll = connection.poll
+        while (wanted := poll()) != POLL_OK:
+            connection.await_socket(wanted)
+        connection.heard = monotonic()
+    except BaseException as error:
+        connection.interrupted(error)
+        raise
+    finally:
+        connection.waiting = False
+
+
+def _wait_for_another(connection: Any) -> None:
+    if (before := _before[0]) is not None:
         before(connection)
     else:  # as it would without us
         while (wanted := connection.poll()) != POLL_OK:
             await_in_thread(connection.fileno(), wanted, None)
+
+
+waits_by: Callable[[Any], None] = _wait
+"""The callback that is set as psycopg2's."""
 
 
 def await_in_thread(descriptor: int, wanted: int, seconds: float | None) -> None:
@@ -72,45 +91,30 @@ class Waits(KeepsReader, extensions.connection):
     waiting = False
     """Somebody waits for its answer, with psycopg2's lock, for which another greenlet would stop the thread."""
     _connect_by: float | None = None
-    _heard = 0.0  # when the last answer came
+    heard = 0.0
+    """When the last answer came, by the clock monotonic()."""
     _look: Any = None  # a poll object that knows the socket
 
     def interrupted(self, error: BaseException) -> None:
         """Take note that `error` has come in the middle of an answer; psycopg2 closes the connection after it."""
         raise NotImplementedError
 
-    def wait_for_answer(self) -> None:
-        """Wait until psycopg2 has what it waits for: for each piece of an answer as long as `read_timeout_s`, for the
-        socket to take what is sent as long as `write_timeout_s`, while it connects until `_connect_by`. Switches."""
-        poll = self.poll
-        self.waiting = True
-        try:
-            while (wanted := poll()) != POLL_OK:
-                self._await(wanted)
-            self._heard = monotonic()
-        except BaseException as error:
-            self.interrupted(error)
-            raise
-        finally:
-            self.waiting = False
-
-    def _await(self, wanted: int) -> None:
-        if self._connect_by is not None:
-            seconds: float | None = max(self._connect_by - monotonic(), 0.001)
-        else:
-            seconds = self.read_timeout_s if wanted == POLL_READ else self.write_timeout_s
+    def await_socket(self, wanted: int) -> None:
+        """Wait until the socket is ready for what psycopg2 wants to do: to read a piece of an answer as long as
+        `read_timeout_s`, to send as long as `write_timeout_s`, while it connects until `_connect_by`. Switches."""
+        seconds = self.read_timeout_s if wanted == POLL_READ else self.write_timeout_s
         here: Any = hub.here()
         try:
+            if here is not None and wanted == POLL_READ and self._connect_by is None:  # nearly always
+                self._await_readable(here, self.fileno(), seconds)
+                return
+            if self._connect_by is not None:
+                seconds = max(self._connect_by - monotonic(), 0.001)
             if here is None:  # without a hub yet nobody else has to run
                 await_in_thread(self.fileno(), wanted, seconds)
-            elif wanted == POLL_READ and self._connect_by is None:
-                self._await_readable(here, self.fileno(), seconds)
-            else:
-                watcher = here.loop.io(self.fileno(), _READ if wanted == POLL_READ else _WRITE)
-                try:
-                    self._in_time(seconds, here.wait, watcher)
-                finally:
-                    watcher.close()
+                return
+            with closing(here.loop.io(self.fileno(), _READ if wanted == POLL_READ else _WRITE)) as watcher:
+                self._in_time(seconds, here.wait, watcher)
         except TooLate:
             if self._connect_by is not None:
                 raise
