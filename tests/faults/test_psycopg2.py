@@ -133,6 +133,35 @@ def test_f11_silent_server_gives_an_error_within_the_bounds_by_psycopg2(with_psy
     )
 
 
+@pytest.mark.slow
+def test_f11_silent_server_gives_an_error_within_the_bounds_by_psycopg2_in_a_thread(with_psycopg2):
+    """There it waits in C; a connection that something still comes from is left alone."""
+    with_psycopg2(
+        """
+        configure(read_timeout_s=1.0)
+        connect_within(60)
+        assert request("SELECT 1, pg_sleep(0.5)") == 1
+        trickle = text("SELECT repeat('x', 100000), pg_sleep(0.4) FROM generate_series(1, 5)")
+        with dbsession.session_scope():
+            assert len(session.execute(trickle).all()) == 5  # two seconds, but never one without a byte
+        id = request("SELECT pg_backend_pid()")
+        late = failure("SELECT pg_sleep(50)")
+        assert "within 1 s" in str(late.orig), late
+        wait_until(lambda: id not in server.ids(), 20)  # ended at the server, too
+        fill(2)
+        server.pause()
+        try:
+            errors = concurrently(failure, 2, 40)
+        finally:
+            server.resume()
+        assert all("within 1 s" in str(error.orig) for error in errors), errors
+        wait_until(lambda: failure() is None, 30)
+        nothing_in_use()
+        """,
+        mode="threads",
+    )
+
+
 def test_psycopg2_needs_two_round_trips_for_a_select_and_one_where_nothing_is_written(
     postgresql, psycopg2_url, with_psycopg2
 ):

@@ -41,6 +41,8 @@ class Connection(KnownConnection, Transactions):
     """Of its session at the server, as it was told."""
     address: tuple[str | None, int] = (None, -1)
     """Address of the server, None by a Unix socket; our own port, -1 then."""
+    blocks = False
+    """psycopg2 waits for the answer in C: in a program that is not patched."""
     pinging = False
     """A ping was sent that is not answered."""
     told_autocommit = False  # `Sent.taken` of MySQL asks for it
@@ -51,6 +53,7 @@ class Connection(KnownConnection, Transactions):
         fork.look()
         self._epoch = fork.epoch
         self._connect_by = connect_by
+        self.blocks = get_wait_callback() is None
         self.sent = Sent()
         self.streams: weakref.WeakSet[Any] = weakref.WeakSet()
         self.heard = monotonic()
@@ -120,9 +123,11 @@ class Connection(KnownConnection, Transactions):
 
     def interrupted(self, error: BaseException) -> None:
         if self._connect_by is None and not self.gave_up and not (self.closed and isinstance(error, psycopg2.Error)):
-            self._give_up(error)
+            self.give_up(error)
 
-    def _give_up(self, error: BaseException | None) -> None:
+    def give_up(self, error: BaseException | None) -> None:
+        """Note that the connection is of no use any more, as nobody waits for the answer, and have the statement ended
+        at the server."""
         self.gave_up, self.given_up_by = True, error
         fork.look()
         if self.on_abandon is not None and self._epoch == fork.epoch:  # in a forked child it is the parent's
@@ -131,7 +136,7 @@ class Connection(KnownConnection, Transactions):
     def close(self) -> None:
         """Close the connection. Idempotent; never waits. Whoever waits for an answer finds it closed."""
         if self.unread and not self.gave_up and not self.closed:
-            self._give_up(None)
+            self.give_up(None)
         if self.waiting:
             self.cut_off()  # psycopg2 closes it then
         else:
@@ -162,7 +167,7 @@ class Connection(KnownConnection, Transactions):
         if not KNOWN[0] or self.gave_up or self._epoch != fork.epoch:
             self.refuse_if_lost()
         if get_wait_callback() is not waits_by:
-            take_part()  # psycogreen's may have taken our place
+            self.blocks = not take_part()  # psycogreen's may have taken our place
         kind = kind_of(text)
         autocommit = self._characteristics.autocommit and not self._entered
         if kind.begins or not autocommit:
@@ -176,7 +181,7 @@ class Connection(KnownConnection, Transactions):
         if begun and not self.gave_up and self.get_transaction_status() == TRANSACTION_STATUS_IDLE:
             self._refused = True  # by its syntax, so that no transaction is open; to its user one has failed
         if self.unread and not self.gave_up:  # COPY, of which psycopg2 knows nothing where a callback waits
-            self._give_up(None)
+            self.give_up(None)
             super().close()
 
     # Liveness, and coming back.

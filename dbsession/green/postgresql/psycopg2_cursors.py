@@ -10,6 +10,7 @@ from psycopg2 import extensions
 from psycopg2.extensions import TRANSACTION_STATUS_INTRANS
 
 from dbsession.errors import ResultCut
+from dbsession.green.postgresql.psycopg2_watch import call_watched
 
 
 class Rides:
@@ -26,14 +27,21 @@ class Rides:
         if changes:
             connection.sent.note_change(self.mogrify(query, vars) if vars else query.encode())
         try:
-            super().execute(f"{begin};{query}" if begin else query, vars)  # type: ignore[misc]
+            whole = f"{begin};{query}" if begin else query
+            if connection.blocks:
+                call_watched(connection, super().execute, whole, vars)  # type: ignore[misc]
+            else:
+                super().execute(whole, vars)  # type: ignore[misc]
         except BaseException:
             connection.after_error(begin)
             raise
 
     def executemany(self, query: Any, vars_list: Any) -> None:
         self._begin(query)
-        super().executemany(query, vars_list)  # type: ignore[misc]
+        if self.connection.blocks:
+            call_watched(self.connection, super().executemany, query, vars_list)  # type: ignore[misc]
+        else:
+            super().executemany(query, vars_list)  # type: ignore[misc]
 
     def callproc(self, *args: Any, **kwargs: Any) -> Any:
         self._begin("CALL")

@@ -19,6 +19,7 @@ from dbsession.core.backends.postgresql_sent import Sent
 from dbsession.core.connection_info import OPENING
 from dbsession.errors import RollbackRequired
 from dbsession.green.postgresql.psycopg2_waits import Waits
+from dbsession.green.postgresql.psycopg2_watch import call_watched
 
 _Base: Any = extensions.connection
 _LEVELS = {1: "READ COMMITTED", 2: "REPEATABLE READ", 3: "SERIALIZABLE", 4: "READ UNCOMMITTED"}
@@ -64,6 +65,7 @@ class Transactions(Waits):
     """How many transactions have ended on it."""
 
     sent: Sent
+    blocks: bool
     refuse_if_lost: Callable[[], None]
 
     _characteristics = _at_first = Characteristics()
@@ -91,7 +93,10 @@ class Transactions(Waits):
     def command(self, text: str) -> str:
         """Send a statement of ours; return what the server calls it."""
         cursor = extensions.cursor(self)
-        cursor.execute(text)
+        if self.blocks:
+            call_watched(self, cursor.execute, text)
+        else:
+            cursor.execute(text)
         return cursor.statusmessage or ""
 
     # How transactions begin: psycopg2's attributes, kept here.

@@ -2,7 +2,8 @@
 
 psycopg2 has one wait callback for a whole process. Ours waits for our connections, within their bounds, and leaves the
 others to the callback that was there before, psycogreen's mostly. It is set as an engine connects, whenever psycopg2
-was imported; in a process that is not patched it is not set, and psycopg2 blocks the thread that calls it.
+was imported; in a process that is not patched it is not set, psycopg2 blocks the thread that calls it, and
+`psycopg2_watch` bounds that.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE
 
 from dbsession.core.connection_info import HUNG_UP, TooLate
 from dbsession.green import hub
+from dbsession.green.postgresql.psycopg2_watch import too_late
 from dbsession.green.timers import KeepsReader
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")
@@ -36,13 +38,15 @@ _READ, _WRITE = 1, 2  # of gevent's loop
 _before: list[Callable[[Any], object] | None] = [None]
 
 
-def take_part() -> None:
-    """Have our connections wait by our callback, wherever psycopg2 is to wait by one at all."""
+def take_part() -> bool:
+    """Have our connections wait by our callback, wherever psycopg2 is to wait by one at all; return whether it is."""
     current = extensions.get_wait_callback()
-    if current is _wait or (current is None and not monkey.is_module_patched("socket")):
-        return
-    _before[0] = current
-    extensions.set_wait_callback(_wait)
+    if current is not _wait:
+        if current is None and not monkey.is_module_patched("socket"):
+            return False
+        _before[0] = current
+        extensions.set_wait_callback(_wait)
+    return True
 
 
 def _wait(connection: Any) -> None:
@@ -118,9 +122,7 @@ class Waits(KeepsReader, extensions.connection):
         except TooLate:
             if self._connect_by is not None:
                 raise
-            raise psycopg2.OperationalError(
-                f"no answer from the server within {seconds:g} s: the connection is given up"
-            ) from None
+            raise too_late(seconds) from None
 
     def happened(self) -> int:
         """What poll() knows of the socket, of POLLIN and HUNG_UP: 0 if nothing has come and it is open. Never waits."""
@@ -148,8 +150,7 @@ def open_within(factory: Callable[[str, float], Any], seconds: float, arguments:
     Raises:
         psycopg2.Error: the server cannot be reached, refuses, or does not answer in time.
     """
-    take_part()
-    blocks = extensions.get_wait_callback() is None
+    blocks = not take_part()
     until = monotonic() + seconds
     dsn = extensions.make_dsn(arguments.pop("dsn", None), **arguments)
     try:
