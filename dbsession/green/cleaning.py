@@ -83,6 +83,8 @@ class Cleans(Backend):
     def on_stock_checkout(self, connection: Any, *_: object) -> None:
         """Note that a connection of another pool than ours is its user's from now on."""
         if isinstance(connection, self.CONNECTION):
+            if connection.sent.phase is not OPENING and connection.settled:  # SQLAlchemy has rolled it back
+                connection.forget_answer()
             connection.sent.taken(connection)
 
     def on_stock_reset(self, connection: Any, _: ConnectionPoolEntry, state: PoolResetState) -> None:

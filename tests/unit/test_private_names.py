@@ -639,6 +639,8 @@ def test_psycopg_runs_a_statement_by_the_generators_that_ours_override(postgresq
             connection.wait(psycopg.generators.notifies(connection.pgconn), timeout=0.001)
         assert list(inspect.signature(connection._tpc_finish_gen).parameters) == ["action", "xid"]
         assert callable(cursor._send_query_prepared)
+        names = ("_autocommit", "_isolation_level", "_read_only", "_deferrable", "_begin_statement", "_notice_handlers")
+        assert all(name in vars(connection) for name in names)  # which psycopg_attributes gives back
     assert Prepare.SHOULD == psycopg_cursors._PREPARE_NOW
 
 

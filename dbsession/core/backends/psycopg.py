@@ -20,7 +20,8 @@ from psycopg import errors, generators, pq
 
 from dbsession.core import fork
 from dbsession.core.backends.postgresql_errors import CLOSED_BEFORE_COMMIT, not_committed
-from dbsession.core.backends.postgresql_sent import Sent, kind_of
+from dbsession.core.backends.postgresql_sent import kind_of
+from dbsession.core.backends.psycopg_attributes import SentOn
 from dbsession.core.connection_info import HUNG_UP, KnownConnection
 from dbsession.core.fork import KNOWN
 
@@ -74,7 +75,7 @@ class Known(KnownConnection):
         super().__init__(*args, **kwargs)
         self._epoch = fork.epoch
         self.gave_up = self.commit_sent = False
-        self.sent = Sent()
+        self.sent = SentOn()
         self.streams: weakref.WeakSet[Any] = weakref.WeakSet()
         self._ended = True  # nothing was sent since the last COMMIT or ROLLBACK was answered
         self._heard = monotonic()  # when the last answer came
@@ -123,7 +124,8 @@ class Known(KnownConnection):
         return self.unread or (self.in_transaction and any(not each.closed for each in list(self.streams)))
 
     def forget_answer(self) -> None:
-        """Let go of what an idle connection need not keep: psycopg's cursors keep the rows."""
+        """Be for the next user what the connection was for the first one; its rows are kept by psycopg's cursors."""
+        self.sent.take_back(self)
 
     def finish_at_hand(self) -> bool:
         return not self.unread
