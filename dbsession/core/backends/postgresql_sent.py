@@ -14,6 +14,7 @@ from typing import NamedTuple
 from dbsession.core.connection_info import OPENING, USED
 
 _MOST_SETTINGS = 50
+_LONGEST_REMEMBERED = 4000  # of what holds its values itself no two texts are the same
 
 
 def _compiled(pattern: bytes) -> re.Pattern[bytes]:
@@ -51,9 +52,14 @@ class Kind(NamedTuple):
     """It changes the session."""
 
 
-@lru_cache(maxsize=2048)
-def kind_of(text: bytes) -> Kind:
+def kind_of(text: bytes | str) -> Kind:
     """Return what a statement does, or several in one text."""
+    return _remembered(text) if len(text) <= _LONGEST_REMEMBERED else _look_at(text)
+
+
+def _look_at(text: bytes | str) -> Kind:
+    if isinstance(text, str):
+        text = text.encode()
     several = b";" in text
     changes = _CHANGES_FIRST.match(text) or _CALLS.search(text) or (several and _CHANGES_WITHIN.search(text))
     return Kind(
@@ -61,6 +67,9 @@ def kind_of(text: bytes) -> Kind:
         rows_only=_ROWS_ONLY.match(text) is not None and not several,
         changes=changes is not None and changes is not False,
     )
+
+
+_remembered = lru_cache(maxsize=2048)(_look_at)
 
 
 class Sent:

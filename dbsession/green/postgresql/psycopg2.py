@@ -161,7 +161,7 @@ class Connection(KnownConnection, Transactions):
         found.declared(name, withhold, scrollable)
         return found
 
-    def before(self, text: bytes) -> tuple[str, bool]:
+    def before(self, text: str) -> tuple[str, bool]:
         """Take note of a text about to be sent. Return what has to go before it, and whether it changes the session
         while this is opened, so that the text itself is to be noted."""
         if not KNOWN[0] or self.gave_up or self._epoch != fork.epoch:

@@ -22,8 +22,8 @@ class Rides:
     def execute(self, query: Any, vars: Any = None) -> None:
         connection = self.connection
         if not isinstance(query, str):
-            query = query.decode() if isinstance(query, bytes) else query.as_string(self)
-        begin, changes = connection.before(query.encode())
+            query = self._text_of(query)
+        begin, changes = connection.before(query)
         if changes:
             connection.sent.note_change(self.mogrify(query, vars) if vars else query.encode())
         try:
@@ -61,13 +61,17 @@ class Rides:
 
     def _begin(self, query: Any) -> None:
         """Begin the transaction in a round trip of its own: psycopg2 itself makes the text that comes."""
-        if not isinstance(query, (str, bytes)):
-            query = query.as_string(self)
-        begin, changes = self.connection.before(query.encode() if isinstance(query, str) else query)
+        query = self._text_of(query)
+        begin, changes = self.connection.before(query)
         if begin:
             self.connection.command(begin)
         if changes:
-            self.connection.sent.note_change(query.encode() if isinstance(query, str) else query)
+            self.connection.sent.note_change(query.encode())
+
+    def _text_of(self, query: Any) -> str:
+        if isinstance(query, bytes):
+            return query.decode(extensions.encodings.get(self.connection.encoding, "utf-8"))
+        return query if isinstance(query, str) else str(query.as_string(self))
 
 
 class Named(Rides):
@@ -101,9 +105,7 @@ class Named(Rides):
         declare = f"DECLARE {self._name} {scroll}CURSOR {'WITH' if self.withhold else 'WITHOUT'} HOLD FOR "
         if vars:
             declare = declare.replace("%", "%%")
-        if not isinstance(query, str):
-            query = query.decode() if isinstance(query, bytes) else query.as_string(self)
-        super().execute(declare + query, vars)
+        super().execute(declare + self._text_of(query), vars)
         self._declared = True
         self._mark = connection.mark
         connection.streams.add(self)
