@@ -16,7 +16,7 @@ from .common import figure
 RESULTS = Path(__file__).with_name("results")
 NAMES = (
     *("requests", "round_trips", "checkout", "pool", "connect", "http"),
-    *("profile", "micro", "memory", "settings", "aio", "postgresql"),
+    *("profile", "micro", "memory", "settings", "aio"),
 )
 
 
