@@ -304,6 +304,7 @@ def test_commit_that_the_server_makes_a_rollback_is_an_error_by_psycopg2(with_ps
 def test_session_is_as_at_first_for_the_next_user_by_psycopg2(with_psycopg2):
     with_psycopg2(
         """
+        import psycopg2.extras
         from support.dialects import PostgreSQL
         configure(options={"pool_size": 1})
         first = request(PostgreSQL.state), request("SELECT pg_backend_pid()")
@@ -317,6 +318,8 @@ def test_session_is_as_at_first_for_the_next_user_by_psycopg2(with_psycopg2):
         with dbsession.session_scope():
             raw = session.connection().connection.dbapi_connection
             raw.set_session(readonly=True)
+            raw.cursor_factory = psycopg2.extras.DictCursor
+            raw.notifies.append("somebody else's")
             raw.set_client_encoding("LATIN1")
             for statement in PostgreSQL.dirt:
                 if "TEMP" not in statement and "private" not in statement:
@@ -326,6 +329,7 @@ def test_session_is_as_at_first_for_the_next_user_by_psycopg2(with_psycopg2):
             assert session.scalar(text("SHOW transaction_read_only")) == "off"
             raw = session.connection().connection.dbapi_connection
             assert (raw.autocommit, raw.isolation_level, raw.readonly) == (False, None, None)
+            assert raw.cursor_factory is None and raw.notifies == []
             assert raw.encoding == "UTF8" and session.scalar(text("SELECT '\\u20ac'")) == "\\u20ac"
         assert (request(PostgreSQL.state), request("SELECT pg_backend_pid()")) == first
         """

@@ -214,7 +214,6 @@ class Connection(KnownConnection, Transactions):
             self._end("ROLLBACK")
         encoding = self.get_parameter_status("client_encoding")
         self.command("DISCARD ALL")
-        del self.notifies[:]
         if not (self.get_parameter_status("DateStyle") or "").startswith("ISO"):
             self.command("SET datestyle TO 'ISO'")  # psycopg2 reads no other
         for text in self.sent.settings or ():

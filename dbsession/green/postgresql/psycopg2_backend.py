@@ -55,7 +55,7 @@ class Psycopg2(Cleans, PostgreSQL):
         connection.read_timeout_s, connection.write_timeout_s = config.read_timeout_s, config.write_timeout_s
         connection.address = _address_of(connection)
         if cursor_factory is not None:
-            connection.cursor_factory = cursor_factory
+            connection.cursor_factory = connection.factory_at_first = cursor_factory
         if terminator is not None:
             terminator.opened(connection, arguments)
         return connection

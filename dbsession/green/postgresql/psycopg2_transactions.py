@@ -61,6 +61,8 @@ class Transactions(Waits):
     """Its name, for log lines."""
     commit_sent = False
     """Whether the last commit() got as far as sending COMMIT."""
+    factory_at_first: Any = None
+    """Its cursors' class where a user names none, as it was opened."""
     mark = 0
     """How many transactions have ended on it."""
 
@@ -122,9 +124,13 @@ class Transactions(Waits):
             self._at_first = wanted
 
     def forget_answer(self) -> None:
-        """Begin transactions as at first: the connection comes back. Never waits."""
+        """Be for the next user what the connection was for the first one. Sends nothing."""
         if self._characteristics != self._at_first:
             self._characteristics, self._begin = self._at_first, self._at_first.begin()
+        if self.cursor_factory is not self.factory_at_first:
+            self.cursor_factory = self.factory_at_first
+        if self.notifies:
+            del self.notifies[:]
 
     def set_session(
         self, isolation_level: Any = None, readonly: Any = None, deferrable: Any = None, autocommit: Any = None
