@@ -5,10 +5,14 @@ connection in autocommit is known as one, however it came to it."""
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import event, exc, text
+from sqlalchemy import event, exc, make_url, text
 
 from dbsession import UnsavedWork
+from support.dialects import dialect_of
+from support.drivers import EVERY_DRIVER
 from support.halves import done, entered, sync
+from support.mariadb import MariaDBServer
+from support.postgresql import PostgreSQLServer
 
 INSERT = text("INSERT INTO t (n) VALUES (:n)")
 STATE = text(
@@ -41,13 +45,42 @@ CHANGES = {
     "handler": ["HANDLER t OPEN"],
     "compound": ["BEGIN NOT ATOMIC SET @a = 'alice'; END"],
 }
-REPLACED = {"role"}  # which no reset takes back
+# Which no reset takes back; asyncpg's own prepared statements would be gone with the user's.
+REPLACED = {"mariadb": {"role"}, "asyncpg": {"prepared"}}
+POSTGRESQL_STATE = text(
+    "SELECT concat_ws('|', coalesce(nullif(current_setting('app.who', true), ''), 'nobody'), current_user,"
+    " current_setting('timezone'), current_setting('search_path'), current_setting('statement_timeout'),"
+    " current_setting('default_transaction_isolation'), current_setting('default_transaction_read_only'),"
+    " (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()),"
+    " (SELECT count(*) FROM pg_listening_channels()),"
+    " (SELECT count(*) FROM pg_prepared_statements WHERE name = 'mine'),"
+    " (SELECT count(*) FROM pg_cursors WHERE is_holdable))"
+)
+POSTGRESQL_CHANGES = {
+    "setting": ["SET timezone = '+05'", "SET statement_timeout = '7s'"],
+    "setting, otherwise": ["/* mine */ set session timezone to '+05'"],
+    "setting, by a function": ["SELECT set_config('app.who', 'alice', false)"],
+    "setting, in a block": ["DO $$ BEGIN SET timezone = '+05'; END $$"],
+    "path": ["SET search_path = pg_catalog"],
+    "role": ["SET ROLE other"],
+    "read only": ["SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"],
+    "isolation": ["SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL SERIALIZABLE"],
+    "lock": ["SELECT pg_advisory_lock(1)"],
+    "lock, if it is free": ["SELECT pg_try_advisory_lock(1)"],
+    "temporary table": ["CREATE TEMPORARY TABLE t (n INT PRIMARY KEY, other INT NOT NULL)"],
+    "temporary table, by a query": ["SELECT 1 AS n INTO TEMPORARY t"],
+    "temporary table, by its schema": ["CREATE TABLE pg_temp.t (n INT, other INT NOT NULL)"],
+    "notifications": ["LISTEN mine"],
+    "prepared": ["PREPARE mine AS SELECT 1"],
+    "cursor": ["DECLARE mine CURSOR WITH HOLD FOR SELECT 1"],
+}
 
 
 class Bench:
     def __init__(self, half, url, cursor):
         self.half, self._url, self._cursor = half, url, cursor
-        self.name = url.rpartition("/")[2]
+        self.name, self.words = url.rpartition("/")[2], dialect_of(url)
+        self.state_of_all = STATE if url.startswith("mysql") else POSTGRESQL_STATE
         self.manager = None
 
     def managed(self, **entry):
@@ -60,7 +93,7 @@ class Bench:
         return int(self._cursor.fetchone()["Value"])
 
     def stored(self):
-        self._cursor.execute(f"SELECT n FROM `{self.name}`.t ORDER BY n")
+        self._cursor.execute("SELECT n FROM t ORDER BY n")
         return [row["n"] for row in self._cursor.fetchall()]
 
     async def scope(self, work):
@@ -71,8 +104,8 @@ class Bench:
 
     async def state(self):
         found = []
-        await self.scope(lambda s: found.extend(s.execute(text("SELECT CONNECTION_ID()")).one()))
-        await self.scope(lambda s: found.append(s.scalar(STATE)))
+        await self.scope(lambda s: found.extend(s.execute(text(f"SELECT {self.words.who}")).one()))
+        await self.scope(lambda s: found.append(s.scalar(self.state_of_all)))
         return found
 
     async def leaves_nothing(self):
@@ -94,11 +127,13 @@ class Bench:
 
 
 @pytest.fixture
-def bench(half, driver, mariadb, mariadb_url):
-    with mariadb.root() as cursor:
-        cursor.execute("SET autocommit = 1")
-        cursor.execute(f"USE `{mariadb_url.rpartition('/')[2]}`")
-        cursor.execute("CREATE TABLE t (id INT AUTO_INCREMENT PRIMARY KEY, n INT) ENGINE=InnoDB")
+def bench(half, drivers_server, drivers_url):
+    with drivers_server.root(make_url(drivers_url).database) as cursor:
+        cursor.execute(f"CREATE TABLE t (id {drivers_server.dialect.serial}, n INT)")
+        if isinstance(drivers_server, PostgreSQLServer):
+            cursor.execute("GRANT ALL ON t TO other")
+            yield Bench(half, drivers_url, cursor)
+            return
         cursor.execute("CREATE PROCEDURE sets_autocommit() SET autocommit = 1")
         cursor.execute("CREATE PROCEDURE reads_only() SET SESSION TRANSACTION READ ONLY")
         cursor.execute("CREATE OR REPLACE ROLE dbs_role")
@@ -107,7 +142,7 @@ def bench(half, driver, mariadb, mariadb_url):
         cursor.execute(f"GRANT dbs_role TO {app}")
         cursor.execute(f"GRANT RELOAD ON *.* TO {app}")
         try:
-            yield Bench(half, mariadb_url.replace("pymysql", driver), cursor)
+            yield Bench(half, drivers_url, cursor)
         finally:  # the account is every test's
             cursor.execute(f"REVOKE RELOAD ON *.* FROM {app}")
             cursor.execute("DROP ROLE dbs_role")
@@ -127,15 +162,25 @@ def by_raw_cursor(session, statements):
     cursor.close()
 
 
+@EVERY_DRIVER
 @pytest.mark.parametrize("way", [execute, pytest.param(by_raw_cursor, marks=pytest.mark.slow)])
-def test_f30_what_a_user_has_set_does_not_reach_the_next_one(bench, way):
+def test_f30_what_a_user_has_set_does_not_reach_the_next_one(bench, way, driver, drivers_server):
+    on_mariadb = isinstance(drivers_server, MariaDBServer)
+    changes = CHANGES if on_mariadb else POSTGRESQL_CHANGES
+    replaced = REPLACED.get("mariadb" if on_mariadb else driver, ())
+
+    def changed(session, statements):
+        way(session, statements)
+        if not on_mariadb:  # else most of it would be rolled back
+            session.commit()
+
     async def main():
         bench.managed()
         fresh = await bench.state()
-        for change, statements in CHANGES.items():
-            await bench.scope(lambda s, statements=statements: way(s, statements))
+        for change, statements in changes.items():
+            await bench.scope(lambda s, statements=statements: changed(s, statements))
             number, state = await bench.state()
-            assert (number == fresh[0], state) == (change not in REPLACED, fresh[1]), change
+            assert (number == fresh[0], state) == (change not in replaced, fresh[1]), change
             fresh[0] = number
             await bench.leaves_nothing()
 
