@@ -31,10 +31,10 @@ def _param(name: str) -> object:
     return pytest.param(name, marks=marks)
 
 
-def every_driver(*servers: str) -> pytest.MarkDecorator:
-    """A claim that holds for every driver of these servers: the fixtures are `driver`, `half`, `drivers_url` and
-    `drivers_server`. Those that are not quick are for the slow run."""
-    names = [name for name, its in DRIVERS.items() if its.server in servers]
+def every_driver(*servers: str, half: str | None = None) -> pytest.MarkDecorator:
+    """A claim that holds for every driver of these servers, in one half if it is given: the fixtures are `driver`,
+    `half`, `drivers_url` and `drivers_server`. Those that are not quick are for the slow run."""
+    names = [name for name, its in DRIVERS.items() if its.server in servers and half in (None, its.half)]
     return pytest.mark.parametrize("driver", [_param(name) for name in names], indirect=True)
 
 

@@ -61,7 +61,8 @@ def sync(engine: Any) -> Any:
     return getattr(engine, "sync_engine", engine)
 
 
-def _step(coroutine: Any) -> Any:
+def stepped(coroutine: Any) -> Any:
+    """Run a coroutine that never waits to its end; what it returns."""
     try:
         coroutine.send(None)
     except StopIteration as end:
@@ -76,7 +77,7 @@ class GeventHalf:
 
     def run(self, work: Work[T]) -> T:
         """Run `work()` to its end, in a greenlet of its own."""
-        job = gevent.Greenlet(_step, work())
+        job = gevent.Greenlet(stepped, work())
         job.start()
         with gevent.Timeout(BOUND_S):
             job.join()
@@ -90,7 +91,7 @@ class GeventHalf:
 
     def spawn(self, work: Work[Any], name: str | None = None) -> gevent.Greenlet:
         """Begin `work()` in a greenlet of its own; `join()` waits for it."""
-        job = gevent.Greenlet(_step, work())
+        job = gevent.Greenlet(stepped, work())
         if name is not None:
             job.name = name
         job.start()
