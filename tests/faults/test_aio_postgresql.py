@@ -139,11 +139,14 @@ def test_statement_is_ended_at_the_server_when_the_loop_ends_with_its_task(run, 
 
         task = asyncio.create_task(sleep())
         await until(lambda: running(postgresql, "pg_sleep(60)"), 20)
+        stats.append(manager.database("default").stats)
         task.cancel()
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 
+    stats = []
     run(work)
+    assert stats[0].kills == 1  # and not only closed, which the server would see at the statement's end
     wait_until(lambda: not postgresql.processlist(), 20, "the statement has ended")
 
 
@@ -241,16 +244,20 @@ def test_cancellation_ends_an_executemany_whose_server_reads_nothing(run, throug
     async def work():
         async def insert():
             async with scope_of(manager) as session:
-                await session.execute(text("SELECT 1"))
+                connection = await session.connection()
+                await connection.exec_driver_sql(statement, [(8, 8), (9, 9)])  # it is prepared
+                raws.append(await raw_of(session))
                 proxy.stall()
-                rows = [{"id": n, "n": n} for n in range(10, 400_000)]
-                await (await session.connection()).exec_driver_sql(
-                    "INSERT INTO t VALUES ($1, $2)" if driver == "asyncpg" else "INSERT INTO t VALUES (%s, %s)",
-                    [(row["id"], row["n"]) for row in rows],
-                )
+                await connection.exec_driver_sql(statement, [(n, n) for n in range(10, 400_000)])
 
+        statement = "INSERT INTO t VALUES ($1, $2)" if driver == "asyncpg" else "INSERT INTO t VALUES (%s, %s)"
+        raws = []
         task = asyncio.create_task(insert())
-        await asyncio.sleep(1.0)
+        await until(lambda: raws, 20)
+        if driver == "asyncpg":
+            await until(lambda: raws[0].transport.get_write_buffer_size() > 0, 20)
+        else:
+            await asyncio.sleep(0.5)
         task.cancel()
         done, _ = await asyncio.wait([task], timeout=20)
         assert done
