@@ -24,21 +24,27 @@ def _compiled(pattern: bytes) -> re.Pattern[bytes]:
 # Comments nest in PostgreSQL; what is not seen of one that does is taken for a statement.
 _SPACE = rb"(?:[\s(;]|--[^\n]*(?:\n|\Z)|/\*.*?\*/)*+"
 _ROWS_ONLY = _compiled(
-    _SPACE + rb"(?:select|with|insert|update|delete|merge|values|table|fetch|move|show|savepoint|release)\b"
+    _SPACE
+    + rb"(?:select|with|insert|update|delete|merge|values|table|fetch|move|declare|close|copy|show|savepoint|release)\b"
 )
 _BEGINS = _compiled(_SPACE + rb"(?:begin|start)\b")
+_COPIES = _compiled(_SPACE + rb"copy\b")
 _CHANGES = (
     # SET LOCAL and SET TRANSACTION end with their transaction.
     rb"(?:set\b(?!\s+(?:local|transaction|constraints)\b)|reset\b|listen\b|unlisten\b|load\b|discard\b|deallocate\b|"
-    rb"prepare\b(?!\s+transaction\b)|create\s+(?:or\s+replace\s+)?(?:(?:local|global)\s+)?temp|do\b|call\b|"
-    rb"declare\b(?=.*\bwith\s+hold\b)|(?:select|with)\b(?=.*\binto\s+(?:(?:local|global)\s+)?temp))"
+    rb"prepare\b(?!\s+transaction\b)|create\s+(?:or\s+replace\s+)?(?:(?:local|global)\s+)?temp|do\b|call\b)"
 )
 _CHANGES_FIRST = _compiled(_SPACE + _CHANGES)
-_CHANGES_WITHIN = _compiled(rb"[;/\n][\s(]*+" + _CHANGES)
-# Of functions, by a name that may be quoted; and whatever is made in the schema of the session's own tables.
-_CALLS = _compiled(
-    rb"\b(?:set_config|pg_(?:try_)?advisory_lock(?:_shared)?|dblink_connect(?:_u)?)\"?(?:\s|/\*.{0,20}?\*/)*\(|\bpg_temp\b"
+# The run of blanks takes in nothing that such a run begins with: else a long text would take its length squared.
+_CHANGES_WITHIN = _compiled(rb"[;/\n(][ \t\r]*+" + _CHANGES)
+# Wherever it stands: a function, by a name that may be quoted; what is made in the schema of the session's own tables;
+# SELECT INTO one of those; a cursor that outlives its transaction.
+_ANYWHERE = _compiled(
+    rb"\b(?:(?:set_config|pg_(?:try_)?advisory_lock(?:_shared)?|dblink_connect(?:_u)?)\"?(?:\s|/\*.{0,20}?\*/)*+\(|"
+    rb"pg_temp\b|into\s+(?:(?:local|global)\s+)?temp|with\s+hold\b)"
 )
+_MOST_KEPT = 4096
+"""Bytes of the longest text whose kind is remembered, as the text is with it."""
 
 
 class Kind(NamedTuple):
@@ -51,25 +57,29 @@ class Kind(NamedTuple):
     changes: bool
     """It changes the session."""
 
+    copies: bool
+    """It is a COPY."""
+
 
 def kind_of(text: bytes | str) -> Kind:
     """Return what a statement does, or several in one text."""
-    return _remembered(text) if len(text) <= _LONGEST_REMEMBERED else _look_at(text)
+    return _known(text) if len(text) <= _MOST_KEPT else _found(text)
 
 
-def _look_at(text: bytes | str) -> Kind:
+def _found(text: bytes | str) -> Kind:
     if isinstance(text, str):
         text = text.encode()
     several = b";" in text
-    changes = _CHANGES_FIRST.match(text) or _CALLS.search(text) or (several and _CHANGES_WITHIN.search(text))
+    changes = _CHANGES_FIRST.match(text) or _ANYWHERE.search(text) or (several and _CHANGES_WITHIN.search(text))
     return Kind(
         begins=_BEGINS.match(text) is not None,
         rows_only=_ROWS_ONLY.match(text) is not None and not several,
-        changes=changes is not None and changes is not False,
+        changes=bool(changes),
+        copies=_COPIES.match(text) is not None,
     )
 
 
-_remembered = lru_cache(maxsize=2048)(_look_at)
+_known = lru_cache(maxsize=2048)(_found)
 
 
 class Sent:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from time import process_time
+
 import pytest
 
+from dbsession.core.backends import postgresql_sent
 from dbsession.core.backends.postgresql_sent import Sent, kind_of
 from dbsession.core.connection_info import USED
 
@@ -84,6 +87,25 @@ def test_begin_of_the_users_own_is_seen(text):
 )
 def test_only_what_makes_or_drops_nothing_keeps_prepared_statements_over_a_rollback(text, rows_only):
     assert kind_of(text.encode()).rows_only is rows_only
+
+
+@pytest.mark.parametrize("line", [b";\nSELECT a, b FROM t WHERE c = 'd'", b"\n" + b"(" * 10, b"/* a", b"\n \n;;"])
+def test_long_text_is_looked_through_in_the_time_of_its_length(line):
+    began = process_time()
+    assert not kind_of(b"SELECT 1;" + line * 10_000).changes  # 90 s of them, where each line is looked at to the end
+    assert process_time() - began < 10
+
+
+def test_long_texts_are_not_kept():
+    before = postgresql_sent._known.cache_info().currsize
+    for number in range(3):
+        assert kind_of(b"SELECT %d, '%s'" % (number, b"x" * 5_000)).rows_only
+    assert postgresql_sent._known.cache_info().currsize == before
+
+
+@pytest.mark.parametrize(("text", "copies"), [("COPY t TO STDOUT", True), ("-- a\n(copy t", True), ("SELECT 1", False)])
+def test_copy_is_seen(text, copies):
+    assert kind_of(text.encode()).copies is copies
 
 
 def test_what_is_set_while_opening_is_kept_and_what_the_user_sets_is_a_change():
