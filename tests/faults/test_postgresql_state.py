@@ -6,7 +6,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 from psycopg.rows import dict_row
-from sqlalchemy import text
+from sqlalchemy import event, exc, text
 from sqlalchemy.pool import QueuePool
 
 from support.halves import HALVES, done, entered
@@ -119,5 +119,139 @@ def test_what_is_set_on_the_drivers_connection_is_taken_back(bench, pool):
         await bench.scope(lambda s: s.execute(text("DO $$ BEGIN RAISE NOTICE 'mine'; END $$")))
         assert notices == []
         assert await bench.ask("SELECT pg_backend_pid()") == number
+
+    bench.run(main)
+
+
+def by_cursor_class(kind):
+    def use(session, statement):
+        kind(raw(session)).execute(statement)
+        session.commit()
+
+    return use
+
+
+def by_stream(session, statement):
+    list(raw(session).cursor().stream(statement))
+    session.commit()
+
+
+def by_copy(session, statement):
+    with raw(session).cursor().copy(f"COPY ({statement}) TO STDOUT") as copy:
+        list(copy)
+    session.commit()
+
+
+def by_named_cursor(session, statement):
+    cursor = raw(session).cursor("mine", withhold=True)
+    cursor.execute(statement)
+    session.commit()
+
+
+SET_TIMEZONE = "SELECT set_config('timezone', 'Asia/Tokyo', false)"
+
+
+@on_gevent
+@pytest.mark.parametrize(
+    "way",
+    [by_cursor_class(psycopg.ClientCursor), by_stream, by_copy, by_named_cursor],
+    ids=["stock", "stream", "copy", "named"],
+)
+def test_what_another_kind_of_cursor_has_set_is_taken_back(bench, way):
+    async def main():
+        bench.managed()
+        fresh = "SELECT concat(current_setting('timezone'), (SELECT count(*) FROM pg_cursors WHERE is_holdable))"
+        before = await bench.ask(fresh)
+        await bench.scope(lambda s: way(s, SET_TIMEZONE))
+        assert await bench.ask(fresh) == before
+
+    bench.run(main)
+
+
+@pytest.mark.parametrize("of", ["psycopg", "nobody we know"])
+@on_gevent
+def test_what_is_set_by_the_users_own_cursors_is_taken_back(bench, of):
+    """A class of cursors for all of an engine is ours, too; of a function's we know nothing, so they are costly."""
+    factory = psycopg.ClientCursor if of == "psycopg" else lambda *args, **more: psycopg.ClientCursor(*args, **more)
+
+    async def main():
+        bench.managed(options={"connect_args": {"cursor_factory": factory}})
+        before = await bench.ask("SHOW timezone")
+        number = await bench.ask("SELECT pg_backend_pid()")
+        await bench.scope(lambda s: (s.execute(text(SET_TIMEZONE)), s.commit()))
+        assert await bench.ask("SHOW timezone") == before
+        if of == "psycopg":
+            assert await bench.ask("SELECT pg_backend_pid()") == number
+        await bench.leaves_nothing()
+
+    bench.run(main)
+
+
+@pytest.mark.parametrize("level", ["READ COMMITTED", "AUTOCOMMIT"])
+def test_prepared_statement_fails_once_when_its_table_was_altered(bench, level, postgresql, postgresql_url):
+    """And not whenever that connection has its turn. Later statements find the server's side as it should be."""
+
+    async def main():
+        bench.managed(options={"isolation_level": level})
+        await bench.scope(lambda s: (s.execute(text("INSERT INTO t VALUES (1)")), s.commit()))
+        for _ in range(8):
+            assert await bench.ask("SELECT * FROM t") == 1
+            assert await bench.ask("SELECT n FROM t") == 1
+        bench._cursor.execute("ALTER TABLE t ALTER n TYPE bigint")
+        for statement in ("SELECT * FROM t", "SELECT n FROM t"):
+            try:
+                await bench.ask(statement)
+            except exc.NotSupportedError as error:
+                assert error.orig.sqlstate == "0A000"
+            for _ in range(8):
+                assert await bench.ask(statement) == 1
+
+    bench.run(main)
+
+
+@on_gevent
+def test_copy_by_execute_is_refused_as_psycopg_does(bench):
+    """Not in the pipeline that takes a BEGIN along, out of which it would not come."""
+
+    async def main():
+        bench.managed()
+        for statement in ("COPY t TO STDOUT", "/* why */ COPY t FROM STDIN", "-- why\n(COPY t TO STDOUT"):
+            with pytest.raises(exc.ProgrammingError, match=r"use copy|syntax error"):
+                await bench.ask(statement)
+            assert await bench.ask("SELECT 1") == 1
+
+    bench.run(main)
+
+
+@on_gevent
+def test_commit_in_a_pipeline_is_answered_before_it_returns(bench):
+    def use(session):
+        connection = raw(session)
+        with connection.pipeline():
+            connection.execute("INSERT INTO t VALUES (1)")
+            connection.commit()
+            return bench.stored()
+
+    async def main():
+        bench.managed()
+        assert await bench.scope(use) == [1]
+
+    bench.run(main)
+
+
+@on_gevent
+def test_connection_that_a_listener_has_set_up_unseen_is_replaced_where_it_is_changed(bench):
+    """What was set by a cursor of psycopg's own cannot be set again."""
+
+    def set_up(connection, _):
+        psycopg.ClientCursor(connection).execute("SET TIME ZONE 'Asia/Tokyo'")
+        connection.commit()
+
+    async def main():
+        bench.managed()
+        event.listen(bench.manager.engine(), "connect", set_up)
+        for _ in range(3):
+            assert await bench.ask("SHOW timezone") == "Asia/Tokyo"
+            await bench.scope(lambda s: (s.execute(text("SET TIME ZONE 'Europe/Paris'")), s.commit()))
 
     bench.run(main)

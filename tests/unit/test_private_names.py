@@ -639,6 +639,11 @@ def test_psycopg_runs_a_statement_by_the_generators_that_ours_override(postgresq
             connection.wait(psycopg.generators.notifies(connection.pgconn), timeout=0.001)
         assert list(inspect.signature(connection._tpc_finish_gen).parameters) == ["action", "xid"]
         assert callable(cursor._send_query_prepared)
+        steps = ("_executemany_gen_pipeline", "_executemany_gen_no_pipeline", "_stream_send_gen", "_start_copy_gen")
+        assert all(inspect.isgeneratorfunction(getattr(psycopg.Cursor, name)) for name in steps)
+        assert inspect.isgeneratorfunction(psycopg.ServerCursor._declare_gen)
+        connection.execute("SELECT 2", prepare=True)
+        assert cursor._query.query.startswith(b"DECLARE") and [text for text, _ in prepared._names] == [b"SELECT 2"]
         names = ("_autocommit", "_isolation_level", "_read_only", "_deferrable", "_begin_statement", "_notice_handlers")
         assert all(name in vars(connection) for name in names)  # which psycopg_attributes gives back
     assert Prepare.SHOULD == psycopg_cursors._PREPARE_NOW

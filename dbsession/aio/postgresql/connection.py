@@ -20,7 +20,7 @@ from psycopg.waiting import Ready, Wait
 from dbsession.aio.timer import AnswerTimer
 from dbsession.core import fork
 from dbsession.core.backends.psycopg import ACTIVE, OFF, Known
-from dbsession.core.backends.psycopg_cursors import Named, RidesAlong
+from dbsession.core.backends.psycopg_cursors import Named, RidesAlong, ours
 from dbsession.errors import describe
 
 _POLLED = {Wait.W: select.POLLOUT, Wait.RW: select.POLLIN | select.POLLOUT}
@@ -109,7 +109,7 @@ class Connection(Known, psycopg.AsyncConnection[Any]):
         if row_factory is not None:
             connection.row_factory = row_factory
         if cursor_factory is not None:
-            connection.cursor_factory = cursor_factory
+            connection.cursor_factory = ours(cursor_factory)
         if context is not None:
             connection._adapters = AdaptersMap(context.adapters)
         connection.read_timeout_s = max(until - monotonic(), 0.1)  # until it has been set up

@@ -54,3 +54,8 @@ class AsyncPsycopg(LoopPostgreSQL):
             connection.end()
             raise
         return connection
+
+    def connected(self, connection: Any, info: dict[Any, Any]) -> None:
+        super().connected(connection, info)
+        if isinstance(connection, Adapted):
+            connection.driver_connection.sent.unseen = False  # until now SQLAlchemy has asked, for types

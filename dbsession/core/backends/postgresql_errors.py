@@ -25,6 +25,9 @@ FULL = "53300"
 """At connecting: too many connections, of the server, the database or the role."""
 CURSOR_GONE = "34000"
 """A named cursor that its transaction's end has closed."""
+CHANGED_RESULT, NOT_PREPARED = "0A000", "26000"
+"""Of a prepared statement: its table was altered, so that its rows would be others; it is not there any more."""
+STALE = frozenset({CHANGED_RESULT, NOT_PREPARED})
 
 CLOSED_BEFORE_COMMIT = "the server has closed the connection before COMMIT was sent: nothing was committed"
 

@@ -14,7 +14,6 @@ from typing import NamedTuple
 from dbsession.core.connection_info import OPENING, USED
 
 _MOST_SETTINGS = 50
-_LONGEST_REMEMBERED = 4000  # of what holds its values itself no two texts are the same
 
 
 def _compiled(pattern: bytes) -> re.Pattern[bytes]:

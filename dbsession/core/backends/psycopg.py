@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 from psycopg import errors, generators, pq
 
 from dbsession.core import fork
-from dbsession.core.backends.postgresql_errors import CLOSED_BEFORE_COMMIT, not_committed
-from dbsession.core.backends.postgresql_sent import kind_of
+from dbsession.core.backends.postgresql_errors import CHANGED_RESULT, CLOSED_BEFORE_COMMIT, not_committed
+from dbsession.core.backends.postgresql_sent import Kind, kind_of
 from dbsession.core.backends.psycopg_attributes import SentOn
 from dbsession.core.connection_info import HUNG_UP, KnownConnection
 from dbsession.core.fork import KNOWN
@@ -67,6 +67,7 @@ class Known(KnownConnection):
     given_up_by: BaseException | None = None
     _due = False  # a BEGIN goes with what is sent next
     _defers = False  # a statement comes with which it can go
+    _sees = False  # it comes by a cursor that notes its text
     _began_other = False  # the transaction has sent something else than reading and writing rows
     _look: Any = None  # a poll object that knows the socket
 
@@ -201,12 +202,15 @@ class Known(KnownConnection):
         if begins and self._defers:
             self._due = True  # and note() comes, unless the parameters cannot be sent
             return
+        if not self._sees:
+            self._began_other = True
+            self.sent.note_unseen()
         self._ended = self._ended and self._autocommit
         if begins:
             yield from super()._start_query()  # type: ignore[misc]
 
-    def note(self, text: bytes) -> None:
-        """Note a statement, or several in one text, about to be sent."""
+    def note(self, text: bytes) -> Kind:
+        """Note a statement, or several in one text, about to be sent; return what kind it is."""
         kind = kind_of(text)
         if kind.begins or not self._autocommit:
             self._ended = False
@@ -214,11 +218,22 @@ class Known(KnownConnection):
             self._began_other = True
         if kind.changes:
             self.sent.note_change(text)
+        return kind
+
+    def forget_prepared(self, query: Any, state: str) -> None:
+        """Prepare this statement anew when it comes again; psycopg would send it as it was, and it would fail for ever.
+        The others are forgotten with the transaction."""
+        self._began_other = True
+        name = None if query is None else self._prepared._names.pop(self._prepared.key(query), None)
+        if name is not None and state == CHANGED_RESULT:
+            self._prepared._to_flush.append(name)
 
     def _commit_gen(self) -> Any:
         self.commit_sent = False
-        if self._num_transactions or self._tpc:
-            yield from super()._commit_gen()  # type: ignore[misc]  # which raises
+        if self._num_transactions or self._tpc or self._pipeline:  # it raises, or asks what became of all that was sent
+            self.commit_sent = self._pipeline is not None
+            yield from super()._commit_gen()  # type: ignore[misc]
+            return
         if self.settled or (self._autocommit and not self.in_transaction):
             return
         if self.happened() & ~select.POLLIN:

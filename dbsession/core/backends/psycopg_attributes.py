@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 from dbsession.core.backends.postgresql_sent import Sent
-from dbsession.core.connection_info import USED
+from dbsession.core.connection_info import OPENING, USED
 
 _NAMES = (
     *("_autocommit", "_isolation_level", "_read_only", "_deferrable"),
@@ -22,7 +22,7 @@ _of = attrgetter(*_NAMES)
 class SentOn(Sent):
     """What was sent on one connection, and its attributes at first. Lives as `Sent` says."""
 
-    __slots__ = ("at_first", "notice_handlers")
+    __slots__ = ("at_first", "notice_handlers", "unseen")
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,9 +30,20 @@ class SentOn(Sent):
         """Its attributes as its first user got it."""
         self.notice_handlers = 0
         """How many handlers of notices it had then."""
+        self.unseen = False
+        """Something was sent on it, as it was opened by listeners of the user's, of which nobody has seen the text."""
+
+    def note_unseen(self) -> None:
+        """Note that a text is about to be sent which nobody sees: by a cursor that is not ours."""
+        if self.phase is USED:
+            self.changed = True
+        elif self.phase is OPENING:
+            self.unseen = True
 
     def taken(self, connection: Any) -> None:
         self.phase = USED
+        if self.unseen:
+            self.settings, self.unseen = None, False
         if self.at_first is None:
             self.at_first = _of(connection)
             self.notice_handlers = len(connection._notice_handlers)

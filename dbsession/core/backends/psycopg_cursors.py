@@ -6,10 +6,12 @@ The names with an underscore are psycopg's; each has its line in tests/unit/test
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from psycopg import Column, errors, generators
 
+from dbsession.core.backends.postgresql_errors import STALE
 from dbsession.errors import ResultCut
 
 _PREPARE_NOW = 3  # psycopg._preparing.Prepare.SHOULD
@@ -65,6 +67,7 @@ class RidesAlong:
 
     _conn: Any
     _pgconn: Any
+    _query: Any
     _get_prepared: Any
     _execute_send: Any
     _send_query_prepared: Any
@@ -80,15 +83,32 @@ class RidesAlong:
 
     def _execute_gen(self, *args: Any, **kwargs: Any) -> Any:
         connection = self._conn
-        connection._defers = connection._pipeline is None
+        connection._sees, connection._defers = True, connection._pipeline is None
         try:
             yield from super()._execute_gen(*args, **kwargs)  # type: ignore[misc]
+        except errors.DatabaseError as error:
+            if error.sqlstate in STALE:
+                connection.forget_prepared(self._query, error.sqlstate)
+            raise
         finally:
-            connection._defers = connection._due = False
+            connection._sees = connection._defers = connection._due = False
+
+    def _executemany_gen_pipeline(self, *args: Any) -> Any:
+        return see(self, super()._executemany_gen_pipeline(*args))  # type: ignore[misc]
+
+    def _executemany_gen_no_pipeline(self, *args: Any) -> Any:
+        return see(self, super()._executemany_gen_no_pipeline(*args))  # type: ignore[misc]
+
+    def _stream_send_gen(self, *args: Any, **kwargs: Any) -> Any:
+        return see(self, super()._stream_send_gen(*args, **kwargs))  # type: ignore[misc]
+
+    def _start_copy_gen(self, *args: Any) -> Any:
+        return see(self, super()._start_copy_gen(*args))  # type: ignore[misc]
 
     def _maybe_prepare_gen(self, pgq: Any, *, prepare: Any = None, binary: Any = None) -> Any:
         connection, text = self._conn, pgq.query
-        connection.note(text)
+        self._query = pgq
+        kind = connection.note(text)
         if not connection._due:
             yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)  # type: ignore[misc]
             return
@@ -96,7 +116,7 @@ class RidesAlong:
         how, name = self._get_prepared(pgq, prepare)
         # Several statements in one text need the protocol's simple query, which libpq's pipeline has not; COPY never
         # comes out of it, and a statement is prepared in a round trip of its own.
-        if how == _PREPARE_NOW or (not pgq.params and b";" in text) or text.lstrip()[:4].lower() == b"copy":
+        if how == _PREPARE_NOW or (not pgq.params and b";" in text) or kind.copies:
             yield from connection._exec_command(connection._get_tx_start_command())
             yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)  # type: ignore[misc]
             return
@@ -121,6 +141,19 @@ class RidesAlong:
         self._set_results(results)
 
 
+def see(cursor: Any, sends: Any) -> Any:
+    """Drive a generator by which a cursor sends one statement, and note which. After it was sent: until it is answered
+    nobody else gets the connection."""
+    connection, cursor._query = cursor._conn, None
+    connection._sees = True
+    try:
+        return (yield from sends)
+    finally:
+        connection._sees = False
+        if cursor._query is not None:
+            connection.note(cursor._query.query)
+
+
 class Named:
     """Before psycopg's ServerCursor or AsyncServerCursor among the bases of ours: one that its transaction's end has
     closed says so. Lives until it is closed, at most as long as its transaction."""
@@ -137,6 +170,9 @@ class Named:
         # psycopg's warns of one that was not closed; the end of the transaction closes these.
         pass
 
+    def _declare_gen(self, *args: Any) -> Any:
+        return see(self, super()._declare_gen(*args))  # type: ignore[misc]
+
     def _fetch_gen(self, *args: Any) -> Any:
         connection = self._conn
         try:
@@ -145,3 +181,11 @@ class Named:
             return (yield from super()._fetch_gen(*args))  # type: ignore[misc]
         except errors.InvalidCursorName as error:
             raise ResultCut.because("its transaction was committed or rolled back") from error
+
+
+@lru_cache(maxsize=64)
+def ours(factory: Any) -> Any:
+    """Return the class of cursors by a `cursor_factory` of the user's, on a connection of ours."""
+    if not isinstance(factory, type) or issubclass(factory, RidesAlong):
+        return factory  # of a function's cursors we see nothing
+    return type(factory.__name__, (RidesAlong, factory), {})

@@ -46,6 +46,11 @@ class Psycopg(Cleans, PostgreSQL):
             raise
         return connection
 
+    def connected(self, connection: Any, info: dict[Any, Any]) -> None:
+        super().connected(connection, info)
+        if isinstance(connection, Connection):
+            connection.sent.unseen = False  # until now SQLAlchemy has asked, for types
+
     def is_to_be_reset(self, connection: Any) -> bool:
         return super().is_to_be_reset(connection) or connection.is_listened_to
 

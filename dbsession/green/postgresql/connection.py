@@ -21,7 +21,7 @@ from psycopg.conninfo import conninfo_attempts, conninfo_to_dict, make_conninfo
 from psycopg.waiting import Ready, Wait
 
 from dbsession.core.backends.psycopg import ACTIVE, Known
-from dbsession.core.backends.psycopg_cursors import Named, RidesAlong
+from dbsession.core.backends.psycopg_cursors import Named, RidesAlong, ours
 from dbsession.core.connection_info import TooLate
 from dbsession.errors import describe
 from dbsession.green import hub
@@ -98,7 +98,7 @@ class Connection(Known, KeepsReader, psycopg.Connection[Any]):
             if row_factory is not None:
                 connection.row_factory = row_factory
             if cursor_factory is not None:
-                connection.cursor_factory = cursor_factory
+                connection.cursor_factory = ours(cursor_factory)
             if context is not None:
                 connection._adapters = AdaptersMap(context.adapters)
         except BaseException:
