@@ -39,11 +39,10 @@ class AsyncAsyncpg(LoopPostgreSQL):
 
     def around_connect(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         # The last step of connecting, after every `do_connect` listener of the user's.
-        dialect: Any = inner.__self__  # type: ignore[attr-defined]
-
         def connect(*cargs: Any, **cparams: Any) -> Any:
             if "async_creator_fn" in cparams:
                 return inner(*cargs, **cparams)
+            dialect: Any = inner.__self__  # type: ignore[attr-defined]  # whose method it is
             return await_(self._open(dialect.loaded_dbapi, cargs, cparams))
 
         return connect

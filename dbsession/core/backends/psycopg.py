@@ -9,7 +9,6 @@ tests/unit/test_private_names.py, which fails loudly when the name goes.
 from __future__ import annotations
 
 import select
-import sys
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -22,8 +21,8 @@ from dbsession.core import fork
 from dbsession.core.backends.postgresql_errors import CHANGED_RESULT, CLOSED_BEFORE_COMMIT, not_committed
 from dbsession.core.backends.postgresql_sent import Kind, kind_of
 from dbsession.core.backends.psycopg_attributes import SentOn
-from dbsession.core.connection_info import HUNG_UP, KnownConnection
-from dbsession.core.fork import KNOWN
+from dbsession.core.connection_info import HUNG_UP
+from dbsession.core.given_up import GivesUp
 
 IDLE, ACTIVE = pq.TransactionStatus.IDLE, pq.TransactionStatus.ACTIVE
 OFF = pq.PipelineStatus.OFF
@@ -36,10 +35,12 @@ class _Gone:
     status = _BAD
 
 
-class Known(KnownConnection):
+class Known(GivesUp):
     """Before psycopg's Connection or AsyncConnection among the bases of ours. Lives as long as its place in the pool,
     or until something interrupts it in the middle of an answer: then it is given up, and the exception goes on as it
     is."""
+
+    OPERATIONAL_ERROR = errors.OperationalError
 
     # psycopg's, and what a half gives.
     pgconn: Any
@@ -59,12 +60,10 @@ class Known(KnownConnection):
     on_abandon: Callable[[Any], None] | None = None
     """Called with this connection when nobody waits any more for a statement that may still run at the server; has to
     close `pgconn` then. Must not wait."""
-    read_timeout_s: float | None = None
     write_timeout_s: float | None = None
     told_autocommit = False  # `Sent.taken` of MySQL asks for it
     pinging = False
     """A ping was sent that is not answered."""
-    given_up_by: BaseException | None = None
     _due = False  # a BEGIN goes with what is sent next
     _defers = False  # a statement comes with which it can go
     _sees = False  # it comes by a cursor that notes its text
@@ -131,14 +130,6 @@ class Known(KnownConnection):
     def finish_at_hand(self) -> bool:
         return not self.unread
 
-    def read_within(self, timeout_s: float | None) -> float | None:
-        before, self.read_timeout_s = self.read_timeout_s, timeout_s
-        return before
-
-    def read_within_at_most(self, timeout_s: float) -> float | None:
-        before = self.read_timeout_s
-        return self.read_within(timeout_s if before is None else min(before, timeout_s))
-
     def happened(self) -> int:
         """What poll() knows of the socket, of POLLIN and HUNG_UP: 0 if nothing has come and it is open. Never waits."""
         look = self._look
@@ -149,21 +140,6 @@ class Known(KnownConnection):
         return int(found[0][1]) if found else 0
 
     # Its end.
-
-    def refuse_if_lost(self) -> None:
-        """Raise what keeps the connection from being used: whatever psycopg does on it asks here first."""
-        if not KNOWN[0]:
-            fork.found_out()
-        if self._epoch != fork.epoch:
-            raise errors.OperationalError(
-                "This connection was opened before this process was forked and belongs to the parent. Open a session "
-                "anew: get_dbsession()."
-            )
-        if self.gave_up:
-            current = sys.exception()
-            if current is not None and current is self.given_up_by:
-                raise current  # what psycopg does in its `finally` must not take the place of a kill
-            raise errors.OperationalError("the connection was given up in the middle of a statement, and is closed")
 
     def give_up(self, error: BaseException) -> None:
         """Close the connection, as nobody waits for the answer any more, and have the statement ended at the server."""

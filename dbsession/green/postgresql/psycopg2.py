@@ -8,7 +8,6 @@ begins with it: after a syntax error in that first statement no transaction is o
 from __future__ import annotations
 
 import select
-import sys
 import weakref
 from collections.abc import Callable
 from time import monotonic
@@ -20,8 +19,8 @@ from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE, TRANSACTION_STATUS_ID
 
 from dbsession.core import fork
 from dbsession.core.backends.postgresql_sent import Sent, kind_of
-from dbsession.core.connection_info import KnownConnection
 from dbsession.core.fork import KNOWN
+from dbsession.core.given_up import GivesUp
 from dbsession.green.postgresql import psycopg2_cursors
 from dbsession.green.postgresql.psycopg2_transactions import Transactions
 from dbsession.green.postgresql.psycopg2_waits import take_part, waits_by
@@ -29,9 +28,11 @@ from dbsession.green.postgresql.psycopg2_waits import take_part, waits_by
 _new_cursor: Any = extensions.connection.cursor
 
 
-class Connection(KnownConnection, Transactions):
+class Connection(GivesUp, Transactions):
     """A `psycopg2.extensions.connection`. Lives as long as its place in the pool, or until something interrupts it in
     the middle of an answer: then psycopg2 closes it, and the exception goes on as it is."""
+
+    OPERATIONAL_ERROR = psycopg2.OperationalError
 
     on_abandon: Callable[[Any], None] | None = None
     """Called with this connection when nobody waits any more for a statement that may still run at the server. Must not
@@ -46,8 +47,6 @@ class Connection(KnownConnection, Transactions):
     pinging = False
     """A ping was sent that is not answered."""
     told_autocommit = False  # `Sent.taken` of MySQL asks for it
-    gave_up = False
-    given_up_by: BaseException | None = None
 
     def __init__(self, dsn: str, connect_by: float) -> None:
         fork.look()
@@ -91,35 +90,12 @@ class Connection(KnownConnection, Transactions):
     def finish_at_hand(self) -> bool:
         return not self.unread
 
-    def read_within(self, timeout_s: float | None) -> float | None:
-        before, self.read_timeout_s = self.read_timeout_s, timeout_s
-        return before
-
-    def read_within_at_most(self, timeout_s: float) -> float | None:
-        before = self.read_timeout_s
-        return self.read_within(timeout_s if before is None else min(before, timeout_s))
-
     def set_client_encoding(self, encoding: str) -> None:
         self.refuse_if_lost()
         self.sent.note_change(f"SET client_encoding TO '{encoding}'".encode())
         super().set_client_encoding(encoding)
 
     # Its end.
-
-    def refuse_if_lost(self) -> None:
-        """Raise what keeps the connection from being used."""
-        if not KNOWN[0]:
-            fork.found_out()
-        if self._epoch != fork.epoch:
-            raise psycopg2.OperationalError(
-                "This connection was opened before this process was forked and belongs to the parent. Open a session "
-                "anew: get_dbsession()."
-            )
-        if self.gave_up:
-            current = sys.exception()
-            if current is not None and current is self.given_up_by:
-                raise current  # what is done in a `finally` must not take the place of a kill
-            raise psycopg2.OperationalError("the connection was given up in the middle of a statement, and is closed")
 
     def interrupted(self, error: BaseException) -> None:
         if self._connect_by is None and not self.gave_up and not (self.closed and isinstance(error, psycopg2.Error)):
