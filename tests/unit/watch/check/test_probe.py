@@ -12,7 +12,7 @@ from support.processes import run_script
     [("{}", ""), ("{}", "engine.connect().close(); engine.dispose()"), ("{'poolclass': QueuePool}", "")],
     ids=["new pool", "pool after a dispose", "stock pool"],
 )
-def test_requests_are_served_when_their_first_connections_open_during_the_check(options, before, tmp_path):
+def test_f45_requests_are_served_when_their_first_connections_open_during_the_check(options, before, tmp_path):
     """SQLAlchemy sets up the first connections of a pool one at a time. Here the check waits for its turn, other
     requests behind it; its thread is slow, and so the check is third, and nobody comes after it."""
     run_script(
