@@ -173,11 +173,28 @@ class Named:
     def _declare_gen(self, *args: Any) -> Any:
         return see(self, super()._declare_gen(*args))  # type: ignore[misc]
 
+    # Before the connection refuses whatever is asked of it.
+
+    def fetchone(self) -> Any:
+        self._refuse_if_cut()
+        return super().fetchone()  # type: ignore[misc]
+
+    def fetchmany(self, size: int = 0) -> Any:
+        self._refuse_if_cut()
+        return super().fetchmany(size)  # type: ignore[misc]
+
+    def fetchall(self) -> Any:
+        self._refuse_if_cut()
+        return super().fetchall()  # type: ignore[misc]
+
+    def _refuse_if_cut(self) -> None:
+        if self._conn.gave_up:
+            error = self._conn.given_up_by
+            ended = f"{type(error).__name__} ended the wait for its rows, and " if error is not None else ""
+            raise ResultCut.because(f"{ended}its connection was given up in the middle of a statement")
+
     def _fetch_gen(self, *args: Any) -> Any:
-        connection = self._conn
         try:
-            if connection.gave_up:
-                raise ResultCut.because("its connection was given up in the middle of a statement")
             return (yield from super()._fetch_gen(*args))  # type: ignore[misc]
         except errors.InvalidCursorName as error:
             raise ResultCut.because("its transaction was committed or rolled back") from error
