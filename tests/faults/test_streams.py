@@ -182,12 +182,12 @@ def test_f21_stream_read_on_after_a_kill_or_after_somebody_else_has_closed_its_s
         from dbsession.errors import ResultCut
 
         configure()
-        slow = text("SELECT seq, REPEAT('x', 20000), IF(seq > 5, SLEEP(60), 0) FROM seq_1_to_100")
+        slow = f"SELECT seq, REPEAT('x', 20000), CASE WHEN seq > 5 THEN {db.sleep(60)} END FROM {db.numbers(100)}"
 
         def read(end):
             with dbsession.session_scope():
                 own = session()
-                rows = own.execute(slow, execution_options={"stream_results": True, "max_row_buffer": 1})
+                rows = own.execute(text(slow), execution_options={"stream_results": True, "max_row_buffer": 1})
                 rows.fetchone()
                 try:
                     end(own, rows)
@@ -204,7 +204,7 @@ def test_f21_stream_read_on_after_a_kill_or_after_somebody_else_has_closed_its_s
 
         def closed(own, rows):
             def close():
-                running("SELECT seq, REPEAT")
+                running("SELECT seq, REPEAT" if db.sends_streams else "FETCH")
                 own.close()
             spawn(close)
             rows.fetchall()
@@ -214,7 +214,7 @@ def test_f21_stream_read_on_after_a_kill_or_after_somebody_else_has_closed_its_s
             said = read(in_time)
             assert isinstance(ended_by.pop(), gevent.Timeout) and "Timeout ended the wait for its rows" in said, said
         said = read(closed)
-        assert code(ended_by.pop()) == 2013
+        assert db.is_lost(ended_by.pop())
         assert "[DBS-RESULT-CUT]" in said, said
         nothing_in_use()
         """,

@@ -76,7 +76,7 @@ class Dialect:
 
     @staticmethod
     def numbers(last: int) -> str:
-        """What is read FROM: rows with the numbers from 1 to `last`."""
+        """What is read FROM: rows with the numbers from 1 to `last`, called seq."""
         raise NotImplementedError
 
     @staticmethod
@@ -218,7 +218,7 @@ class PostgreSQL(Dialect):
 
     @staticmethod
     def numbers(last: int) -> str:
-        return f"generate_series(1, {last})"
+        return f"generate_series(1, {last}) AS numbers(seq)"
 
     @staticmethod
     def code(error: Any) -> Any:
