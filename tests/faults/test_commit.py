@@ -13,7 +13,6 @@ from dbsession import CommitOutcomeUnknown, SessionManager
 from dbsession.core.connection_info import COMMITTING
 from support.processes import run_script
 from support.proxy import Proxy
-from support.servers import on
 from support.waiting import wait_until
 
 SCRIPT = """
@@ -56,7 +55,6 @@ def run(mode, server, server_url, source):
         run_script(mode, script, through, proxy.control_port, server_url)
 
 
-@on("mariadb", "postgresql")
 def test_f18_driver_error_at_commit_is_an_outcome_unknown_and_an_operational_error(mode, server, server_url):
     run(
         mode,

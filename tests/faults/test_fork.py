@@ -11,7 +11,6 @@ from sqlalchemy.pool import StaticPool
 from dbsession import SessionManager
 from support.processes import run_python
 from support.proxy import Proxy
-from support.servers import on
 
 PRELUDE = """
 import sys
@@ -147,7 +146,6 @@ for round in range(25):
 
 
 @GEVENT
-@on("mariadb", "postgresql")
 def test_f11_not_a_byte_from_the_child_on_an_inherited_connection(server, server_url, gevent_mode):
     """Counted by a proxy: while the parent is idle, its two connections carry nothing."""
     with Proxy(server.port) as proxy:
