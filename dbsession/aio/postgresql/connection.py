@@ -145,7 +145,7 @@ class Connection(Known, psycopg.AsyncConnection[Any]):
         if until is not None:
             seconds: float | None = until - monotonic()
         elif pgconn.transaction_status == ACTIVE or pgconn.pipeline_status != OFF:
-            seconds = self.write_timeout_s if wanted == Wait.W else self.read_timeout_s
+            seconds = self.write_timeout_s if wanted & Wait.W else self.read_timeout_s
         else:
             seconds = None
         loop = asyncio.get_running_loop()

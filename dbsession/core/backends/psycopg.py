@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from psycopg import errors, generators, pq
 
 from dbsession.core import fork
-from dbsession.core.backends.postgresql_errors import CHANGED_RESULT, CLOSED_BEFORE_COMMIT, not_committed
+from dbsession.core.backends.postgresql_errors import CLOSED_BEFORE_COMMIT, not_committed
 from dbsession.core.backends.postgresql_sent import Kind, kind_of
 from dbsession.core.backends.psycopg_attributes import SentOn
 from dbsession.core.connection_info import HUNG_UP
@@ -68,6 +68,7 @@ class Known(GivesUp):
     _defers = False  # a statement comes with which it can go
     _sees = False  # it comes by a cursor that notes its text
     _began_other = False  # the transaction has sent something else than reading and writing rows
+    _waiting = False  # a greenlet or thread waits for its answer
     _look: Any = None  # a poll object that knows the socket
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -153,7 +154,11 @@ class Known(GivesUp):
         if self.on_abandon is not None and self._epoch == fork.epoch:  # in a forked child it is the parent's
             self.on_abandon(self)
         else:
-            self.pgconn.finish()
+            self.finish()
+
+    def finish(self) -> None:
+        """Close the socket. Never waits."""
+        self.pgconn.finish()
 
     def interrupted(self, error: BaseException) -> None:
         """Give the connection up if `error` has come in the middle of an answer."""
@@ -163,6 +168,8 @@ class Known(GivesUp):
     def close(self) -> Any:
         """Close the connection. Idempotent; whoever gives it up has it closed."""
         fork.look()  # in a child it says goodbye to nobody
+        if self.unread or self._waiting:
+            self.give_up(errors.OperationalError("the connection was closed in the middle of an answer"))
         if not self.gave_up:
             return super().close()  # type: ignore[misc]  # psycopg's
         return None
@@ -196,17 +203,9 @@ class Known(GivesUp):
             self.sent.note_change(text)
         return kind
 
-    def forget_prepared(self, query: Any, state: str) -> None:
-        """Prepare this statement anew when it comes again; psycopg would send it as it was, and it would fail for ever.
-        The others are forgotten with the transaction."""
-        self._began_other = True
-        name = None if query is None else self._prepared._names.pop(self._prepared.key(query), None)
-        if name is not None and state == CHANGED_RESULT:
-            self._prepared._to_flush.append(name)
-
     def _commit_gen(self) -> Any:
         self.commit_sent = False
-        if self._num_transactions or self._tpc or self._pipeline:  # it raises, or asks what became of all that was sent
+        if self._num_transactions or self._tpc or self._pipeline:  # which raises, or waits for all answers
             self.commit_sent = self._pipeline is not None
             yield from super()._commit_gen()  # type: ignore[misc]
             return

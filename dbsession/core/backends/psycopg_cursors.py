@@ -11,7 +11,7 @@ from typing import Any
 
 from psycopg import Column, errors, generators
 
-from dbsession.core.backends.postgresql_errors import STALE
+from dbsession.core.backends.postgresql_errors import CHANGED_RESULT, STALE
 from dbsession.errors import ResultCut
 
 _PREPARE_NOW = 3  # psycopg._preparing.Prepare.SHOULD
@@ -88,7 +88,7 @@ class RidesAlong:
             yield from super()._execute_gen(*args, **kwargs)  # type: ignore[misc]
         except errors.DatabaseError as error:
             if error.sqlstate in STALE:
-                connection.forget_prepared(self._query, error.sqlstate)
+                forget_prepared(connection, self._query, error.sqlstate)
             raise
         finally:
             connection._sees = connection._defers = connection._due = False
@@ -152,6 +152,16 @@ def see(cursor: Any, sends: Any) -> Any:
         connection._sees = False
         if cursor._query is not None:
             connection.note(cursor._query.query)
+
+
+def forget_prepared(connection: Any, query: Any, state: str) -> None:
+    """Prepare this statement anew when it comes again; psycopg would send it as it was, and it would fail for ever. The
+    others are forgotten with the transaction."""
+    connection._began_other = True
+    prepared = connection._prepared
+    name = None if query is None else prepared._names.pop(prepared.key(query), None)
+    if name is not None and state == CHANGED_RESULT:
+        prepared._to_flush.append(name)
 
 
 class Named:

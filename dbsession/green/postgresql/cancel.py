@@ -57,7 +57,7 @@ class GreenCanceller(Cancels, EndsAbandoned):
     @staticmethod
     def _close(connection: Connection) -> None:
         if connection.gave_up:
-            connection.pgconn.finish()
+            connection.finish()
 
 
 def _in_thread(cancel: Any) -> None:

@@ -6,13 +6,17 @@ Ours wait here, whenever it was imported. What is sent and known is in `core.bac
 
 from __future__ import annotations
 
+import _socket
+import os
 import select
+import socket
 import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from time import monotonic
 from typing import Any
 
+import gevent
 import psycopg
 from gevent import monkey
 from psycopg import errors
@@ -45,6 +49,7 @@ class Connection(Known, KeepsReader, psycopg.Connection[Any]):
     """A `psycopg.Connection`. Lives as `Known` says."""
 
     _poll = _poll
+    _cut = False  # nothing comes any more, and whoever waits closes the socket
     _cooperative = False  # it was opened where sockets are gevent's; without a hub yet nobody else has to run
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +81,7 @@ class Connection(Known, KeepsReader, psycopg.Connection[Any]):
         until = monotonic() + seconds
         arguments.pop("connect_timeout", None)  # ours, by `seconds`
         failed: list[tuple[Any, Exception]] = []
-        attempts = conninfo_attempts(conninfo_to_dict(conninfo, **arguments))
+        attempts = _attempts(conninfo_to_dict(conninfo, **arguments), seconds)
         for n, attempt in enumerate(attempts):
             left = until - monotonic()
             by = monotonic() + left / (len(attempts) - n)  # a silent address leaves their time to the others
@@ -114,6 +119,7 @@ class Connection(Known, KeepsReader, psycopg.Connection[Any]):
         until = None if timeout is None else monotonic() + timeout
         try:
             wanted = next(gen)
+            self._waiting = True
             while True:
                 wanted = gen.send(self._await(wanted, until))
         except StopIteration as end:
@@ -122,12 +128,16 @@ class Connection(Known, KeepsReader, psycopg.Connection[Any]):
         except BaseException as error:
             self.interrupted(error)
             raise
+        finally:
+            self._waiting = False
+            if self._cut:
+                self.finish()
 
     def _await(self, wanted: Wait, until: float | None) -> Ready:
         if until is not None:
             seconds: float | None = until - monotonic()
         elif self.pgconn.transaction_status == ACTIVE:
-            seconds = self.write_timeout_s if wanted == Wait.W else self.read_timeout_s
+            seconds = self.write_timeout_s if wanted & Wait.W else self.read_timeout_s
         else:
             seconds = None
         here: Any = hub.here() if self._cooperative else None
@@ -171,9 +181,36 @@ class Connection(Known, KeepsReader, psycopg.Connection[Any]):
         """Take back what the session has set; see `Known`. Switches."""
         self.wait(self._reset_gen())
 
+    def finish(self) -> None:
+        """Close the socket, from any greenlet or thread. Whoever waits for an answer there finds its end, and closes:
+        its number must not be another one's as long as somebody waits for it."""
+        if not self._waiting:
+            super().finish()
+            return
+        self._cut = True
+        with suppress(OSError, errors.Error):
+            mine = _socket.socket(fileno=os.dup(self.pgconn.socket))  # a gevent socket would want a hub
+            try:
+                mine.shutdown(socket.SHUT_RDWR)
+            finally:
+                mine.close()
+
     def close(self) -> None:
         super().close()
-        self._close_timers()
+        if not self._waiting:
+            self._close_timers()
+
+
+def _attempts(arguments: dict[str, Any], seconds: float) -> list[Any]:
+    """Return what to connect with, one address each, once their names are resolved, within so many seconds."""
+    found: list[Any] = []
+    if monkey.is_module_patched("socket"):
+        gevent.get_hub()  # resolving makes one, but too late for the bound
+    try:
+        hub.call_within(seconds, lambda: found.extend(conninfo_attempts(arguments)))
+    except hub.BoundExceeded:
+        raise errors.ConnectionTimeout(f"the server's name was not resolved within {seconds:g} s") from None
+    return found
 
 
 def drive(gen: Any, until: float) -> Any:

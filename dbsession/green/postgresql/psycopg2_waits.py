@@ -19,6 +19,7 @@ from contextlib import closing, suppress
 from time import monotonic
 from typing import Any
 
+import gevent
 import psycopg2
 from gevent import monkey
 from psycopg2 import extensions
@@ -203,6 +204,8 @@ def _addresses(host: str, port: int, until: float) -> list[str]:
     def resolve() -> None:
         found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
 
+    if monkey.is_module_patched("socket"):
+        gevent.get_hub()  # resolving makes one, but too late for the bound
     try:
         hub.call_within(until - monotonic(), resolve)
     except hub.BoundExceeded:
