@@ -73,6 +73,7 @@ class Known(GivesUp):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         fork.look()
+        fork.prepare()
         super().__init__(*args, **kwargs)
         self._epoch = fork.epoch
         self.gave_up = self.commit_sent = False

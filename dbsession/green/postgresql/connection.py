@@ -24,9 +24,11 @@ from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import conninfo_attempts, conninfo_to_dict, make_conninfo
 from psycopg.waiting import Ready, Wait
 
+from dbsession.core import fork
 from dbsession.core.backends.psycopg import ACTIVE, Known
 from dbsession.core.backends.psycopg_cursors import Named, RidesAlong, ours
 from dbsession.core.connection_info import TooLate
+from dbsession.core.fork import KNOWN
 from dbsession.errors import describe
 from dbsession.green import hub
 from dbsession.green.timers import KeepsReader
@@ -149,6 +151,7 @@ class Connection(Known, KeepsReader, psycopg.Connection[Any]):
                 return Ready.R
             with closing(here.loop.io(self.pgconn.socket, int(wanted))) as watcher:
                 self._in_time(None if seconds is None else max(seconds, 0.001), here.wait, watcher)
+                self._refuse_in_child()
         except TooLate:
             if until is not None:
                 raise errors._WaitTimeout("wait timeout expired") from None
@@ -158,6 +161,15 @@ class Connection(Known, KeepsReader, psycopg.Connection[Any]):
         if wanted is not Wait.RW:
             return _READY[wanted]
         return _await_in_thread(self.pgconn.socket, wanted, 0.0)
+
+    def _refuse_in_child(self) -> None:
+        """Leave the parent's socket alone, if this is a copy of who waits there: a connection just opened is not known
+        to the hooks of a fork yet."""
+        if not KNOWN[0]:
+            fork.found_out()
+        if self._epoch != fork.epoch:
+            fork.cut(self)
+            self.refuse_if_lost()
 
     def ping(self, idle_s: float, within_s: float) -> None:
         """Raise an error if the connection is gone. One that answered less than `idle_s` seconds ago is looked at only.
@@ -216,6 +228,7 @@ def _attempts(arguments: dict[str, Any], seconds: float) -> list[Any]:
 def drive(gen: Any, until: float) -> Any:
     """Drive a generator of psycopg's that opens a connection or asks for a cancellation, until that time of the clock
     monotonic(). Switches. Raises TooLate."""
+    epoch = fork.epoch
     with closing(gen):
         try:
             descriptor, wanted = next(gen)
@@ -223,7 +236,11 @@ def drive(gen: Any, until: float) -> Any:
                 seconds = until - monotonic()
                 if seconds <= 0:
                     raise TooLate
-                descriptor, wanted = gen.send(_await_once(descriptor, wanted, seconds))
+                ready = _await_once(descriptor, wanted, seconds)
+                fork.look()
+                if epoch != fork.epoch:  # a copy of who waits there, in a child: it must not read what is the parent's
+                    raise errors.OperationalError("this process was forked while the connection was opened")
+                descriptor, wanted = gen.send(ready)
         except StopIteration as end:
             return end.value
 

@@ -50,6 +50,7 @@ class Connection(GivesUp, Transactions):
 
     def __init__(self, dsn: str, connect_by: float) -> None:
         fork.look()
+        fork.prepare()
         self._epoch = fork.epoch
         self._connect_by = connect_by
         self.blocks = get_wait_callback() is None

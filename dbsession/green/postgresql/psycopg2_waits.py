@@ -25,7 +25,9 @@ from gevent import monkey
 from psycopg2 import extensions
 from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE
 
+from dbsession.core import fork
 from dbsession.core.connection_info import HUNG_UP, TooLate
+from dbsession.core.fork import KNOWN
 from dbsession.green import hub
 from dbsession.green.postgresql.psycopg2_watch import too_late
 from dbsession.green.timers import KeepsReader
@@ -59,6 +61,11 @@ def _wait(connection: Any) -> None:
         poll = connection.poll
         while (wanted := poll()) != POLL_OK:
             connection.await_socket(wanted)
+            if not KNOWN[0]:
+                fork.found_out()
+            if connection._epoch != fork.epoch:  # a copy of who waits there, in a child; the socket is the parent's
+                fork.cut(connection)
+                raise psycopg2.OperationalError("this process was forked: the connection is the parent's")
         connection.heard = monotonic()
     except BaseException as error:
         connection.interrupted(error)
@@ -93,6 +100,7 @@ class Waits(KeepsReader, extensions.connection):
     # Class attributes, so that they are there while psycopg2's __init__ connects.
     read_timeout_s: float | None = None
     write_timeout_s: float | None = None
+    _epoch: int
     waiting = False
     """Somebody waits for its answer, with psycopg2's lock, for which another greenlet would stop the thread."""
     _connect_by: float | None = None
