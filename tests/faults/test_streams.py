@@ -214,7 +214,8 @@ def test_f21_stream_read_on_after_a_kill_or_after_somebody_else_has_closed_its_s
             said = read(in_time)
             assert isinstance(ended_by.pop(), gevent.Timeout) and "Timeout ended the wait for its rows" in said, said
         said = read(closed)
-        assert db.is_lost(ended_by.pop())
+        # PostgreSQL's reader may still hear that its statement was cancelled.
+        assert db.is_lost(ended_by[-1]) or db.code(ended_by[-1]) == "57014", ended_by
         assert "[DBS-RESULT-CUT]" in said, said
         nothing_in_use()
         """,
