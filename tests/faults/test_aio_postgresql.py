@@ -807,3 +807,37 @@ def test_rest_of_a_result_that_is_read_piece_by_piece_is_not_waited_for(postgres
 
     asyncio.run(work())
     assert not caplog.records
+
+
+@pytest.mark.parametrize("driver", ["psycopg"], indirect=True)  # asyncpg's own close() waits for it
+@pytest.mark.parametrize("kill_abandoned", [True, False])
+def test_waiting_task_gets_an_error_at_once_when_another_closes_the_connection(run, url, kill_abandoned):
+    """And its descriptor's number may be another one's at once."""
+    held = []
+
+    async def use(manager):
+        async with scope_of(manager) as session:
+            held.append(await raw_of(session))
+            await session.execute(text("SELECT pg_sleep(60)"))
+
+    async def work():
+        manager = managed(url, kill_abandoned=kill_abandoned)
+        task = asyncio.create_task(use(manager))
+        await wait_for(lambda: held and held[0].unread)
+        await held[0].close()
+        assert await manager_answers(manager)
+        with pytest.raises(exc.OperationalError):
+            async with asyncio.timeout(20):
+                await task
+
+    async def wait_for(condition):
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0)
+
+    async def manager_answers(manager):
+        async with asyncio.timeout(20):
+            async with scope_of(manager) as session:
+                return await session.scalar(text("SELECT 1")) == 1
+
+    run(work)

@@ -45,13 +45,13 @@ class LoopCanceller(Cancels, EndsAbandoned):
                 await _in_thread(pgconn.get_cancel().cancel)
             self.sent()
         finally:
-            pgconn.finish()
+            connection.finish()
 
     def failed(self, error: Exception, connection: Connection) -> None:
         """Report it, and close the others: each would wait as long for a server that does not answer."""
         self.not_sent(error)
         while self.abandoned:
-            self.abandoned.popleft().pgconn.finish()
+            self.abandoned.popleft().finish()
 
 
 async def _in_thread(cancel: Callable[[], object]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import select
+import sys
 from time import monotonic
 from typing import Any
 
@@ -57,6 +58,7 @@ class Connection(Known, psycopg.AsyncConnection[Any]):
     """A `psycopg.AsyncConnection`. Lives as `Known` says."""
 
     _wait: _Wait | None = None
+    _waiter: asyncio.Future[Ready | None] | None = None  # of whoever waits for the socket
     _busy_since: float | None = None  # it has kept the loop since then, as far as it knows
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -150,6 +152,7 @@ class Connection(Known, psycopg.AsyncConnection[Any]):
             seconds = None
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Ready | None] = loop.create_future()
+        self._waiter = waiter
         timer = self._wait
         if seconds is not None:
             if timer is None:
@@ -164,10 +167,12 @@ class Connection(Known, psycopg.AsyncConnection[Any]):
             found = await waiter
         finally:
             # Before psycopg goes on, which may close the socket.
-            if wanted & Wait.R:
-                loop.remove_reader(descriptor)
-            if wanted & Wait.W:
-                loop.remove_writer(descriptor)
+            if self._waiter is waiter:
+                self._waiter = None
+                if wanted & Wait.R:
+                    loop.remove_reader(descriptor)
+                if wanted & Wait.W:
+                    loop.remove_writer(descriptor)
             if timer is not None:
                 timer.waiter = None
                 timer.done()
@@ -204,7 +209,19 @@ class Connection(Known, psycopg.AsyncConnection[Any]):
 
     async def _try_cancel(self, *, timeout: float = 0.0) -> None:
         # psycopg's: whoever leaves a stream or a COPY in its middle would wait for it.
-        self.interrupted(errors.QueryCanceled("nobody reads on"))
+        self.interrupted(sys.exception() or errors.QueryCanceled("nobody reads on"))
+
+    def finish(self) -> None:
+        """Close the socket, in the loop's thread. Whoever waits there gets an error: the descriptor's number may be
+        another one's at once."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            loop, descriptor = waiter.get_loop(), self.pgconn.socket
+            loop.remove_reader(descriptor)
+            loop.remove_writer(descriptor)
+            if not waiter.done():
+                waiter.set_exception(errors.OperationalError("the connection was closed meanwhile"))
+        super().finish()
 
     async def close(self) -> None:
         self.end()
@@ -218,7 +235,7 @@ class Connection(Known, psycopg.AsyncConnection[Any]):
             self.give_up(errors.OperationalError("it was closed in the middle of an answer"))
         else:
             self._closed = True
-            self.pgconn.finish()
+            self.finish()
 
 
 async def drive(gen: Any) -> Any:
