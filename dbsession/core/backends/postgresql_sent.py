@@ -57,7 +57,7 @@ class Kind(NamedTuple):
     """It changes the session."""
 
     copies: bool
-    """It is a COPY."""
+    """The text is a COPY."""
 
 
 def kind_of(text: bytes | str) -> Kind:
