@@ -86,9 +86,11 @@ def _backend_of(config: DatabaseConfig, stats: Stats) -> Backend:
         return PySQLite(config)
     if kind is PostgreSQL and driver == "psycopg":
         try:
-            from dbsession.green.postgresql.backend import Psycopg
+            import psycopg  # noqa: F401
         except ImportError:  # an extra that is missing: create_engine says so
             return kind(config)
+        from dbsession.green.postgresql.backend import Psycopg
+
         return Psycopg(config, stats)
     if kind is PostgreSQL and driver == "psycopg2":
         try:

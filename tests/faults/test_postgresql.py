@@ -89,3 +89,31 @@ def test_f46_greenlets_run_while_a_driver_waits_that_was_imported_before_the_pat
         dbsession.dispose()
         """
     )
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("prepared", [False, True], ids=["begun", "prepared"])
+def test_two_phase_transaction_that_was_left_reaches_nobody_else(postgresql, postgresql_url, driver, prepared):
+    url = postgresql_url.replace("psycopg", driver)
+    manager = SessionManager({"default": {"url": url, "options": {"pool_size": 1, "pool_timeout": 20}}})
+    with manager.scope():
+        session = manager.get()
+        session.execute(text("CREATE TABLE t (n int)"))
+        session.commit()
+        raw = session.connection().connection.dbapi_connection
+        raw.tpc_begin(raw.xid(1, "left", postgresql_url.rpartition("/")[2]))
+        if prepared:
+            raw.tpc_prepare()
+    with manager.scope() as scope:
+        session.execute(text("INSERT INTO t VALUES (1)"))
+        session.commit()
+    assert scope.outcome == "committed"
+    with manager.scope():
+        assert session.scalar(text("SELECT count(*) FROM t")) == 1
+        gids = session.scalars(text("SELECT gid FROM pg_prepared_xacts WHERE database = current_database()")).all()
+        assert len(gids) == prepared
+        session.rollback()
+        raw = session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        for gid in gids:  # it would keep the database from being dropped
+            raw.exec_driver_sql(f"ROLLBACK PREPARED '{gid}'")
+    manager.dispose()

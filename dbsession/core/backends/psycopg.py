@@ -113,7 +113,7 @@ class Known(GivesUp):
     def settled(self) -> bool:
         """Whether it is known that no transaction is open, by what was sent and answered. The server's word can only
         make us doubt it."""
-        return self._ended and self.pgconn.transaction_status == IDLE
+        return self._ended and self.pgconn.transaction_status == IDLE and self._tpc is None
 
     @property
     def unread(self) -> bool:
