@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from itertools import product
 
 import pytest
 
 from support.processes import run_python
 from support.proxy import Proxy
-from support.sweep import KILLS, VARIANTS, run_sweep
+from support.sweep import KILLS, VARIANTS, rotated, run_sweep
 
 from .conftest import script_runner
 
@@ -28,7 +27,7 @@ def with_psycopg2(postgresql, psycopg2_url):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "kill"), list(product(VARIANTS, KILLS)))
+@pytest.mark.parametrize(("variant", "kill"), rotated(VARIANTS, KILLS))
 def test_f09_request_by_psycopg2_leaves_nothing_behind_when_killed_at_any_switch(
     postgresql, psycopg2_url, variant, kill
 ):

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from support.servers import on
-from support.sweep import KILLS, LOST, VARIANTS, run_sweep
+from support.sweep import KILLS, LOST, VARIANTS, rotated, run_sweep
 
 # A kill, and the exception that SQLAlchemy knows least about.
 QUICK = {("small", "GreenletExit"), ("stream", "Boom"), ("reset", "Boom")}
@@ -26,7 +26,8 @@ CASES = [
     pytest.param(*case, marks=() if is_quick(*case) else pytest.mark.slow)
     for server, parsers in READERS.items()
     for case in product([server], VARIANTS, KILLS, parsers)
-    if server != "pgbouncer" or "stream" not in case
+    # Behind PgBouncer the driver is the one that is swept whole without it; its streams are not for that mode.
+    if server != "pgbouncer" or ("stream" not in case and case[1:3] in rotated(VARIANTS, KILLS))
 ]
 
 

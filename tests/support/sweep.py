@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -74,6 +74,11 @@ def run_sweep(server: Any, url: str, variant: str, kill: str, *, bare: bool = Fa
     if done.stderr and not report.faults:  # a socket left to the garbage collector, an error in a greenlet of ours
         report.faults.append({"what": "it wrote to stderr", "detail": done.stderr})
     return report
+
+
+def rotated(variants: Iterable[str], kills: Iterable[str]) -> list[tuple[str, str]]:
+    """Every variant once, each with the next kind of kill: for what a driver shares with one that is swept whole."""
+    return list(zip(variants, itertools.cycle(kills), strict=False))
 
 
 class Sweep:
