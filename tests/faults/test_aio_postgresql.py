@@ -90,7 +90,9 @@ async def nothing_in_use(manager):
 
 
 def running(server, what):
-    return [each["id"] for each in server.processlist() if what in (each["info"] or "")]
+    """A pg_sleep() that has begun: while asyncpg prepares it the server shows it, too."""
+    found = [each for each in server.processlist() if what in (each["info"] or "")]
+    return [each["id"] for each in found if each["state"] == "sleeping" or "pg_sleep" not in what]
 
 
 @asynccontextmanager

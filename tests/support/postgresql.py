@@ -40,7 +40,8 @@ PROCESSLIST = """
 SELECT pid AS id, usename AS user, host(client_addr) || ':' || client_port AS host, datname AS db,
     CASE WHEN state LIKE 'idle%%' THEN 'Sleep' ELSE 'Query' END AS command,
     EXTRACT(EPOCH FROM clock_timestamp() - state_change)::int AS time,
-    CASE WHEN wait_event_type = 'Lock' THEN 'waiting for a lock' ELSE state END AS state,
+    CASE WHEN wait_event_type = 'Lock' THEN 'waiting for a lock'
+        WHEN wait_event = 'PgSleep' THEN 'sleeping' ELSE state END AS state,
     CASE WHEN state LIKE 'idle%%' THEN NULL ELSE query END AS info,
     xact_start IS NOT NULL AND state <> 'idle' AS in_transaction
 FROM pg_stat_activity WHERE usename = %s AND backend_type = 'client backend'

@@ -6,12 +6,14 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from psycopg import capabilities, generators
 
 from dbsession.aio.abandoned import EndsAbandoned
-from dbsession.aio.postgresql.connection import Connection, drive
-from dbsession.core.backends.postgresql_cancel import TIMEOUT_S, Cancels
+from dbsession.aio.postgresql.connection import Connection, drive, readable
+from dbsession.core.backends.postgresql_cancel import AGAIN_S, TIMEOUT_S, Cancels
+from dbsession.core.backends.psycopg import ACTIVE
 from dbsession.core.pool.stats import Stats
 
 
@@ -37,21 +39,38 @@ class LoopCanceller(Cancels, EndsAbandoned):
     async def end(self, connection: Connection) -> None:
         pgconn = connection.pgconn
         try:
-            if capabilities.has_cancel_safe():
-                request = pgconn.cancel_conn()
-                request.start()
-                await drive(generators.cancel(request))
-            else:  # before libpq 17 there is only one that blocks
-                await _in_thread(pgconn.get_cancel().cancel)
+            await self._ask(pgconn)
+            while not await _has_ended(pgconn):  # within `bound_s` seconds
+                await self._ask(pgconn)
             self.sent()
         finally:
             connection.finish()
+
+    @staticmethod
+    async def _ask(pgconn: Any) -> None:
+        if capabilities.has_cancel_safe():
+            request = pgconn.cancel_conn()
+            request.start()
+            await drive(generators.cancel(request))
+        else:  # before libpq 17 there is only one that blocks
+            await _in_thread(pgconn.get_cancel().cancel)
 
     def failed(self, error: Exception, connection: Connection) -> None:
         """Report it, and close the others: each would wait as long for a server that does not answer."""
         self.not_sent(error)
         while self.abandoned:
             self.abandoned.popleft().finish()
+
+
+async def _has_ended(pgconn: Any) -> bool:
+    """Wait until the server answers to the statement, for AGAIN_S seconds; return whether it has, or somebody else has
+    read its answer."""
+    try:
+        async with asyncio.timeout(AGAIN_S):
+            await readable(pgconn.socket)
+    except TimeoutError:
+        return bool(pgconn.transaction_status != ACTIVE)
+    return True
 
 
 async def _in_thread(cancel: Callable[[], object]) -> None:

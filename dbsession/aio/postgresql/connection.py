@@ -260,6 +260,17 @@ async def drive(gen: Any) -> Any:
         gen.close()
 
 
+async def readable(descriptor: int) -> None:
+    """Wait until something can be read from a socket."""
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[Ready | None] = loop.create_future()
+    loop.add_reader(descriptor, _wake, waiter, Ready.R)
+    try:
+        await waiter
+    finally:
+        loop.remove_reader(descriptor)
+
+
 def _wake(waiter: asyncio.Future[Ready | None], ready: Ready) -> None:
     if not waiter.done():
         waiter.set_result(ready)

@@ -16,7 +16,9 @@ from dbsession.errors import describe
 logger = logging.getLogger("dbsession.postgresql.cancel")
 
 TIMEOUT_S = 3.0
-"""Seconds that a request may take."""
+"""Seconds that it may take to end a statement."""
+AGAIN_S = 0.25
+"""Seconds until the server is asked again. It forgets a request that comes just before the statement begins."""
 
 
 class Cancels:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
 from psycopg import capabilities, generators
+from psycopg.waiting import Wait
 
-from dbsession.core.backends.postgresql_cancel import TIMEOUT_S, Cancels
+from dbsession.core.backends.postgresql_cancel import AGAIN_S, TIMEOUT_S, Cancels
+from dbsession.core.backends.psycopg import ACTIVE
 from dbsession.core.connection_info import TooLate
 from dbsession.core.pool.stats import Stats
 from dbsession.green import hub
 from dbsession.green.abandoned import EndsAbandoned
-from dbsession.green.postgresql.connection import Connection, drive
+from dbsession.green.postgresql.connection import Connection, await_once, drive
 
 
 class GreenCanceller(Cancels, EndsAbandoned):
@@ -36,17 +39,25 @@ class GreenCanceller(Cancels, EndsAbandoned):
         self.begin()
 
     def end(self, each: Connection) -> None:
-        pgconn = each.pgconn
+        until = monotonic() + TIMEOUT_S
         try:
-            if capabilities.has_cancel_safe():
-                request = pgconn.cancel_conn()
-                request.start()
-                drive(generators.cancel(request), monotonic() + TIMEOUT_S)
-            else:  # before libpq 17 there is only one that blocks
-                _in_thread(pgconn.get_cancel().cancel)
+            self._ask(each.pgconn, until)
+            while not _has_ended(each.pgconn):
+                if monotonic() > until:
+                    raise TooLate
+                self._ask(each.pgconn, until)
             self.sent()
         finally:
             self._close(each)
+
+    @staticmethod
+    def _ask(pgconn: Any, until: float) -> None:
+        if capabilities.has_cancel_safe():
+            request = pgconn.cancel_conn()
+            request.start()
+            drive(generators.cancel(request), until)
+        else:  # before libpq 17 there is only one that blocks
+            _in_thread(pgconn.get_cancel().cancel)
 
     def failed(self, error: Exception, each: Connection | None) -> None:
         """Report it, and close the others: each would wait as long for a server that does not answer."""
@@ -58,6 +69,15 @@ class GreenCanceller(Cancels, EndsAbandoned):
     def _close(connection: Connection) -> None:
         if connection.gave_up:
             connection.finish()
+
+
+def _has_ended(pgconn: Any) -> bool:
+    """Wait until the server answers to the statement, for AGAIN_S seconds; return whether it has, or somebody else has
+    read its answer."""
+    with suppress(TooLate):
+        await_once(pgconn.socket, Wait.R, AGAIN_S)
+        return True
+    return bool(pgconn.transaction_status != ACTIVE)
 
 
 def _in_thread(cancel: Any) -> None:

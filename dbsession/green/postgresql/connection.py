@@ -236,7 +236,7 @@ def drive(gen: Any, until: float) -> Any:
                 seconds = until - monotonic()
                 if seconds <= 0:
                     raise TooLate
-                ready = _await_once(descriptor, wanted, seconds)
+                ready = await_once(descriptor, wanted, seconds)
                 fork.look()
                 if epoch != fork.epoch:  # a copy of who waits there, in a child: it must not read what is the parent's
                     raise errors.OperationalError("this process was forked while the connection was opened")
@@ -245,7 +245,8 @@ def drive(gen: Any, until: float) -> Any:
             return end.value
 
 
-def _await_once(descriptor: int, wanted: Wait, seconds: float) -> Ready:
+def await_once(descriptor: int, wanted: Wait, seconds: float) -> Ready:
+    """Wait until a socket is ready for what is wanted; return for what. Switches. Raises TooLate."""
     here: Any = hub.here()
     if here is None or not hub.timers_run():
         return _await_in_thread(descriptor, wanted, seconds)
