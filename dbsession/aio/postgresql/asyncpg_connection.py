@@ -99,15 +99,15 @@ class Knows:
         stock: str = super().get_reset_query()  # type: ignore[misc]
         return f"{stock}\n{_RESET}"
 
-    def _cancel_current_command(self, waiter: Any, cancel_waiter: Any = None) -> None:
+    def _cancel_current_command(self, *waiters: Any) -> None:  # one before asyncpg 0.32
         self.asked_to_cancel = True
         # asyncpg's own task would be cancelled with all others at the end of asyncio.run(), and nobody would ask.
-        task = teardown.run_aside(self._ask_to_cancel(waiter, cancel_waiter), TIMEOUT_S)
+        task = teardown.run_aside(self._ask_to_cancel(*waiters), TIMEOUT_S)
         self._cancellations.add(task)
 
-    async def _ask_to_cancel(self, waiter: Any, cancel_waiter: Any) -> None:
+    async def _ask_to_cancel(self, *waiters: Any) -> None:
         async with asyncio.timeout(TIMEOUT_S):
-            await self._cancel(waiter, cancel_waiter)
+            await self._cancel(*waiters)
 
 
 def _noting(name: str) -> Callable[..., Any]:
