@@ -49,7 +49,6 @@ class Known(GivesUp):
     _autocommit: bool
     _tpc: Any
     _num_transactions: int
-    _exec_command: Any
     _get_tx_start_command: Any
     _notify_handlers: Any
     _notifies_backlog: Any
@@ -180,6 +179,16 @@ class Known(GivesUp):
         pass
 
     # What is sent. All of these are generators of psycopg's, which hold its lock.
+
+    def _exec_command(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return (yield from super()._exec_command(*args, **kwargs))  # type: ignore[misc]
+        except errors.InternalError as error:
+            if error.sqlstate is not None:
+                raise
+            # More answers than one: a pooler that has lost its server adds its own error to that of the server.
+            self.finish()
+            raise errors.OperationalError(f"the connection was lost: {error}") from error
 
     def _start_query(self) -> Any:
         begins = not self._autocommit and self.pgconn.transaction_status == IDLE
