@@ -6,15 +6,19 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 from psycopg import capabilities, generators
+from psycopg.waiting import Wait
 
 from dbsession.aio.abandoned import EndsAbandoned
-from dbsession.aio.postgresql.connection import Connection, drive, readable
+from dbsession.aio.postgresql.connection import Connection, drive, ready_now
 from dbsession.core.backends.postgresql_cancel import AGAIN_S, TIMEOUT_S, Cancels
 from dbsession.core.backends.psycopg import ACTIVE
 from dbsession.core.pool.stats import Stats
+
+_LOOK_S = 0.01
 
 
 class LoopCanceller(Cancels, EndsAbandoned):
@@ -64,12 +68,12 @@ class LoopCanceller(Cancels, EndsAbandoned):
 
 async def _has_ended(pgconn: Any) -> bool:
     """Wait until the server answers to the statement, for AGAIN_S seconds; return whether it has, or somebody else has
-    read its answer."""
-    try:
-        async with asyncio.timeout(AGAIN_S):
-            await readable(pgconn.socket)
-    except TimeoutError:
-        return bool(pgconn.transaction_status != ACTIVE)
+    read its answer. By looks, since a loop has one reader for a socket, and another task may wait there."""
+    until = monotonic() + AGAIN_S
+    while pgconn.transaction_status == ACTIVE and not ready_now(pgconn.socket, Wait.R):
+        if monotonic() > until:
+            return False
+        await asyncio.sleep(_LOOK_S)
     return True
 
 

@@ -24,7 +24,7 @@ from dbsession.core.backends.psycopg import ACTIVE, OFF, Known
 from dbsession.core.backends.psycopg_cursors import Named, RidesAlong, ours
 from dbsession.errors import describe
 
-_POLLED = {Wait.W: select.POLLOUT, Wait.RW: select.POLLIN | select.POLLOUT}
+_POLLED = {Wait.R: select.POLLIN, Wait.W: select.POLLOUT, Wait.RW: select.POLLIN | select.POLLOUT}
 _BUSY_S = 0.005  # that a COPY, say, may keep the loop where nothing has to be waited for
 
 
@@ -141,7 +141,7 @@ class Connection(Known, psycopg.AsyncConnection[Any]):
     async def _ready(self, wanted: Wait, until: float | None) -> Ready:
         pgconn = self.pgconn
         descriptor = pgconn.socket
-        if wanted & Wait.W and (ready := _ready_now(descriptor, wanted)):  # as nearly always, and it costs less
+        if wanted & Wait.W and (ready := ready_now(descriptor, wanted)):  # as nearly always, and it costs less
             await self._breathe()
             return ready
         if until is not None:
@@ -260,23 +260,13 @@ async def drive(gen: Any) -> Any:
         gen.close()
 
 
-async def readable(descriptor: int) -> None:
-    """Wait until something can be read from a socket."""
-    loop = asyncio.get_running_loop()
-    waiter: asyncio.Future[Ready | None] = loop.create_future()
-    loop.add_reader(descriptor, _wake, waiter, Ready.R)
-    try:
-        await waiter
-    finally:
-        loop.remove_reader(descriptor)
-
-
 def _wake(waiter: asyncio.Future[Ready | None], ready: Ready) -> None:
     if not waiter.done():
         waiter.set_result(ready)
 
 
-def _ready_now(descriptor: int, wanted: Wait) -> Ready | None:
+def ready_now(descriptor: int, wanted: Wait) -> Ready | None:
+    """Return for what a socket is ready, of what is wanted; None: not yet. Never waits."""
     look = select.poll()
     look.register(descriptor, _POLLED[wanted])
     found = look.poll(0)
