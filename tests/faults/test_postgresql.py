@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 
 import pytest
 from sqlalchemy import exc, text
@@ -116,4 +117,18 @@ def test_two_phase_transaction_that_was_left_reaches_nobody_else(postgresql, pos
         raw = session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
         for gid in gids:  # it would keep the database from being dropped
             raw.exec_driver_sql(f"ROLLBACK PREPARED '{gid}'")
+    manager.dispose()
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_stock_connection_of_a_creator_is_pinged_as_the_dialect_does(postgresql_url, driver, caplog):
+    module = importlib.import_module(driver)
+    dsn = postgresql_url.replace("+psycopg", "")
+    entry = {"url": postgresql_url.replace("psycopg", driver), "options": {"creator": lambda: module.connect(dsn)}}
+    manager = SessionManager({"default": entry})
+    numbers = set()
+    for _ in range(3):
+        with manager.scope():
+            numbers.add(manager.get().scalar(text("SELECT pg_backend_pid()")))
+    assert len(numbers) == 1 and "`creator`" in caplog.text
     manager.dispose()

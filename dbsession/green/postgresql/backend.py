@@ -54,8 +54,10 @@ class Psycopg(Cleans, PostgreSQL):
     def is_to_be_reset(self, connection: Any) -> bool:
         return super().is_to_be_reset(connection) or connection.is_listened_to
 
-    def around_do_ping(self, _: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def around_do_ping(self, inner: Callable[[Any], bool]) -> Callable[[Any], bool]:
         def do_ping(dbapi_connection: Any) -> bool:
+            if not isinstance(dbapi_connection, Connection):  # a creator's, or a listener's own
+                return inner(dbapi_connection)
             dbapi_connection.ping(self.config.ping_idle_s, self.config.connect_timeout_s)
             return True
 
