@@ -20,9 +20,9 @@ from psycopg.waiting import Ready, Wait
 
 from dbsession.aio.timer import AnswerTimer
 from dbsession.core import fork
+from dbsession.core.backends.postgresql_errors import not_connected
 from dbsession.core.backends.psycopg import ACTIVE, OFF, Known
 from dbsession.core.backends.psycopg_cursors import Named, RidesAlong, ours
-from dbsession.errors import describe
 
 _POLLED = {Wait.R: select.POLLIN, Wait.W: select.POLLOUT, Wait.RW: select.POLLIN | select.POLLOUT}
 _BUSY_S = 0.005  # that a COPY, say, may keep the loop where nothing has to be waited for
@@ -105,7 +105,7 @@ class Connection(Known, psycopg.AsyncConnection[Any]):
             except errors.Error as error:
                 failed.append((attempt, error))
         else:
-            raise _not_connected(failed)
+            raise not_connected(failed)
         connection._autocommit = bool(autocommit)
         connection.prepare_threshold = prepare_threshold
         if row_factory is not None:
@@ -274,12 +274,3 @@ def ready_now(descriptor: int, wanted: Wait) -> Ready | None:
         return None
     events = found[0][1]
     return Ready((events & select.POLLIN and Ready.R) | (events & select.POLLOUT and Ready.W)) or Ready.W
-
-
-def _not_connected(failed: list[tuple[Any, Exception]]) -> Exception:
-    """Return one error for all attempts to connect, of the last one's type, as psycopg has it."""
-    last = failed[-1][1]
-    if len(failed) == 1:
-        return last.with_traceback(None)
-    each = "; ".join(f"{one.get('host')} {one.get('hostaddr') or ''}: {describe(error)}" for one, error in failed)
-    return type(last)(f"{last}. None of {len(failed)} addresses could be connected to: {each}")

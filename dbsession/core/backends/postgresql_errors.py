@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from dbsession.core.backends.base import Verdict
-from dbsession.errors import RollbackRequired
+from dbsession.errors import RollbackRequired, describe
 
 _REASONS: dict[str, tuple[Verdict, str]] = {
     # https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -81,3 +81,12 @@ def not_committed(database: str | None) -> RollbackRequired:
         "statement of it had failed: nothing was committed. Roll back, to a savepoint at least, where an error is "
         "caught."
     )
+
+
+def not_connected(failed: list[tuple[Any, Exception]]) -> Exception:
+    """Return one error for all attempts to connect, of the last one's type, as psycopg has it."""
+    last = failed[-1][1]
+    if len(failed) == 1:
+        return last.with_traceback(None)
+    each = "; ".join(f"{one.get('host')} {one.get('hostaddr') or ''}: {describe(error)}" for one, error in failed)
+    return type(last)(f"{last}. None of {len(failed)} addresses could be connected to: {each}")

@@ -25,11 +25,11 @@ from psycopg.conninfo import conninfo_attempts, conninfo_to_dict, make_conninfo
 from psycopg.waiting import Ready, Wait
 
 from dbsession.core import fork
+from dbsession.core.backends.postgresql_errors import not_connected
 from dbsession.core.backends.psycopg import ACTIVE, Known
 from dbsession.core.backends.psycopg_cursors import Named, RidesAlong, ours
 from dbsession.core.connection_info import TooLate
 from dbsession.core.fork import KNOWN
-from dbsession.errors import describe
 from dbsession.green import hub
 from dbsession.green.timers import KeepsReader
 
@@ -98,7 +98,7 @@ class Connection(Known, KeepsReader, psycopg.Connection[Any]):
             except errors.Error as error:
                 failed.append((attempt, error))
         else:
-            raise _not_connected(failed)
+            raise not_connected(failed)
         try:
             connection.autocommit = autocommit
             connection.prepare_threshold = prepare_threshold
@@ -269,12 +269,3 @@ def _await_in_thread(descriptor: int, wanted: Wait, seconds: float | None) -> Re
     if not events & (select.POLLIN | select.POLLOUT):
         return Ready.R if wanted == Wait.R else Ready.W  # an error, which libpq finds
     return Ready((bool(events & select.POLLIN) and Ready.R) | (bool(events & select.POLLOUT) and Ready.W))
-
-
-def _not_connected(failed: list[tuple[Any, Exception]]) -> Exception:
-    """Return one error for all attempts to connect, of the last one's type, as psycopg has it."""
-    last = failed[-1][1]
-    if len(failed) == 1:
-        return last.with_traceback(None)
-    each = "; ".join(f"{one.get('host')} {one.get('hostaddr') or ''}: {describe(error)}" for one, error in failed)
-    return type(last)(f"{last}. None of {len(failed)} addresses could be connected to: {each}")
